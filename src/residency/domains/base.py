@@ -1,0 +1,188 @@
+"""What every domain is: rows of text in splits that do not leak, a template, and the scores that suit it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args
+
+from residency.domains.template import Template
+from residency.errors import UserError
+from residency.types import Row, Split
+
+__all__ = ["Domain", "Kind", "Template", "drop_ambiguous", "hash_order", "split_by_group"]
+
+Kind = Literal["label", "generative"]
+"""`label`: completions are few and closed (classification). `generative`: completions are free text."""
+
+_SCORERS: Mapping[Kind, tuple[str, ...]] = {
+    "label": ("nll", "accuracy"),
+    "generative": ("nll", "exact_match", "rougeL"),
+}
+
+
+class Domain(ABC):
+    """One named data set: rows in three splits, a template and the scores that suit it.
+
+    A reader declares `kind`, `source`, `licence`, `attribution` and writes `read`; everything else is here.
+
+    Args:
+        template: How rows become text and tokens; by default the plain one (see `Template`).
+        max_train: Rows kept of the training split; null keeps all.
+        max_validation: Rows kept of the validation split; null keeps all.
+        max_test: Rows kept of the test split; null keeps all.
+        scorers: Names of the scores; by default nll and accuracy for labels, nll, exact_match and rougeL for text.
+
+    Raises:
+        UserError: A limit is negative.
+    """
+
+    kind: Kind
+    source: str
+    licence: str
+    attribution: str
+    default_scorers: ClassVar[tuple[str, ...]] = ()
+    """What a reader scores by default if not what its kind suggests."""
+
+    def __init__(
+        self,
+        *,
+        template: Template | None = None,
+        max_train: int | None = 2000,
+        max_validation: int | None = 48,
+        max_test: int | None = 96,
+        scorers: list[str] | None = None,
+    ) -> None:
+        self.template = template or Template()
+        self.limits: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
+        self.scorers = list(self.default_scorers or _SCORERS[self.kind]) if scorers is None else list(scorers)
+        for split, limit in self.limits.items():
+            if limit is not None and limit < 0:
+                raise UserError(
+                    f"max_{split} = {limit}",
+                    why="a split cannot have less than no rows",
+                    fix=f"give max_{split} a number of rows, or null for all of them",
+                )
+
+    @abstractmethod
+    def read(self) -> Mapping[Split, Sequence[Row]]:
+        """All rows of every split, best in an order that makes the first n a fair sample (see `hash_order`)."""
+
+    def rows(self, split: Split) -> tuple[Row, ...]:
+        """The rows of a split after its limit; read and checked once.
+
+        Raises:
+            UserError: No row to train or to test on, an id twice in a split, or training rows that return in the test.
+        """
+        return self._rows[split]
+
+    def labels(self) -> tuple[str, ...]:
+        """The distinct completions of all splits, sorted; empty if the domain is generative."""
+        if self.kind != "label":
+            return ()
+        return tuple(sorted({row.completion for rows in self._rows.values() for row in rows}))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything the model can see: kind, template, every row of every split, in order."""
+        digest = hashlib.sha256(_line({"kind": self.kind, "template": asdict(self.template)}))
+        for split, rows in self._rows.items():
+            for row in rows:
+                digest.update(_line([split, row.id, row.prompt, row.completion, row.group]))
+        return digest.hexdigest()
+
+    @cached_property
+    def _rows(self) -> dict[Split, tuple[Row, ...]]:
+        read = self.read()
+        splits: dict[Split, Sequence[Row]] = {split: read.get(split, ()) for split in get_args(Split)}
+        kept = {split: tuple(rows[: self.limits[split]]) for split, rows in splits.items()}
+        _check(self, kept)
+        return kept
+
+
+def drop_ambiguous(rows: Iterable[Row]) -> list[Row]:
+    """Keep one row of equal ones, and none of those whose prompt has more than one completion.
+
+    Prompts are equal if they differ at most in case and blanks: otherwise the same question could be asked in training
+    and in the test.
+    """
+    completions: dict[str, set[str]] = defaultdict(set)
+    first: dict[str, Row] = {}
+    for row in rows:
+        key = _normal(row.prompt)
+        completions[key].add(row.completion)
+        first.setdefault(key, row)
+    return [row for key, row in first.items() if len(completions[key]) == 1]
+
+
+def hash_order(rows: Iterable[Row], *, salt: str = "residency") -> list[Row]:
+    """Rows in the order of the SHA-256 of salt + id: the first n are a sample that no sorting of the source biases."""
+    return sorted(rows, key=lambda row: hashlib.sha256(f"{salt}{row.id}".encode()).digest())
+
+
+def split_by_group(
+    rows: Iterable[Row], *, validation: float = 0.1, test: float = 0.1, salt: str = "residency"
+) -> dict[Split, list[Row]]:
+    """Deal rows out to splits by the SHA-256 of salt + group, so that adding rows never moves old ones.
+
+    Args:
+        rows: Rows; one without a group is its own group.
+        validation: Share of the groups for validation, 0 to 1.
+        test: Share of the groups for the test, 0 to 1.
+        salt: Another salt, another split.
+
+    Raises:
+        ValueError: A share is negative, or nothing is left to train on.
+    """
+    if min(validation, test) < 0 or validation + test >= 1:
+        raise ValueError(f"shares validation={validation}, test={test} leave nothing to train on")
+    splits: dict[Split, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row in hash_order(rows, salt=salt):
+        digest = hashlib.sha256(f"{salt}{row.group or row.id}".encode()).digest()
+        share = int.from_bytes(digest[:6], "big") / 2**48
+        splits["test" if share < test else "validation" if share < test + validation else "train"].append(row)
+    return splits
+
+
+def _check(domain: Domain, splits: Mapping[Split, Sequence[Row]]) -> None:
+    """What must hold for scores to mean something."""
+    for split, rows in splits.items():
+        if not rows and split != "validation":
+            raise UserError(
+                f"no {split} rows from {domain.source} (max_{split} = {domain.limits[split]})",
+                why="a domain needs at least one row to train on and one to test on",
+                fix=f"add rows, or raise max_{split}",
+            )
+        twice = [row_id for row_id, times in Counter(row.id for row in rows).items() if times > 1]
+        if twice:
+            raise UserError(
+                f"{len(twice)} ids more than once in {split} of {domain.source}, e.g. {twice[0]!r}",
+                why="scores are stored per id",
+                fix="give every row its own id, or none",
+            )
+    _check_leak(domain, splits, "prompt", lambda row: _normal(row.prompt))
+    _check_leak(domain, splits, "group", lambda row: row.group)
+
+
+def _check_leak(domain: Domain, splits: Mapping[Split, Sequence[Row]], what: str, key: Callable[[Row], str]) -> None:
+    trained = {key(row) for row in splits["train"]} - {""}
+    shared = [row for row in splits["test"] if key(row) in trained]
+    if shared:
+        raise UserError(
+            f"{len(shared)} test rows of {domain.source} share their {what} with a training row, "
+            f"e.g. row {shared[0].id!r}: {getattr(shared[0], what)[:80]!r}",
+            why="the test would measure what was memorised, not what was learnt",
+            fix=f"keep all rows of one {what} in one split",
+        )
+
+
+def _normal(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,82 @@
+"""Which example a training step sees: a pure function of (seed, stage, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+from residency.randomness import permutation
+from residency.types import Example, Stage
+
+__all__ = ["StageBatches", "StageExamples", "learned_examples"]
+
+
+class StageExamples(Sequence[Example]):
+    """The examples of one stage by position (step * batch size + slot): shuffled epochs, one after another.
+
+    Args:
+        rows: Number of training rows.
+        encode: Row index -> example; called when a position is read.
+        stage: Seed, place in the stream, steps and batch size.
+    """
+
+    def __init__(self, *, rows: int, encode: Callable[[int], Example], stage: Stage) -> None:
+        self.rows = rows
+        self.encode = encode
+        self.stage = stage
+
+    def __len__(self) -> int:
+        return self.stage.steps * self.stage.batch_size
+
+    def __getitem__(self, position: int) -> Example:  # type: ignore[override]
+        if not 0 <= position < len(self):
+            raise IndexError(position)
+        epoch, at = divmod(position, self.rows)
+        # The domain's name, not its place, orders its rows: "A then B" and "B then A" see A's rows in the same order.
+        return self.encode(permutation(self.rows, self.stage.seed, "order", self.stage.domain, epoch)[at])
+
+
+class StageBatches(Sampler[list[int]]):
+    """Positions of each micro-batch of one rank, from any step on.
+
+    A resume starts at the micro-batch after the last one that counted; nothing has to be replayed or remembered.
+
+    Args:
+        stage: Steps and batch size.
+        micro_batch: Examples per forward pass on one device; divides the batch size times the ranks.
+        start: Micro-batches that are already done.
+        rank: This process.
+        ranks: All processes.
+    """
+
+    def __init__(self, *, stage: Stage, micro_batch: int, start: int = 0, rank: int = 0, ranks: int = 1) -> None:
+        self.stage = stage
+        self.micro_batch = micro_batch
+        self.start = start
+        self.rank = rank
+        self.ranks = ranks
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches per optimizer step and rank."""
+        return self.stage.batch_size // (self.micro_batch * self.ranks)
+
+    def __len__(self) -> int:
+        # The whole stage, also after a resume: Lightning counts what was done before against it.
+        return self.stage.steps * self.per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro in range(self.start, len(self)):
+            first = (micro * self.ranks + self.rank) * self.micro_batch
+            yield list(range(first, first + self.micro_batch))
+
+
+def learned_examples(dataset: Sequence[Example], domain: str) -> list[Example]:
+    """The distinct examples of a domain that a stage trains on, in order of first appearance."""
+    found: dict[str, Example] = {}
+    for position in range(len(dataset)):
+        example = dataset[position]
+        if example.domain == domain:
+            found.setdefault(example.row, example)
+    return list(found.values())

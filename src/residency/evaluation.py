@@ -1,0 +1,175 @@
+"""Scoring one state on every domain: one pass of likelihoods, one of generation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from residency.batching import by_token_budget, make_batch
+from residency.data import StreamData
+from residency.domains.base import Domain
+from residency.module import ContinualModule
+from residency.objectives.sft import token_nll
+from residency.scorers import SCORERS, exact_match, label_is_best, rouge_l
+from residency.types import Example, Split
+
+__all__ = ["Evaluation", "EvaluationSettings", "RowScore", "evaluate"]
+
+Advance = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How states are scored.
+
+    Args:
+        batch_tokens: Tokens per forward pass; changes speed and memory, not scores (beyond rounding).
+        accuracy_rows: Rows per domain whose labels all compete for accuracy; `null` = every row. The price of a row
+            is that of its labels: 22 long ones cost as much as nine plain rows.
+        generation_rows: Rows per domain that are generated for exact_match and rougeL; `null` = every row.
+        generation_batch: Prompts that are continued together.
+    """
+
+    batch_tokens: int = 512
+    accuracy_rows: int | None = None
+    generation_rows: int | None = None
+    generation_batch: int = 48
+
+
+@dataclass(frozen=True, slots=True)
+class RowScore:
+    """One score of one row.
+
+    Args:
+        column: Domain or probe.
+        row: `Row.id`.
+        scorer: Name.
+        value: The score; `nll` is the mean over the row's tokens.
+        tokens: Completion tokens, the weight of `nll`.
+    """
+
+    column: str
+    row: str
+    scorer: str
+    value: float
+    tokens: int
+
+
+Evaluation = list[RowScore]
+
+
+def evaluate(
+    module: ContinualModule,
+    data: StreamData,
+    *,
+    split: Split,
+    settings: EvaluationSettings,
+    columns: Sequence[str] | None = None,
+    advance: Advance = lambda column, rows: None,
+) -> Evaluation:
+    """Score the module's current state. Leaves it as it was: mode, gradients and random state included.
+
+    Args:
+        module: Built.
+        data: Domains and probes.
+        split: Which rows.
+        settings: Batch sizes.
+        columns: Names to score; all by default.
+        advance: Called with (column, rows done) for progress.
+
+    Returns:
+        Every score of every row.
+    """
+    training = module.model.training
+    module.model.eval()
+    scores: Evaluation = []
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            for name in columns or data.columns:
+                domain = data.columns[name]
+                tokenizer = module.backbone.tokenizer
+                examples = data.evaluation_examples(name, split, tokenizer, competing=settings.accuracy_rows)
+                scores += _likelihoods(module, domain, examples, settings, advance)
+                if any(SCORERS[s].needs == "generation" for s in domain.scorers):
+                    scores += _generations(module, domain, examples[: settings.generation_rows], split, settings)
+    finally:
+        module.model.train(training)
+    return scores
+
+
+def means(scores: Evaluation) -> dict[str, dict[str, float]]:
+    """{scorer: {column: mean}}: over rows, for `nll` over tokens."""
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    weights: dict[tuple[str, str], int] = defaultdict(int)
+    for score in scores:
+        weight = score.tokens if score.scorer == "nll" else 1
+        sums[score.scorer, score.column] += weight * score.value
+        weights[score.scorer, score.column] += weight
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for (scorer, column), total in sums.items():
+        found[scorer][column] = total / weights[scorer, column]
+    return dict(found)
+
+
+def _likelihoods(
+    module: ContinualModule,
+    domain: Domain,
+    examples: Sequence[Example],
+    settings: EvaluationSettings,
+    advance: Advance,
+) -> Evaluation:
+    wanted = [s for s in domain.scorers if SCORERS[s].needs == "likelihood"]
+    found: dict[str, Tensor] = {}
+    # Rows of one length together: nothing is wasted where batches must be padded.
+    for group in by_token_budget(sorted(examples, key=len), tokens=settings.batch_tokens):
+        found |= zip((e.row for e in group), _branch_nll(module, group), strict=True)
+        advance(group[0].domain, len(group))
+    scores = []
+    for example in examples:
+        nll = found[example.row]
+        tokens = len(example.completion)
+        if "nll" in wanted:
+            scores.append(RowScore(example.domain, example.row, "nll", float(nll[0]) / tokens, tokens))
+        if "accuracy" in wanted and example.alternatives:
+            scores.append(RowScore(example.domain, example.row, "accuracy", float(label_is_best(nll)), tokens))
+    return scores
+
+
+def _branch_nll(module: ContinualModule, group: Sequence[Example]) -> list[Tensor]:
+    """Per example: (1 + alternatives,) summed negative log-likelihood of each branch, in nats."""
+    batch = make_batch(group, layout=module.layout).to(module.device)
+    nll = token_nll(module.forward(batch), batch.targets).double()
+    width = int(batch.target_branch.max()) + 1
+    table = nll.new_zeros(batch.size * width).index_add(0, batch.target_example * width + batch.target_branch, nll)
+    rows = table.view(batch.size, width).cpu()
+    return [row[: 1 + len(example.alternatives)] for row, example in zip(rows, group, strict=True)]
+
+
+def _generations(
+    module: ContinualModule,
+    domain: Domain,
+    examples: Sequence[Example],
+    split: Split,
+    settings: EvaluationSettings,
+) -> Evaluation:
+    tokenizer = module.backbone.tokenizer
+    ordered = sorted(examples, key=lambda e: len(e.prompt))
+    texts: dict[str, str] = {}
+    limit = domain.template.max_tokens - domain.template.max_prompt_tokens
+    for first in range(0, len(ordered), settings.generation_batch):
+        group = ordered[first : first + settings.generation_batch]
+        written = module.backbone.generate(module.model, [e.prompt for e in group], max_new_tokens=limit)
+        texts |= {e.row: tokenizer.decode(ids) for e, ids in zip(group, written, strict=True)}
+    targets = {row.id: row.completion for row in domain.rows(split)}
+    predictions = [texts[e.row].strip() for e in examples]
+    scores = []
+    if "exact_match" in domain.scorers:
+        scores += [("exact_match", exact_match(p, targets[e.row])) for e, p in zip(examples, predictions, strict=True)]
+    if "rougeL" in domain.scorers:
+        scores += [("rougeL", v) for v in rouge_l(predictions, [targets[e.row] for e in examples])]
+    rows = [*examples, *examples][: len(scores)]
+    return [RowScore(e.domain, e.row, s, v, len(e.completion)) for e, (s, v) in zip(rows, scores, strict=True)]

@@ -1,0 +1,8 @@
+"""What protects earlier knowledge; any number per run, in order."""
+
+from residency.mitigations.base import Mitigation
+from residency.mitigations.ewc import EWC
+from residency.mitigations.replay import Replay
+from residency.mitigations.weight_mixing import WeightMixing
+
+__all__ = ["EWC", "Mitigation", "Replay", "WeightMixing"]

@@ -1,0 +1,168 @@
+"""The contract of a mitigation: a Lightning callback with two more lifecycle hooks and six two-way hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from residency.tensors import size_in_bytes
+from residency.types import Batch, Capability, Example, Outputs, Stage, Tensors
+
+if TYPE_CHECKING:
+    from residency.module import ContinualModule
+
+__all__ = ["HOOKS", "Mitigation", "Reduction", "State", "overrides"]
+
+Reduction = Literal["mean", "sum", "max"]
+State = Tensor | dict[str, Tensor]
+
+HOOKS = (
+    "on_domain_start",
+    "on_domain_end",
+    "transform_dataset",
+    "transform_batch",
+    "loss_terms",
+    "transform_gradients",
+    "transform_update",
+    "transform_weights",
+)
+
+
+class Mitigation(Callback):
+    """Base of all mitigations. Every default is the identity, and a hook that is not overridden costs nothing.
+
+    Two-way hooks take a value and return its replacement; they never write into the argument. Several mitigations are
+    folded in the order of the config. `ContinualModule` draws when each hook is called; it is their only caller.
+
+    State that must survive a kill is declared with `add_state` and lives in `self.state`; it is stored, moved and
+    reduced over ranks from the declaration. Everything else must be derivable from the config.
+    """
+
+    requires: ClassVar[frozenset[Capability]] = frozenset()
+    """What the adapter must provide; a missing capability is refused at construction."""
+
+    instead: ClassVar[str] = "a mitigation without that requirement, for example configs/mitigation/replay.yaml"
+    """What to use where `requires` is not met (completes the sentence "use ...")."""
+
+    first_domain: ClassVar[int] = 1
+    """Index of the first stage whose TRAINING it touches or must watch: 1 for what protects earlier domains, 0 for
+    what has to see the first one as well. Studies share all stages before it."""
+
+    def __init__(self) -> None:
+        self.name = type(self).__name__.lower()
+        self.state: dict[str, State] = {}
+        self._reductions: dict[str, Reduction | None] = {}
+
+    def add_state(self, key: str, default: State, *, reduce: Reduction | None = None) -> None:
+        """Declare a piece of state.
+
+        Args:
+            key: Its name in `self.state`.
+            default: A tensor, or named tensors (`{}` where names and shapes appear later).
+            reduce: How ranks are combined after a domain; `None` = every rank holds the same.
+        """
+        self.state[key] = default
+        self._reductions[key] = reduce
+
+    # -- lifecycle: once per domain, also across resumes --------------------------------------------------------
+
+    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+        """Before the first step of a domain: anchors, teachers, bases. May set `self.state`, never weights."""
+
+    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+        """After the last step and after every `transform_weights`: estimate, remember. Never changes weights."""
+
+    # -- two-way ------------------------------------------------------------------------------------------------
+
+    def transform_dataset(self, dataset: Sequence[Example], stage: Stage) -> Sequence[Example]:
+        """Replace the stage's training set: position (step * batch size + slot) -> example, a pure function."""
+        return dataset
+
+    def transform_batch(self, module: ContinualModule, batch: Batch) -> Batch:
+        """Replace a training batch before the forward pass."""
+        return batch
+
+    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+        """Named scalars, already weighted, that are added to the loss; logged as `loss/<mitigation>/<term>`."""
+        return {}
+
+    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+        """Replace gradients after accumulation, all-reduce and unscaling, before clipping."""
+        return gradients
+
+    def transform_update(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+        """Replace the parameters after an optimizer step, decay included: what is returned is written back.
+
+        The only place where a mask or a projection holds: an update made by Adam from perfectly projected gradients
+        leaves the subspace, and decoupled decay moves "frozen" weights.
+        """
+        return after
+
+    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+        """Replace the weights after a stage, in the adapter's averaging space (`requires` `averageable`).
+
+        Args:
+            module: The module.
+            before: `Adapter.weights` as the stage found them.
+            after: As it left them. Return this very object to change nothing, `before` to undo the stage exactly.
+        """
+        return after
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for two instances of one class: the name in the config is part of it."""
+        return f"residency.mitigation.{self.name}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The declared state."""
+        return dict(self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the declared state.
+
+        Raises:
+            KeyError: A stored key was never declared, or a declared one is missing.
+        """
+        if {*state_dict} != {*self._reductions}:
+            raise KeyError(f"{self.name}: stored state {sorted(state_dict)}, declared {sorted(self._reductions)}")
+        self.state.update(state_dict)
+
+    def state_bytes(self) -> int:
+        """Memory of the declared state, in bytes."""
+        return size_in_bytes(self.state)
+
+    def move_state(self, device: torch.device) -> None:
+        """Bring the declared state to a device."""
+        self.state = {key: _map(value, lambda t: t.to(device)) for key, value in self.state.items()}
+
+    def reduce_state(self) -> None:
+        """Combine the declared state over ranks; nothing to do in a single process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        for key, how in self._reductions.items():
+            if how is not None:
+                self.state[key] = _map(self.state[key], lambda t, how=how: _all_reduce(t, how))  # type: ignore[misc]
+
+
+def overrides(mitigation: Mitigation, hook: str) -> bool:
+    """Whether a mitigation does something in a hook; asked once, so that unused hooks cost nothing."""
+    return getattr(type(mitigation), hook) is not getattr(Mitigation, hook)
+
+
+def _map(value: State, function: Callable[[Tensor], Tensor]) -> State:
+    if isinstance(value, Tensor):
+        return function(value)
+    return {name: function(tensor) for name, tensor in value.items()}
+
+
+def _all_reduce(tensor: Tensor, how: Reduction) -> Tensor:
+    reduced = tensor.clone()
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+    return reduced / dist.get_world_size() if how == "mean" else reduced

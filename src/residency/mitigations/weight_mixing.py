@@ -1,0 +1,64 @@
+"""Mixing the weights after a stage with those before it (Wortsman et al. 2022 for the end points base and tuned)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from residency.errors import UserError
+from residency.mitigations.base import Mitigation
+from residency.tensors import Computed
+from residency.types import Capability, Tensors
+
+if TYPE_CHECKING:
+    from residency.module import ContinualModule
+
+__all__ = ["WeightMixing", "mix"]
+
+
+def mix(before: Tensors, after: Tensors, *, alpha: float) -> Tensors:
+    """(1 - α) before + α after, name by name, when read.
+
+    Args:
+        before: Weights before the stage.
+        after: Weights after it, same names and shapes.
+        alpha: α in [0, 1]; at 0 and 1 the very object `before` or `after` is returned.
+    """
+    if alpha == 0:
+        return before
+    if alpha == 1:
+        return after
+    return Computed(after, lambda name: torch.lerp(before[name], after[name], alpha))
+
+
+class WeightMixing(Mitigation):
+    """Stage mixing: θ_t ← (1 - α) θ_{t-1} + α θ_t after every stage, in the adapter's averaging space.
+
+    For LoRA this is the space of the updates B A, brought back to the adapter's rank.
+
+    Args:
+        alpha: Weight of the stage just trained, in [0, 1]. 1 = off, 0 = undo the stage (both exact).
+        first: Mix after the first stage too (with the pretrained model); off by default: the first domain has nothing
+            to forget but the base.
+    """
+
+    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
+    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+
+    def __init__(self, *, alpha: float = 0.5, first: bool = False) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise UserError(
+                f"WeightMixing with alpha={alpha}",
+                why="alpha is the weight of the new stage, between 0 (keep the old weights) and 1 (no mixing)",
+                fix="give a value in [0, 1], for example alpha: 0.5",
+            )
+        self.alpha = alpha
+        self.first = first
+
+    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+        """Mix, except after the first stage."""
+        if module.stage.index == 0 and not self.first:
+            return after
+        return mix(before, after, alpha=self.alpha)

@@ -1,0 +1,41 @@
+"""Supervised fine-tuning: next-token likelihood of the completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from residency.batching import make_batch
+from residency.objectives.base import Forward, Objective
+from residency.types import Batch, Example, Layout, Outputs
+
+__all__ = ["SFT", "token_nll"]
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each supervised token.
+
+    Args:
+        logits: (M, V).
+        targets: (M,).
+
+    Returns:
+        (M,) in nats, float32.
+    """
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+class SFT(Objective):
+    """Mean negative log-likelihood per completion token, in nats; prompts are not supervised."""
+
+    def collate(self, examples: Sequence[Example], *, layout: Layout) -> Batch:
+        """One segment (packed) or row (padded) per example."""
+        return make_batch(examples, layout=layout)
+
+    def __call__(self, forward: Forward, batch: Batch, reference: Forward | None) -> Outputs:
+        """The loss; `reference` is not used."""
+        logits = forward(batch)
+        loss = F.cross_entropy(logits.float(), batch.targets)
+        return Outputs(loss=loss, logits=logits, log={})

@@ -1,0 +1,45 @@
+"""Where numbers come from: versions, sizes, memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import nn
+
+__all__ = ["count_parameters", "peak_memory_bytes", "versions"]
+
+_PACKAGES = ("residency", "torch", "lightning", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process so far: on CUDA what the allocator held, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; 4-bit weights are counted unpacked, tied ones once."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        size = parameter.numel() if shape is None else int(torch.Size(shape).numel())
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total

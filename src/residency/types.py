@@ -1,0 +1,160 @@
+"""The nouns of the contract: rows, examples, batches, outputs, capabilities.
+
+Shape suffixes used in names and docstrings:
+
+    B  examples in a batch            T  tokens of the longest example
+    N  tokens of a packed row         M  supervised positions of a batch
+    V  vocabulary                     D  hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+__all__ = ["Batch", "Capability", "Example", "Layout", "Outputs", "Row", "Split", "Stage", "Tensors"]
+
+Tensors = Mapping[str, Tensor]
+"""Parameter name -> tensor. May compute its values on access: iterate, do not copy."""
+
+Capability = Literal["fixed_coordinates", "averageable", "reference"]
+"""What an adapter can promise to a mitigation.
+
+`fixed_coordinates`: the same trainable coordinates persist over all domains (EWC, SI, MAS need it).
+`averageable`: there is a space in which averaging two states is meaningful (`Adapter.weights`).
+`reference`: the pretrained behaviour is available without a second model (`Adapter.reference`).
+"""
+
+Split = Literal["train", "validation", "test"]
+Layout = Literal["packed", "padded"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One example of a domain as text.
+
+    Args:
+        id: Unique and stable inside its domain (a code, a key, a line number).
+        prompt: What the model reads. Never supervised.
+        completion: What the model should write.
+        group: Rows of one group never meet in two splits. Defaults to the id.
+    """
+
+    id: str
+    prompt: str
+    completion: str
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One row as token ids.
+
+    Args:
+        domain: Name of the domain the row came from.
+        row: `Row.id`.
+        prompt: Prompt tokens, at least one.
+        completion: Supervised tokens, the end-of-text token included.
+        alternatives: For scoring a label: other completions that share the prompt.
+    """
+
+    domain: str
+    row: str
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    alternatives: tuple[tuple[int, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion) + sum(len(a) for a in self.alternatives)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Examples side by side in one row (packed) or one example per row (padded).
+
+    Everything that is per example is addressed through `segments`, `target_example` and `examples`;
+    nobody but the model's forward needs to know the layout.
+
+    Args:
+        layout: `packed`: one row of N tokens, attention per segment. `padded`: B rows of T tokens.
+        input_ids: (1, N) or (B, T), int64.
+        position_ids: Same shape; restarts at 0 in every example, and after the prompt in every branch.
+        attention_mask: (B, T), 1 = token, 0 = padding. `None` when packed.
+        segments: Per example (packed) or per row (padded): `(n,)` is one causal segment of n tokens;
+            `(p, a, b, ...)` is a prompt of p tokens with branches of a, b, ... tokens that see the prompt
+            and themselves but not each other. The last token of a branch is a target only and not in the row.
+        target_at: (M,) positions, in the row-major flattened `input_ids`, whose next token is supervised.
+        targets: (M,) the supervised tokens.
+        target_example: (M,) index of the example (0 ... B-1) each target belongs to.
+        target_branch: (M,) 0 for the completion, 1, 2, ... for the alternatives.
+        examples: The B examples themselves, in order.
+    """
+
+    layout: Layout
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    segments: tuple[tuple[int, ...], ...]
+    target_at: Tensor
+    targets: Tensor
+    target_example: Tensor
+    target_branch: Tensor
+    examples: tuple[Example, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of examples B."""
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are not padding."""
+        return sum(sum(segment) for segment in self.segments)
+
+    def to(self, device: Any, **kwargs: Any) -> Batch:
+        """A copy with every tensor on `device` (Lightning calls this)."""
+        moved = {
+            f.name: value.to(device, **kwargs)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What an objective computed on one batch.
+
+    Args:
+        loss: Scalar that is minimised (nats per supervised token for SFT).
+        logits: (M, V) at the supervised positions, attached to the graph, or `None` if the objective has none.
+        log: Named detached scalars to be logged as `train/<name>`.
+    """
+
+    loss: Tensor
+    logits: Tensor | None
+    log: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One domain at its place in a stream, as hooks see it.
+
+    Args:
+        index: Position in the stream, from 0. (Folders and rows of the score matrix count from 1; row 0 is the base.)
+        domain: Name of the domain.
+        stages: Length of the stream T.
+        seed: The run's seed.
+        steps: Optimizer steps of the stage.
+        batch_size: Examples per optimizer step, over all devices and accumulated micro-batches.
+    """
+
+    index: int
+    domain: str
+    stages: int
+    seed: int
+    steps: int
+    batch_size: int

@@ -1,0 +1,244 @@
+"""Tables and the verdict, on records whose numbers can be checked by eye."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from residency.errors import UserError
+from residency.report.tables import comparison_table, printable, score_table, verdict
+
+Record = dict[str, Any]
+
+
+def record(name: str = "none", seed: int = 0, *, forgetting: float | None = 1.24, learning: float = 1.67) -> Record:
+    """A finished cell: the loss on medical goes from 1.41 to 3.69; the summary is a utility, hence minus the loss."""
+    matrix = [[5.68, 11.15, 4.10], [1.41, 9.60, 4.35], [3.69, 2.10, 3.90]]
+    accuracy = [[0.25, None, None], [0.62, None, None], [0.41, None, None]]
+    nll = {"average": -2.9, "learning": -learning, "bwt": -1.0, "forgetting": forgetting, "fwt": 1.55}
+    return {
+        "schema": 1,
+        "cell": f"{name}-s{seed}",
+        "status": "done",
+        "axes": {"mitigation": name},
+        "seed": seed,
+        "domains": ["medical", "legal"],
+        "probes": ["chat"],
+        "task_id_at_test": False,
+        "scores": {
+            "nll": {"higher_is_better": False, "unit": "nats per completion token", "R": matrix},
+            "accuracy": {"higher_is_better": True, "unit": "share", "R": accuracy},
+        },
+        "summary": {"nll": nll, "accuracy": {"average": None, "learning": None, "bwt": -0.21, "forgetting": 0.21}},
+        "cost": {"seconds": 120.4, "mitigation_state_bytes": {"ewc": 2_000_000, "replay": 400_000}},
+    }
+
+
+FAILED: Record = {"cell": "lwf-s0", "status": "failed", "axes": {"mitigation": "lwf"}, "seed": 0}
+
+
+def text(renderable: object, *, width: int = 200, styled: bool = False) -> str:
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=styled, color_system="truecolor" if styled else None
+    )
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def lines(renderable: object, start: str) -> list[str]:
+    return [line.strip() for line in text(renderable).splitlines() if line.strip().startswith(start)]
+
+
+# -- one run ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_stages_and_losses_are_measured_from_the_diagonal() -> None:
+    table = score_table(record(), "nll")
+    (base,), (first,), (last,) = lines(table, "base"), lines(table, "after medical"), lines(table, "after legal")
+    assert base.split() == ["base", "5.68", "11.15", "4.10"]
+    assert first.split() == ["after", "medical", "1.41", "◆", "9.60", "4.35", "▼0.25"]
+    # A probe is measured from the base model, and got better here; 1.41 -> 3.69 lost 2.28.
+    assert last.split() == ["after", "legal", "3.69", "▼2.28", "2.10", "◆", "3.90", "▲0.20"]
+
+
+def test_higher_is_better_turns_the_sign_and_missing_is_a_dash() -> None:
+    table = score_table(record(), "accuracy")
+    assert lines(table, "after legal")[0].split() == ["after", "legal", "0.410", "▼0.210", "-", "-"]
+
+
+def test_an_unchanged_score_says_so() -> None:
+    same = record()
+    same["scores"]["nll"]["R"][2][0] = 1.412
+    assert "1.41 =" in text(score_table(same, "nll"))
+
+
+def test_the_caption_states_unit_orientation_and_what_is_bad() -> None:
+    shown = text(score_table(record(), "nll"))
+    for part in ("nats per completion token", "lower is better", "forgetting > 0 is bad", "since base"):
+        assert part in shown
+
+
+def test_colour_is_blue_and_orange_and_grows_with_the_loss() -> None:
+    mild = record()
+    mild["scores"]["nll"]["R"][2][0] = 1.60
+    strong, weak = (text(score_table(r, "nll"), styled=True) for r in (record(), mild))
+    assert "38;2;213;94;0" in strong  # vermillion
+    assert "38;2;0;114;178" in strong  # blue: the probe got better
+    assert "38;2;201;138;43" in weak  # under a tenth of what was gained
+    assert re.search(r"\x1b\[1m +1\.41 ◆", strong)  # the diagonal is bold
+
+
+def test_a_record_that_stopped_early_shows_dashes() -> None:
+    stopped = record()
+    del stopped["scores"]["nll"]["R"][1:]
+    assert lines(score_table(stopped, "nll"), "after legal")[0].split() == ["after", "legal", "-", "-", "-"]
+
+
+def test_knowing_the_domain_is_disclosed() -> None:
+    oracle = record() | {"task_id_at_test": True}
+    assert "told the domain at test time" in text(score_table(oracle, "nll"))
+    assert "told the domain at test time" in text(comparison_table([oracle], "nll"))
+    assert "told the domain at test time" in verdict([oracle], "nll")
+
+
+def test_an_unknown_scorer_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="rouge") as raised:
+        score_table(record(), "rouge")
+    assert "nll, accuracy" in raised.value.why
+    with pytest.raises(UserError, match="lwf-s0 failed"):
+        score_table(FAILED, "nll")
+
+
+# -- many runs ----------------------------------------------------------------------------------------------------
+
+
+def test_the_comparison_shows_losses_as_losses_and_learning_beside_bwt() -> None:
+    table = comparison_table([record(), record("replay", forgetting=0.05, learning=1.66)], "nll")
+    header = next(line for line in text(table).splitlines() if "learning" in line)
+    assert header.split()[:5] == ["mitigation", "n", "average", "learning", "bwt"]
+    rows = [" ".join(lines(table, name)[0].split()) for name in ("none ", "replay")]
+    assert rows == [
+        "none 1 2.90 1.67 -1.00 1.24 baseline 120 2.4 MB",
+        "replay 1 2.90 1.66 -1.00 0.05 ▲ 96 % 120 2.4 MB",
+    ]
+    assert "note" not in text(table)
+
+
+def test_seeds_are_averaged_and_a_single_seed_has_no_spread() -> None:
+    table = comparison_table([record(), record(seed=1, forgetting=1.44), record("replay")], "nll")
+    shown = text(table)
+    assert lines(table, "none ")[0].split()[:6] == ["none", "2", "2.90", "1.67", "-1.00", "1.34"]
+    assert shown.count("±0.14") == 1  # sd of 1.24 and 1.44
+    assert lines(table, "replay")[0].split()[1] == "1"
+
+
+def test_failed_and_missing_cells_are_listed() -> None:
+    missing = {"cell": "si-s0", "axes": {"mitigation": "si"}}
+    shown = comparison_table([record(), record(seed=1) | {"status": "failed"}, FAILED, missing], "nll")
+    assert "1/2" in lines(shown, "none ")[0]
+    assert "none-s1 failed" in lines(shown, "none ")[0]
+    assert lines(shown, "lwf")[0].split()[:2] == ["lwf", "0/1"]
+    assert "lwf-s0 failed" in text(shown)
+    assert "si-s0 missing" in text(shown)
+
+
+def test_a_metric_that_one_seed_lacks_names_its_own_n() -> None:
+    assert "(n=1)" in text(comparison_table([record(), record(seed=1, forgetting=None)], "nll"))
+    shown = text(comparison_table([record(), record("replay") | {"summary": {}}], "nll"))
+    assert "replay-s0 done without nll" in shown
+
+
+def test_the_baseline_is_the_same_cell_without_the_mitigation() -> None:
+    forgetting = {("lora", "none"): 1.0, ("lora", "ewc"): 0.5, ("full", "none"): 4.0, ("full", "ewc"): 1.0}
+    cells = [
+        record(name, forgetting=value) | {"axes": {"mitigation": name, "adapter": adapter}}
+        for (adapter, name), value in forgetting.items()
+    ]
+    table = comparison_table(cells, "nll")
+    assert ["▲ 50 %" in line for line in lines(table, "lora")] == [False, True]
+    assert ["▲ 75 %" in line for line in lines(table, "full")] == [False, True]
+
+
+def test_no_percentage_of_next_to_nothing() -> None:
+    cells = [record(forgetting=0.0004), record("ewc", forgetting=-0.3)]
+    assert "%" not in lines(comparison_table(cells, "nll"), "ewc")[0]
+    assert "%" not in verdict(cells, "nll")
+
+
+def test_more_forgetting_than_the_baseline_is_marked() -> None:
+    shown = comparison_table([record(), record("ewc", forgetting=2.48)], "nll")
+    assert "▼ -100 %" in lines(shown, "ewc")[0]
+
+
+def test_numbers_keep_whole_on_a_narrow_terminal() -> None:
+    shown = text(comparison_table([record(), FAILED], "nll"), width=80)
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+# -- plain words --------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_in_words() -> None:
+    said = verdict([record(), record("replay", forgetting=0.05, learning=1.66)], "nll")
+    assert said == (
+        "Sequential training (none) forgets 1.24 nats per completion token (learning 1.67). "
+        "replay forgets 96 % less (0.05 against 1.24) and learns as much (1.66 against 1.67). "
+        "One seed: no statement about significance."
+    )
+
+
+@pytest.mark.parametrize(
+    ("forgetting", "learning", "words"),
+    [
+        (2.48, 1.67, "forgets 100 % more (2.48 against 1.24) and learns as much"),
+        (1.25, 1.67, "forgets as much (1.25 against 1.24)"),
+        (-0.10, 1.67, "does not forget (-0.10 against 1.24)"),
+        (0.62, 2.50, "and learns less (2.50 against 1.67)"),
+        (0.62, 1.20, "and learns more (1.20 against 1.67)"),
+    ],
+)
+def test_the_verdict_words_every_outcome(forgetting: float, learning: float, words: str) -> None:
+    assert words in verdict([record(), record("ewc", forgetting=forgetting, learning=learning)], "nll")
+
+
+def test_few_seeds_are_not_called_significant() -> None:
+    two = verdict([record(), record(seed=1, forgetting=1.44)], "nll")
+    assert "1.34 ±0.14" in two
+    assert "2 seeds, not tested (fewer than 6" in two
+    six = verdict([record(seed=s) for s in range(6)], "nll")
+    assert "6 seeds, not tested." in six
+
+
+def test_the_verdict_names_what_is_left_out() -> None:
+    said = verdict([record(), FAILED], "nll")
+    assert "lwf: nothing to compare." in said
+    assert "Mind: lwf-s0 failed." in said
+    assert "how much it learns is not known" in verdict([record(), record("ewc")], "accuracy")
+    assert verdict([FAILED], "nll").startswith("lwf: nothing to compare. No cell is done.")
+    assert verdict([], "nll") == "No cell is done."
+
+
+# -- names are data -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["[bold]x[/bold]", "[/]", "<script>alert(1)</script>", "a\x1b[2Jb\n\tc\u202ed", "../../x"]
+)
+def test_names_do_no_harm(name: str) -> None:
+    hostile = record(name) | {"domains": [name, "legal"], "probes": [name], "cell": name}
+    shown = text(score_table(hostile, "nll")) + text(comparison_table([hostile, FAILED | {"cell": name}], "nll"))
+    shown += text(verdict([hostile, record("none")], "nll"))
+    assert not any(character in shown for character in "\x1b\t\u202e")
+    assert printable(name) in shown.replace("\n", " ")
+
+
+def test_printable_keeps_one_line_of_bounded_length() -> None:
+    assert printable("a\nb\x07\u200b  c") == "a b c"
+    assert printable("医学 é") == "医学 é"
+    assert len(printable("x" * 500)) == 60

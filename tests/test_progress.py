@@ -40,7 +40,7 @@ class Tiny(LightningModule):
     def training_step(self, batch: TinyBatch, index: int) -> torch.Tensor:
         if index == self.fail_at:
             raise RuntimeError("broken on purpose")
-        loss = self.layer(batch.x).pow(2).mean() * 0 + 1.25
+        loss: torch.Tensor = self.layer(batch.x).pow(2).mean() * 0 + 1.25
         if self.log_it:
             self.log("loss", loss, batch_size=1)
         return loss
@@ -50,16 +50,17 @@ class Tiny(LightningModule):
 
 
 def fit(callback: StageProgress, module: Tiny | None = None, *, resume: Path | None = None, **options: Any) -> Trainer:
-    defaults = {"max_steps": 4, "enable_progress_bar": False, "logger": False, "log_every_n_steps": 1}
+    defaults: dict[str, Any] = {"max_steps": 4, "enable_progress_bar": False, "logger": False, "log_every_n_steps": 1}
     defaults |= {"enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = Trainer(callbacks=[callback], **(defaults | options))
-    loader = DataLoader([TinyBatch(torch.ones(2)) for _ in range(4)], batch_size=None)  # type: ignore[arg-type]
+    loader: Any = DataLoader([TinyBatch(torch.ones(2)) for _ in range(4)], batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module or Tiny(), loader, ckpt_path=resume)
     return trainer
 
 
 def stage(**changed: Any) -> StageProgress:
-    return StageProgress(**({"stage": 2, "stages": 3, "domain": "medical", "cell": "ewc-s0"} | changed))
+    options: dict[str, Any] = {"stage": 2, "stages": 3, "domain": "medical", "cell": "ewc-s0"}
+    return StageProgress(**(options | changed))
 
 
 def terminal(width: int = 100) -> Console:
@@ -121,7 +122,7 @@ def test_a_module_that_logs_no_loss_is_fine(capsys: pytest.CaptureFixture[str]) 
         ({"max_steps": 2, "max_epochs": -1}, "2"),
     ],
 )
-def test_the_number_of_steps(options: dict[str, int], steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_number_of_steps(options: dict[str, Any], steps: str, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = fit(stage(), **options)
     shown = ours(capsys.readouterr().err)
     assert shown[0].endswith(f": {steps} steps")
@@ -162,7 +163,7 @@ def test_a_crash_gives_the_terminal_back(plain: bool) -> None:
 
 
 def test_names_do_no_harm(capsys: pytest.CaptureFixture[str]) -> None:
-    hostile = {"cell": "ewc-s0 [bold]{x}", "domain": "[/]\x1b[2J\n{task}" + "y" * 200}
+    hostile: dict[str, Any] = {"cell": "ewc-s0 [bold]{x}", "domain": "[/]\x1b[2J\n{task}" + "y" * 200}
     fit(stage(**hostile))
     first, _ = ours(capsys.readouterr().err)
     assert first.startswith("ewc-s0 [bold]{x}  2/3  [/][2J {task}")

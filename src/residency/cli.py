@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
-import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported for their names: a class that is imported can be given by its short name on the command line.
 from residency import adapters, backbones, domains, mitigations, objectives
@@ -24,21 +21,29 @@ from residency.console import ConsoleView, show_predictions, show_scores
 from residency.data import StreamData
 from residency.domains import packaged
 from residency.errors import UserError
-from residency.evaluation import EvaluationSettings
+from residency.mistakes import Refusal, explain, unwrapped
 from residency.module import ContinualModule
+from residency.parser import ResidencyParser, expand_presets
 from residency.record import RunFolder
+from residency.run_options import add_run_options, run_folder, run_settings, wandb_settings
 from residency.saved import predict_saved, score_saved
-from residency.strict_swap import install
 from residency.stream import StreamSettings, train_stream
+from residency.strict_swap import install
 from residency.trackers import Tracker
-from residency.tracking import WandbSettings
 from residency.trainers import Trainers
 from residency.types import Split
 from residency.views import View
+from residency.written import check_configs
 
 __all__ = ["ResidencyCLI", "parse"]
 
-_SHORT_NAMES = (adapters, backbones, domains, mitigations, objectives, packaged)
+_CLASSES = {
+    "model.backbone": (backbones,),
+    "model.adapter": (adapters,),
+    "model.objective": (objectives,),
+    "model.mitigations": (mitigations,),
+    "data": (domains, packaged),
+}
 
 _TRAINER_DEFAULTS = {
     "logger": False,
@@ -48,8 +53,6 @@ _TRAINER_DEFAULTS = {
     "gradient_clip_val": 1.0,
 }
 
-_NAMED_PART = re.compile(r"--(model\.mitigations|data\.domains|data\.probes)\.[^.=]+")
-
 _DESCRIPTIONS = {
     "fit": "Train a stream of domains; after every stage score every domain. The same command goes on after a kill.",
     "validate": "Score a saved stage on the validation rows of every domain.",
@@ -58,29 +61,11 @@ _DESCRIPTIONS = {
 }
 
 
-class ResidencyParser(LightningArgumentParser):
-    """Says what is wrong in one message instead of a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Called by jsonargparse for everything that does not parse.
-
-        Raises:
-            UserError: Always.
-        """
-        text = "\n  ".join(line.strip() for line in str(message).strip().splitlines())
-        raise UserError(
-            text,
-            why="the config file or the command line has a key or a value that does not fit",
-            fix=f"`{self.prog} --help` lists the keys, `--print_config` shows a complete config, "
-            "`--model.adapter.help CLASS` explains one class",
-        ) from ex
-
-
 class ResidencyCLI(LightningCLI):
     """Parts are named, not positional: `model.adapter`, `model.mitigations.<name>`, `data.domains.<name>`.
 
     Args:
-        args: Command line without the program's name.
+        args: Command line without the program's name; that of the process by default.
         run: Whether the subcommand is carried out, or only parsed and instantiated.
     """
 
@@ -101,6 +86,8 @@ class ResidencyCLI(LightningCLI):
             args=args,
         )
 
+    # -- options ------------------------------------------------------------------------------------------------
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Verbs, and the arguments of the Trainer's methods that they do not take."""
@@ -118,20 +105,13 @@ class ResidencyCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run is apart from model and data."""
-        parser.add_argument("--name", type=str, default="run", help="Name of the run; its folder is runs/<name>.")
-        parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run instead of runs/<name>.")
-        parser.add_argument(
-            "--checkpoint_every_n_steps",
-            type=int,
-            default=50,
-            help="Optimizer steps between two checkpoints inside a stage; 0 = only whole stages are saved.",
-        )
-        parser.add_argument(
-            "--store", type=str | None, default=None, help="Folder where runs share the scores of the untrained model."
-        )
-        parser.add_argument("--axes", type=dict[str, Any], default={}, help="Place in a study (set by `sweep`).")
-        parser.add_class_arguments(EvaluationSettings, "evaluation")
-        parser.add_class_arguments(WandbSettings, "wandb")
+        add_run_options(parser)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for verb, subparser in self._subcommand_parsers.items():
+            # The generated line names every key there is and fills a screen.
+            subparser.usage = f"residency {verb} [RUN] [--config FILE ...] [--KEY=VALUE ...]"
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -147,7 +127,11 @@ class ResidencyCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; `--model.mitigations.<name> FILE` and its like take a preset file."""
         words = sys.argv[1:] if args is None else args
-        self.config = parser.parse_args(expand_presets(words))
+        check_configs(words)
+        try:
+            self.config = parser.parse_args(expand_presets(words))
+        except Refusal as refusal:
+            raise explain(refusal, words, _class_names()) from refusal
 
     def _parse_ckpt_path(self) -> None:
         """Runs resume from their own folder; Lightning's way would let a checkpoint override the command line."""
@@ -155,12 +139,11 @@ class ResidencyCLI(LightningCLI):
     def _set_seed(self) -> None:
         """Nothing draws from a global generator, so there is none to seed."""
 
+    # -- objects ------------------------------------------------------------------------------------------------
+
     def instantiate_classes(self) -> None:
         """Build module and data; Trainers are made stage by stage."""
-        with warnings.catch_warnings():
-            # LoraConfig warns about its own default once jsonargparse spells it out.
-            warnings.filterwarnings("ignore", message=".*loftq_config.*")
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
+        with _building():
             self.config_init = self.parser.instantiate_classes(self.config)
         self.model = self._get(self.config_init, "model")
         self.datamodule = self._get(self.config_init, "data")
@@ -170,8 +153,7 @@ class ResidencyCLI(LightningCLI):
         """Trainer arguments with callbacks and loggers of their own at every call."""
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_lightning_class_args(Trainer, "trainer")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
+        with _building():
             built = parser.instantiate_classes(Namespace(trainer=copy.deepcopy(self._get(self.config, "trainer"))))
         return dict(vars(built["trainer"]))
 
@@ -179,8 +161,19 @@ class ResidencyCLI(LightningCLI):
         self.result: Any = None
         if self._carry_out:
             logging.getLogger("transformers").setLevel(logging.ERROR)
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            self._check_trainer()
             self.result = getattr(self, subcommand)()
+
+    def _check_trainer(self) -> None:
+        """Make a Trainer now, so that a device that is not there stops the command before a model is loaded."""
+        try:
+            _ = self.trainers.root_device
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+            raise UserError(
+                f"trainer: {' '.join(str(error).split())}",
+                why="Lightning's Trainer refuses these options on this machine",
+                fix="correct trainer.accelerator, trainer.devices, trainer.strategy or trainer.precision",
+            ) from error
 
     # -- verbs --------------------------------------------------------------------------------------------------
 
@@ -234,28 +227,12 @@ class ResidencyCLI(LightningCLI):
     @property
     def folder(self) -> RunFolder:
         """The run's folder."""
-        return RunFolder(Path(self.option("run_dir") or Path("runs") / self.option("name")))
+        return run_folder(self.option)
 
     @property
     def settings(self) -> StreamSettings:
         """The run's settings."""
-        every = self.option("checkpoint_every_n_steps")
-        if every < 0:
-            raise UserError(
-                f"--checkpoint_every_n_steps={every}",
-                why="it counts optimizer steps between two checkpoints",
-                fix="give 0 (no checkpoint inside a stage) or a positive number",
-            )
-        evaluation = self.option("evaluation")
-        store = self.option("store")
-        return StreamSettings(
-            cell=self.option("name"),
-            seed=self.option("seed_everything"),
-            axes=dict(self.option("axes")),
-            checkpoint_every_n_steps=every,
-            evaluation=EvaluationSettings(**_plain(evaluation)),
-            store=Path(store) if store else None,
-        )
+        return run_settings(self.option)
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -264,45 +241,26 @@ class ResidencyCLI(LightningCLI):
         return {key: value for key, value in self.config_dump.items() if key not in ("config", "run_dir", "subcommand")}
 
     def _views(self) -> list[View]:
-        settings = WandbSettings(**_plain(self.option("wandb")))
-        tracker = Tracker(settings=settings, folder=self.folder.path, config=self.resolved)
+        tracker = Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
         return [ConsoleView(folder=self.folder.path), tracker]
 
 
-def expand_presets(words: Sequence[str]) -> list[str]:
-    """Put the content of preset files where a named part is given as a file.
-
-    jsonargparse reads files for plain arguments (`--model.adapter FILE`) but not for entries of a dict.
-
-    Raises:
-        UserError: The file is missing or is not YAML.
-    """
-    joined: list[str] = []
-    for word in words:
-        if joined and _NAMED_PART.fullmatch(joined[-1]) and not word.startswith("-"):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return [_expanded(word) for word in joined]
+@contextmanager
+def _building() -> Iterator[None]:
+    with warnings.catch_warnings(), unwrapped():
+        # LoraConfig warns about its own default once jsonargparse spells it out.
+        warnings.filterwarnings("ignore", message=".*loftq_config.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
 
 
-def _expanded(word: str) -> str:
-    key, _, value = word.partition("=")
-    if not (_NAMED_PART.fullmatch(key) and value.endswith((".yaml", ".yml", ".json"))):
-        return word
-    try:
-        content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{key}: cannot read {value}: {error}",
-            why="it looks like a preset file",
-            fix="give an existing YAML file with class_path and init_args, or a class name",
-        ) from error
-    return f"{key}={json.dumps(content)}"
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    return value.as_dict() if isinstance(value, Namespace) else dict(vars(value))
+def _class_names() -> dict[str, list[str]]:
+    """Classes that can be given by their short names, by the start of the keys that take them."""
+    parts = {key: [vars(m)[name] for m in modules for name in m.__all__] for key, modules in _CLASSES.items()}
+    return {
+        key: [part.__name__ for part in found if isinstance(part, type) and not part.__module__.endswith(".base")]
+        for key, found in parts.items()
+    }
 
 
 def parse(args: list[str]) -> ResidencyCLI:

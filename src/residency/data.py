@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -96,7 +96,7 @@ class StreamData(LightningDataModule):
         domain = self.domains[stage.domain]
         rows = domain.rows("train")
 
-        @lru_cache(maxsize=None)
+        @cache
         def encode(index: int) -> Example:
             return domain.template.encode(tokenizer, domain=stage.domain, row=rows[index])
 

@@ -61,7 +61,7 @@ def supports_batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: Ex
         return False
     try:
         sums = {name: gradient.sum(0) for name, gradient in _batched(model, leaves, batch, losses)}
-    except _CalledAgainError:
+    except _NotPerExampleError:
         return False
     if {*sums} != {*leaves}:
         return False
@@ -73,17 +73,15 @@ def supports_batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: Ex
     return True
 
 
-class _CalledAgainError(RuntimeError):
-    """A layer ran twice in one forward pass, so its captured input is not the whole story."""
+class _NotPerExampleError(RuntimeError):
+    """What a layer saw cannot be cut into examples: it ran twice, or not on the tokens of the batch."""
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _batched(
-    model: nn.Module, leaves: Tensors, batch: Batch, losses: ExampleLosses
-) -> Iterator[tuple[str, Tensor]]:
+def _batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: ExampleLosses) -> Iterator[tuple[str, Tensor]]:
     owners = {name.rpartition(".")[0]: _owner(model, name) for name in leaves}
     with _captured(owners) as calls:
         total = losses(batch).sum()
@@ -106,7 +104,12 @@ def _batched(
 
 def _per_example(tensor: Tensor, batch: Batch, sizes: list[int]) -> Tensor:
     """(1, N, D) or (B, T, D) -> (B, T, D), zeros where there is no token."""
-    if batch.layout == "padded":
+    rows, columns = batch.input_ids.shape
+    packed = batch.layout == "packed"
+    # A head that runs at the supervised positions only, or an expert that gets some of the tokens.
+    if tensor.dim() != 3 or tensor.shape[0] != rows or (packed and tensor.shape[1] != columns):
+        raise _NotPerExampleError(f"{tuple(tensor.shape)} on a batch of {rows} x {columns} tokens")
+    if not packed:
         return tensor
     return pad_sequence(list(tensor[0].split(sizes)), batch_first=True)
 
@@ -119,7 +122,7 @@ def _captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor,
     def hook_for(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             if path in calls:
-                raise _CalledAgainError(path)
+                raise _NotPerExampleError(path)
             calls[path] = (inputs[0].detach(), output)
 
         return hook

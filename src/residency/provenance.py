@@ -17,7 +17,8 @@ _PACKAGES = ("residency", "torch", "lightning", "transformers", "peft", "bitsand
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    found["threads"] = str(torch.get_num_threads())
     for package in _PACKAGES:
         try:
             found[package] = version(package)

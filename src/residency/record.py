@@ -47,6 +47,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.path / ".lock", timeout=0):
+                # Nobody else writes here now, so these are what a killed process left half written.
+                for stale in self.path.rglob(".*.tmp"):
+                    stale.unlink(missing_ok=True)
                 yield
         except Timeout as error:
             raise UserError(

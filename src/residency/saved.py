@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,9 +127,3 @@ def _needs_rows(data: StreamData, split: Split) -> None:
             why="there is nothing to score",
             fix="give the domain a validation file or raise max_validation",
         )
-
-
-def folder_of(path: str) -> Path | None:
-    """The run folder that a first word on the command line names, or `None`."""
-    folder = Path(path)
-    return folder if (folder / "config.yaml").is_file() else None

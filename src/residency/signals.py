@@ -24,8 +24,8 @@ def stop_on_signals() -> Iterator[None]:
         raise Stopped(signal.Signals(number).name)
 
     previous: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, stop)
+    for watched in (signal.SIGINT, signal.SIGTERM):
+        previous[watched] = signal.signal(watched, stop)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ the structure, so that a tree is there whole or not at all.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -112,7 +113,8 @@ def save_tree(path: Path, tree: Mapping[str, Any]) -> None:
         UserError: No room on disk.
     """
     tensors: dict[str, torch.Tensor] = {}
-    header = {_HEADER: json.dumps(_encode(tree, "", tensors))}
+    structure = json.dumps(_encode(tree, "", tensors))
+    header = {_HEADER: _checksum(structure) + structure}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
@@ -124,9 +126,13 @@ def load_tree(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as handle:
-            header = (handle.metadata() or {})[_HEADER]
+            checksum, brace, rest = (handle.metadata() or {})[_HEADER].partition("{")
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        tree: dict[str, Any] = _decode(json.loads(header), tensors)
+        structure = brace + rest
+        # A flipped bit in a name or a number is still JSON.
+        if checksum and checksum != _checksum(structure):
+            raise ValueError("its structure does not fit its checksum")
+        tree: dict[str, Any] = _decode(json.loads(structure), tensors)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"cannot read the state {path}: {error}",
@@ -136,6 +142,10 @@ def load_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _checksum(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         key = name or "value"
@@ -143,12 +153,14 @@ def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
             raise TypeError(f"two tensors would be stored under the name {key!r}")
         # A copy where memory is shared: safetensors stores every tensor by itself.
         owned = value.detach().contiguous()
-        shared = any(owned.data_ptr() == other.data_ptr() for other in tensors.values()) and owned.numel() > 0
+        memory = owned.untyped_storage().data_ptr()
+        shared = any(memory == other.untyped_storage().data_ptr() for other in tensors.values()) and owned.numel() > 0
         tensors[key] = owned.clone() if shared else owned
         return {"$tensor": key}
     if isinstance(value, Mapping):
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-        items = [[key, _encode(item, f"{name}/{key}" if name else str(key), tensors)] for key, item in value.items()]
+        inner = {key: f"{name}/{key}" if name else str(key) for key in value}
+        items = [[_encode(key, inner[key], tensors), _encode(value[key], inner[key], tensors)] for key in value]
         return dict(items) if plain else {"$items": items}
     if isinstance(value, list | tuple):
         items = [_encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
@@ -166,7 +178,7 @@ def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if "$tensor" in value:
         return tensors[value["$tensor"]]
     if "$items" in value:
-        return {key: _decode(item, tensors) for key, item in value["$items"]}
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["$items"]}
     if "$tuple" in value:
         return tuple(_decode(item, tensors) for item in value["$tuple"])
     return {key: _decode(item, tensors) for key, item in value.items()}

@@ -102,7 +102,13 @@ class Trainers:
 class quiet_lightning:
     """Hide Lightning's advice that does not apply to a stream."""
 
-    _NOISE = (".*does not have many workers.*", ".*The number of training batches.*", ".*`isinstance.treespec.*")
+    # The last one: our sampler starts where the checkpoint ended, so nothing has to be restored into the loader.
+    _NOISE = (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*",
+        ".*`isinstance.treespec.*",
+        ".*your dataloader is not resumable.*",
+    )
 
     def __enter__(self) -> None:
         self._catch = warnings.catch_warnings()

@@ -116,7 +116,7 @@ class Batch:
 
     def to(self, device: Any, **kwargs: Any) -> Batch:
         """A copy with every tensor on `device` (Lightning calls this)."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, **kwargs)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

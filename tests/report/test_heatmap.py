@@ -37,8 +37,9 @@ def marks(spec: object, kind: str, **wanted: object) -> list[dict[str, Any]]:
 
 
 def values(spec: dict[str, Any], layer: dict[str, Any]) -> list[dict[str, Any]]:
-    found = layer["data"].get("values")
-    return found if found is not None else spec["datasets"][layer["data"]["name"]]
+    data: dict[str, Any] = {"values": spec["datasets"].get(layer["data"].get("name"))} | layer["data"]
+    found: list[dict[str, Any]] = data["values"]
+    return found
 
 
 def words(svg: Path) -> list[str]:

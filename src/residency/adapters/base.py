@@ -96,7 +96,8 @@ class Adapter(ABC):
 def missing_capability(adapter: Adapter, capability: Capability) -> UserError:
     """The error for a method that an adapter cannot support."""
     return UserError(
-        f"{type(adapter).__name__} was asked for {capability!r}, and it provides {sorted(adapter.provides) or 'nothing'}",
+        f"{type(adapter).__name__} was asked for {capability!r}, "
+        f"and it provides {sorted(adapter.provides) or 'nothing'}",
         why="there is no exact way to do it with this adapter",
         fix="use an adapter that provides it, for example configs/adapter/lora.yaml",
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -26,7 +27,9 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _AVERAGED_AS_THEY_ARE = frozenset(
     {"IA3", "PROMPT_TUNING", "PREFIX_TUNING", "LN_TUNING", "FOURIERFT", "WAVEFT", "SHIRA", "C3A", "TRAINABLE_TOKENS"}
 )
-_VIRTUAL_TOKENS = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "CARTRIDGE", "PREFIX_TUNING"})
+_VIRTUAL_TOKENS = frozenset(
+    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "CARTRIDGE", "PREFIX_TUNING"}
+)
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
 
 
@@ -147,7 +150,9 @@ def _capabilities(config: PeftConfig, kind: str) -> frozenset[Capability]:
 
 def _pairs(state: Tensors) -> list[tuple[str, str]]:
     """(name of A, name of B) of every LoRA layer in a state."""
-    return [(name, name.replace(a, b)) for name in state for a, b in _PAIRS if a in name and name.replace(a, b) in state]
+    return [
+        (name, name.replace(a, b)) for name in state for a, b in _PAIRS if a in name and name.replace(a, b) in state
+    ]
 
 
 def _scale(model: nn.Module, name: str) -> float:
@@ -182,8 +187,10 @@ def low_rank_factors(matrix: Tensor, *, rank: int, a_norm: float) -> tuple[Tenso
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(matrix.float(), q=wide, niter=4)
             vh = v.T
-    length = (a_norm or 1.0) / rank**0.5
-    return u[:, :rank] * (s[:rank] / length), vh[:rank] * length
+    length = (a_norm or 1.0) / min(rank, smallest) ** 0.5
+    # A rank above the matrix's own dimensions leaves directions over; they stay empty.
+    spare = max(0, rank - smallest)
+    return F.pad(u[:, :rank] * (s[:rank] / length), (0, spare)), F.pad(vh[:rank] * length, (0, 0, 0, spare))
 
 
 def lora(**options: Any) -> Peft:

@@ -99,7 +99,7 @@ class CausalLM(Backbone):
             raise UserError(
                 f"cannot get the model {self.path!r} (revision {self.revision or 'main'}): {type(error).__name__}",
                 why="it is neither in the local hub cache nor could it be downloaded",
-                fix="check the id and the network (or HF_TOKEN for a gated model), or give a local folder, or `packaged`",
+                fix="check the id and the network (HF_TOKEN for a gated model), or give a folder, or `packaged`",
             ) from error
 
     @cached_property
@@ -160,7 +160,8 @@ class CausalLM(Backbone):
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+        generate: Any = model.generate
+        out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         new = [row[width:] for row in out.tolist()]
         return [row[: row.index(end)] if end in row else row for row in new]
 
@@ -217,7 +218,7 @@ def _forbid_repacking(model: nn.Module) -> None:
     # every later training step would lose its gradients (bitsandbytes 0.50, spec/adapters A3).
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 class _quiet_loading:

@@ -48,9 +48,10 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if segments is None:
-        return sdpa_attention_forward(
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+        return plain
     out = attend_segments(query, key, value, segments, scale=scaling, dropout=dropout, window=sliding_window)
     return out.transpose(1, 2).contiguous(), None
 

@@ -63,7 +63,7 @@ def quadratic_penalty(parameters: Tensors, anchor: Tensors, precision: Tensors, 
     """
     names = list(parameters)
     tensors = [*parameters.values(), *(anchor[n] for n in names), *(precision[n] for n in names)]
-    penalty: Tensor = _Quadratic.apply(strength, len(names), *tensors)
+    penalty: Tensor = _Quadratic.apply(strength, len(names), *tensors)  # type: ignore[no-untyped-call]
     return penalty
 
 
@@ -140,7 +140,7 @@ class EWC(Mitigation):
         mode: Literal["separate", "online"] = "separate",
         decay: float = 1.0,
         fisher_samples: int = 64,
-        batch_tokens: int = 1024,
+        batch_tokens: int = 512,
     ) -> None:
         super().__init__()
         if strength < 0 or not 0 <= decay <= 1 or fisher_samples < 1:
@@ -185,7 +185,9 @@ class EWC(Mitigation):
 
     def _quadratic(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         precision, anchor, constant = (self.state[key] for key in ("precision", "anchor", "constant"))
-        assert isinstance(precision, dict) and isinstance(anchor, dict) and isinstance(constant, Tensor)
+        assert isinstance(precision, dict)
+        assert isinstance(anchor, dict)
+        assert isinstance(constant, Tensor)
         return precision, anchor, constant
 
     def _sample(self, examples: Sequence[Example], stage: Stage) -> list[Example]:

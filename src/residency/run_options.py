@@ -1,0 +1,86 @@
+"""What a run is apart from model, data and Trainer: its options, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from residency.errors import UserError
+from residency.evaluation import EvaluationSettings
+from residency.record import RunFolder
+from residency.stream import StreamSettings
+from residency.tracking import WandbSettings
+
+__all__ = ["add_run_options", "run_folder", "run_settings", "wandb_settings"]
+
+Option = Callable[[str], Any]
+
+
+def add_run_options(parser: LightningArgumentParser) -> None:
+    """Add name, folder, checkpoints, store, place in a study, evaluation and W&B."""
+    parser.add_argument("--name", type=str, default="run", help="Name of the run; its folder is runs/<name>.")
+    parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run instead of runs/<name>.")
+    parser.add_argument(
+        "--checkpoint_every_n_steps",
+        type=int,
+        default=50,
+        help="Optimizer steps between two checkpoints inside a stage; 0 = only whole stages are saved.",
+    )
+    parser.add_argument(
+        "--store", type=str | None, default=None, help="Folder where runs share the scores of the untrained model."
+    )
+    parser.add_argument("--axes", type=dict[str, Any], default={}, help="Place in a study (set by `sweep`).")
+    parser.add_class_arguments(EvaluationSettings, "evaluation")
+    parser.add_class_arguments(WandbSettings, "wandb")
+
+
+def run_folder(option: Option) -> RunFolder:
+    """The run's folder.
+
+    Raises:
+        UserError: The name would lead out of `runs`.
+    """
+    folder, name = option("run_dir"), option("name")
+    if not folder and (Path(name).name != name or name in ("", ".", "..")):
+        raise UserError(
+            f"--name={name}",
+            why="runs/<name> must be one folder in runs",
+            fix="give a name without slashes, or the folder itself with --run_dir",
+        )
+    return RunFolder(Path(folder or Path("runs") / name))
+
+
+def run_settings(option: Option) -> StreamSettings:
+    """The run's settings.
+
+    Raises:
+        UserError: A number of steps is negative.
+    """
+    every, store = option("checkpoint_every_n_steps"), option("store")
+    if every < 0:
+        raise UserError(
+            f"--checkpoint_every_n_steps={every}",
+            why="it counts optimizer steps between two checkpoints",
+            fix="give 0 (no checkpoint inside a stage) or a positive number",
+        )
+    return StreamSettings(
+        cell=option("name"),
+        seed=option("seed_everything"),
+        axes=dict(option("axes")),
+        checkpoint_every_n_steps=every,
+        evaluation=EvaluationSettings(**_plain(option("evaluation"))),
+        store=Path(store) if store else None,
+    )
+
+
+def wandb_settings(option: Option) -> WandbSettings:
+    """Where the run appears on W&B."""
+    return WandbSettings(**_plain(option("wandb")))
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return value.as_dict() if isinstance(value, Namespace) else dict(vars(value))

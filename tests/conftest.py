@@ -1,0 +1,34 @@
+"""What every test may use: tiny backbones on disk, one thread per process, no network, no W&B."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from tiny import write_backbone
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 2 layers and 32 dimensions."""
+    return write_backbone(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def llama_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with attention dropout, which draws from the global generator in every step."""
+    return write_backbone(tmp_path_factory.mktemp("llama-dropout"), dropout=0.1)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2, whose linear layers are stored transposed."""
+    return write_backbone(tmp_path_factory.mktemp("gpt2"), architecture="gpt2")

@@ -54,7 +54,7 @@ class Peft(Adapter):
     def attach(self, model: nn.Module) -> nn.Module:
         """Wrap the model with PEFT; only the adapter's parameters stay trainable."""
         if isinstance(model, PeftModel):
-            return model
+            return model  # type: ignore[no-any-return]
         # A copy: PEFT writes the base model's name and the resolved targets into the config it is given.
         config = copy.deepcopy(self.config)
         config.task_type = config.task_type or "CAUSAL_LM"
@@ -62,12 +62,12 @@ class Peft(Adapter):
             with warnings.catch_warnings():
                 # PEFT asks transformers for a property that transformers has renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-                return get_peft_model(model, config)  # type: ignore[arg-type]
+                return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(
                 f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",
                 why="the tuner does not fit this model, its layers or its quantisation",
-                fix="correct model.adapter.config (target_modules is the usual cause), or use configs/adapter/lora.yaml",
+                fix="correct model.adapter.config (often target_modules), or use configs/adapter/lora.yaml",
             ) from error
 
     def weights(self, model: nn.Module, state: Tensors) -> Tensors:
@@ -77,7 +77,7 @@ class Peft(Adapter):
         updates by 64 % in norm.
         """
         self._check_averageable()
-        pairs = {a: b for a, b in _pairs(state)}
+        pairs = dict(_pairs(state))
         factors = {*pairs, *pairs.values()}
         names = [*pairs, *(name for name in state if name not in factors)]
 
@@ -98,7 +98,7 @@ class Peft(Adapter):
         """
         self._check_averageable()
         live = self.trainable(model)
-        pairs = {a: b for a, b in _pairs(live)}
+        pairs = dict(_pairs(live))
         lost = total = 0.0
         for name in weights:
             wanted = weights[name]

@@ -82,6 +82,17 @@ def train(
     return record, module
 
 
+# What a child would otherwise import anew. Importing runs nothing in parallel, so forking afterwards is safe.
+PRELOAD = [
+    "residency.stream",
+    "residency.mitigations",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils",
+    "torchmetrics.functional.text.rouge",
+]
+
+
 @dataclass(frozen=True)
 class Kill:
     """When a child kills itself with SIGKILL.
@@ -154,7 +165,7 @@ def in_child(
 ) -> int:
     """Train in a process of its own (imports come from a fork server); its exit code, -9 if it was killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["running"])
+    context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=_child, args=(folder, backbone, adapter, mitigations, kill, options))
     process.start()
     process.join(timeout=120)

@@ -279,7 +279,7 @@ def test_a_full_disk_is_explained(
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(storage.os, call, fail)  # type: ignore[attr-defined]
+    monkeypatch.setattr(storage.os, call, fail)
     with pytest.raises(UserError, match=message) as caught:
         write(tmp_path / "kept")
     monkeypatch.undo()

@@ -1,8 +1,8 @@
 """Is `residency fit` at least as fast as a plain PyTorch loop on the same batches?
 
 Both arms train SmolLM2-135M with LoRA r=8 on medical -> legal -> code, on the very same rows in the same order,
-alternating in one process (loop, fit, loop, fit, ...), so that a busy machine slows both. Only training is timed: from the first
-batch's collation to the last optimizer step, without loading, scoring or writing.
+alternating in one process (loop, fit, loop, fit, ...), so that a busy machine slows both. Only training is timed: from
+the first batch's collation to the last optimizer step, without loading, scoring or writing.
 
 The loop: right-padded batches, the head only at supervised positions, AdamW, clipping at 1.0; PEFT's own LoRA layers
 and transformers' default attention. No framework.

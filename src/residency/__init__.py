@@ -2,10 +2,27 @@
 
 import logging
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from residency.api import Run, StudyRuns, fit, load_run, load_study, sweep
+    from residency.errors import UserError
+
+__all__ = ["Run", "StudyRuns", "UserError", "fit", "load_run", "load_study", "sweep"]
 
 # On import bitsandbytes looks for an optional kernel package and reports that it is not there; nothing here uses it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # Tokenizers are used before and after data-loader processes fork; their own threads would only warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: `residency --help` and the names above must not cost the import of torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("residency.errors" if name == "UserError" else "residency.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from residency.errors import UserError
 from residency.storage import load_tree, save_tree
@@ -38,8 +38,11 @@ class SafetensorsIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class StageCheckpoint(Callback):
+class StageCheckpoint(Checkpoint):
     """Saves the running stage every n optimizer steps, each time over the last one.
+
+    A `Checkpoint`, because Lightning runs those after all other callbacks: what a mitigation changes at the end of a
+    batch is in the file.
 
     Never after the last step: a stage resumed there would have nothing left to run and its end hooks would not fire.
 
@@ -148,8 +151,3 @@ def _not_finite(name: str, value: float, stage: Stage, step: int) -> UserError:
         fix="lower the learning rate or a mitigation's strength, or set trainer.gradient_clip_val",
     )
 
-
-def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Add one JSON line to a file and flush it."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -15,11 +15,10 @@ from rich.table import Table
 from residency.progress import StageProgress, evaluation_progress
 from residency.report.heatmap import heat_map, save
 from residency.report.tables import printable, score_table
-from residency.signals import Stopped
 from residency.types import Stage
 from residency.views import RunInfo, View
 
-__all__ = ["ConsoleView", "show_predictions", "show_scores"]
+__all__ = ["ConsoleView", "show_complete", "show_predictions", "show_scores"]
 
 
 class ConsoleView(View):
@@ -67,13 +66,10 @@ class ConsoleView(View):
         )
         self.console.print(f"  record: {escape(str(self.folder / 'results.json'))}")
 
-    def fail(self, error: BaseException) -> None:
-        """How to go on."""
-        if isinstance(error, Stopped | KeyboardInterrupt):
-            self.console.print(
-                f"\nstopped ({escape(str(error)) or 'interrupted'}); complete stages are kept in "
-                f"{escape(str(self.folder))}. The same command goes on from there."
-            )
+
+def show_complete(folder: Path, console: Console | None = None) -> None:
+    """Say that there was nothing to do."""
+    (console or Console()).print(f"complete, nothing to train; record: {escape(str(folder / 'results.json'))}")
 
 
 def show_scores(found: Mapping[str, Any], console: Console | None = None) -> None:

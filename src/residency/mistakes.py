@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -13,9 +12,9 @@ from importlib import import_module
 from residency.errors import UserError
 from residency.written import Written, written
 
-__all__ = ["Refusal", "explain", "unwrapped"]
+__all__ = ["UNION", "Refusal", "explain"]
 
-_UNION = "Does not validate against any of the Union subtypes"
+UNION = "Does not validate against any of the Union subtypes"
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 _SHOWN = 12  # names in a message
 
@@ -101,17 +100,24 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _nearest(word: str, names: Sequence[str], *, cutoff: float = 0.6) -> str | None:
+    """The name that was probably meant; upper and lower case do not count."""
+    known = {name.lower(): name for name in names}
+    found = get_close_matches(word.lower(), known, 1, cutoff)
+    return known[found[0]] if found else None
+
+
 # -- answers: (case, match, place of the matching text) -> message ----------------------------------------------
 
 
 def _unknown_key(case: _Case, match: re.Match[str], place: int) -> UserError:
     key = match["key"].lstrip("-").partition("=")[0]
-    near = get_close_matches(key, case.accepted, 1)
+    near = _nearest(key, case.accepted)
     few = f" here, only {', '.join(case.accepted)}" if len(case.accepted) <= _SHOWN else ""
     return UserError(
         case.at(key),
         why=f"there is no key {key!r}{few}",
-        fix=f"did you mean {near[0]!r}?" if near else f"`residency {case.verb} --help` lists the keys",
+        fix=f"did you mean {near!r}?" if near else f"`residency {case.verb} --help` lists the keys",
     )
 
 
@@ -140,15 +146,15 @@ def _missing(case: _Case, match: re.Match[str], place: int) -> UserError:
 
 def _wrong_value(case: _Case, match: re.Match[str], place: int) -> UserError:
     above = case.texts[place + 1] if place + 1 < len(case.texts) else ""
-    subtypes = re.search(r"Subtypes: \[(.*)\]$", above, re.MULTILINE) if above.startswith(_UNION) else None
+    subtypes = re.search(r"Subtypes: \[(.*)\]$", above, re.MULTILINE) if above.startswith(UNION) else None
     types = _split(subtypes[1]) if subtypes else [match["type"]]
     value = match["value"] or next((m[1] for t in case.texts if (m := re.search(r"Given value: ([^\n]*)$", t))), None)
     wanted = list(dict.fromkeys(name for kind in types for name in _described(kind)))
-    near = get_close_matches(str(value), wanted, 1)
+    near = _nearest(str(value), wanted)
     return UserError(
         case.at(case.key(), value),
         why=f"the value must be {', '.join(wanted[:-1])}{' or ' if wanted[1:] else ''}{wanted[-1]}",
-        fix=f"did you mean {near[0]!r}?" if near else f"correct it; `residency {case.verb} --help` describes every key",
+        fix=f"did you mean {near!r}?" if near else f"correct it; `residency {case.verb} --help` describes every key",
     )
 
 
@@ -178,26 +184,27 @@ def _wrong_class(case: _Case, match: re.Match[str], place: int) -> UserError:
         return UserError(
             got,
             why=f"there is no file {name}",
-            fix="on the command line paths are relative to the folder you start from, inside a config to its own folder",
+            fix="paths on the command line are relative to the folder you start from, paths in a config to its folder",
         )
     names = next((names for start, names in case.classes.items() if key.startswith(start)), ())
-    near = get_close_matches(name, {*names, *_siblings(name)} - {name}, 1, cutoff=0.7)
+    near = None if name in (beside := _siblings(name)) else _nearest(name, [*names, *beside], cutoff=0.7)
     return UserError(
         got,
         why=" ".join(reason.split()) if reason else f"there is no class {name} for this key",
-        fix=f"did you mean {near[0]!r}?"
+        fix=f"did you mean {near!r}?"
         if near
         else f"give {', '.join([*names, ''])}a full path (package.module.Class) or a preset file",
     )
 
 
 def _siblings(name: str) -> set[str]:
-    """Full paths of what lies beside a name that was not found."""
+    """Full paths of the classes beside a name."""
     package = name.rpartition(".")[0]
     try:
-        return {f"{package}.{other}" for other in dir(import_module(package))} if package else set()
+        found = vars(import_module(package)) if package else {}
     except (ImportError, ValueError):
         return set()
+    return {f"{package}.{other}" for other, value in found.items() if isinstance(value, type)}
 
 
 def _ambiguous(case: _Case, match: re.Match[str], place: int) -> UserError:
@@ -222,39 +229,3 @@ _ANSWERS: tuple[tuple[str, _Answer], ...] = (
     (r"callable class: (?P<reason>.*)\. Got value: Namespace\(class_path=(?P<name>'[^']+')", _wrong_class),
     (r"^Expected (?:an? )?(?P<type>[^\n]+?)(?:\. Got value: (?P<value>[^\n]*))?$", _wrong_value),
 )
-
-
-# -- objects ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def unwrapped() -> Iterator[None]:
-    """Around building objects from a config: what a class says itself counts, not what jsonargparse makes of it.
-
-    Raises:
-        UserError: As the class raised it, or from the `ValueError` of a class that is not ours.
-    """
-    try:
-        yield
-    except Exception as error:
-        root: BaseException = error
-        while str(root).startswith(_UNION) and root.__cause__ is not None:
-            root = root.__cause__
-        if not isinstance(root, ValueError):
-            raise root from root.__cause__
-        raise UserError(
-            f"{_constructed(root)}: {' '.join(str(root).split())}",
-            why="the class refuses the values that the config gives it",
-            fix="correct them; `--print_config` shows what it is given",
-        ) from root
-
-
-def _constructed(error: BaseException) -> str:
-    """The class in whose constructor an error arose."""
-    trace, name = error.__traceback__, "the config"
-    while trace is not None:
-        code, local = trace.tb_frame.f_code, trace.tb_frame.f_locals
-        if code.co_name in ("__init__", "__post_init__") and "self" in local:
-            name = type(local["self"]).__name__
-        trace = trace.tb_next
-    return name

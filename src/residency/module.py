@@ -91,8 +91,6 @@ class ContinualModule(LightningModule):
         self._before_stage: dict[str, Tensor] = {}
         self._started = False
 
-    # -- building -----------------------------------------------------------------------------------------------
-
     def build(self, *, seed: int) -> None:
         """Load the backbone and attach the adapter; does nothing the second time.
 
@@ -117,8 +115,6 @@ class ContinualModule(LightningModule):
         self.dataset = self._fold("transform_dataset", examples, lambda m, d: m.transform_dataset(d, stage))
         self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
 
-    # -- forward ------------------------------------------------------------------------------------------------
-
     def forward(self, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions."""
         return self.backbone.logits(self.model, batch)
@@ -133,8 +129,6 @@ class ContinualModule(LightningModule):
                 return self.backbone.logits(self.model, batch)
         finally:
             self.model.train(training)
-
-    # -- the step -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: transform, objective, added terms."""
@@ -197,8 +191,6 @@ class ContinualModule(LightningModule):
         scheduler = self.scheduler_factory(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # -- around a stage -----------------------------------------------------------------------------------------
-
     def configure_callbacks(self) -> list[Callback]:
         """The mitigations take part in Lightning's own hooks and checkpoints."""
         return list(self.mitigations.values())
@@ -240,8 +232,6 @@ class ContinualModule(LightningModule):
             self.adapter.load_state(self.model, old)
             return
         self.weights_log = dict(self.adapter.load_weights(self.model, final))
-
-    # -- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the adapter's state instead of the whole model."""

@@ -44,7 +44,7 @@ class ResidencyParser(LightningArgumentParser):
             ArgumentError: From a parser inside of it, so that jsonargparse may try another type.
         """
         actions = getattr(ex, "subcommand_parser", self)._actions
-        hidden = ("help", "config", "print_config", SUPPRESS)
+        hidden = ("help", "config", "print_config", "print_shtab", "subcommand", SUPPRESS)
         accepted = [a.dest for a in actions if a.dest not in hidden and not a.dest.endswith(".help")]
         if self.exit_on_error:
             raise Refusal(message, accepted=accepted) from ex

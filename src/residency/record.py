@@ -42,9 +42,16 @@ class RunFolder:
         """Only one process writes a run.
 
         Raises:
-            UserError: Another living process does.
+            UserError: Another living process does, or the folder cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be made: {error.strerror}",
+                why="the files of a run need a folder",
+                fix="choose another --run_dir",
+            ) from error
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 # Nobody else writes here now, so these are what a killed process left half written.
@@ -66,13 +73,13 @@ class RunFolder:
     # -- config ---------------------------------------------------------------------------------------------------
 
     def keep_config(self, config: Mapping[str, Any]) -> None:
-        """Write the resolved config, or compare with the one that is there.
+        """Write the resolved config, or compare with the one that is there once a stage is.
 
         Raises:
             UserError: The folder belongs to a run with another config.
         """
         path = self.path / "config.yaml"
-        if path.is_file():
+        if path.is_file() and self._begun():
             old = yaml.safe_load(path.read_text(encoding="utf-8"))
             different = sorted(_differences(_fixed(old), _fixed(config)))
             if different:
@@ -85,6 +92,10 @@ class RunFolder:
             return
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         replace_file(path, lambda temporary: _write(temporary, text))
+
+    def _begun(self) -> bool:
+        """Whether anything depends on the config: a mistake found before the first score leaves nothing behind."""
+        return any(file.suffix != ".tmp" for file in (self.path / "stages").glob("*/*"))
 
     # -- stages ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from residency.errors import UserError
 
-__all__ = ["load_tree", "read_json", "replace_file", "save_tree", "write_json"]
+__all__ = ["append_line", "load_tree", "read_json", "replace_file", "save_tree", "write_json"]
 
 _HEADER = "residency"
 
@@ -73,6 +73,19 @@ def _explained(error: Exception, path: Path) -> Exception:
             fix="choose another folder with --run_dir, or change its permissions",
         )
     return error
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Add one JSON line to a file.
+
+    Raises:
+        UserError: No room on disk.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise _explained(error, path) from error
 
 
 def write_json(path: Path, value: Any) -> None:

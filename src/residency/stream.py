@@ -7,64 +7,41 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
-from torch.utils.data import DataLoader
-
-from residency.checkpointing import History, StageCheckpoint, append_line
+from residency.checkpointing import History
 from residency.data import StreamData
-from residency.domains.sampler import StageBatches
-from residency.errors import UserError
-from residency.evaluation import Evaluation, EvaluationSettings, evaluate, means
+from residency.evaluation import Evaluation, evaluate, means
 from residency.module import ContinualModule
 from residency.provenance import count_parameters, peak_memory_bytes
 from residency.record import RunFolder
 from residency.results import build_record
-from residency.scorers import check_scorers
-from residency.storage import load_tree
-from residency.trainers import Trainers, quiet_lightning
-from residency.types import Split, Stage
+from residency.settings import StreamSettings, check_stream
+from residency.stages import check_devices, restore_stage, train_stage
+from residency.storage import append_line, load_tree
+from residency.trainers import Trainers
+from residency.types import Stage
 from residency.views import RunInfo, View
 
 __all__ = ["StreamSettings", "check_stream", "train_stream"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings:
-    """What a run is apart from model and data.
-
-    Args:
-        cell: Name of the run.
-        seed: Of everything random.
-        axes: Place in a study.
-        checkpoint_every_n_steps: Optimizer steps between two in-stage checkpoints; 0 = none.
-        evaluation: How states are scored.
-        split: Which rows are scored after every stage.
-        store: Folder where scores of the untrained backbone are shared between runs; `None` = not shared.
-    """
-
-    cell: str
-    seed: int = 0
-    axes: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint_every_n_steps: int = 50
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    split: Split = "test"
-    store: Path | None = None
-
-
-def check_stream(data: StreamData) -> None:
-    """Everything about the data that can be wrong, before a model is loaded.
-
-    Raises:
-        UserError: See the message.
-    """
-    for name, domain in data.columns.items():
-        check_scorers(domain.scorers, where=f"data.domains.{name}")
-    data.check()
+def shared_base(module: ContinualModule, data: StreamData, settings: StreamSettings) -> RunFolder | None:
+    """Where the scores of the untrained backbone lie, keyed by everything that decides them."""
+    if settings.store is None:
+        return None
+    parts = {
+        "backbone": module.backbone.fingerprint(),
+        "data": data.fingerprints(),
+        "scorers": {name: domain.scorers for name, domain in data.columns.items()},
+        "split": settings.split,
+        "evaluation": asdict(settings.evaluation),
+        "layout": module.layout,
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return RunFolder(settings.store / "evaluations" / key[:32])
 
 
 def train_stream(
@@ -100,6 +77,7 @@ def train_stream(
         if (done := folder.results()) is not None:
             return done
         check_stream(data)
+        check_devices(data, trainers)
         run = _Run(module, data, trainers, folder, settings, views)
         try:
             return run.execute()
@@ -156,7 +134,7 @@ class _Run:
         if not self.records:
             self._score_base()
         elif len(self.records) > 1:
-            self._load(self.folders[len(self.records) - 1])
+            restore_stage(self.module, self.folder.load_state(self.folders[len(self.records) - 1]))
         for stage in self.stages[len(self.records) - 1 :]:
             self._stage(stage, info)
         record = build_record(module=self.module, data=self.data, info=info, stages=self.records)
@@ -197,7 +175,7 @@ class _Run:
 
     def _score_base(self) -> None:
         """Score the pretrained model; once per backbone and data where runs share a store."""
-        shared = self._shared_base()
+        shared = shared_base(self.module, self.data, self.settings)
         if shared is not None and (known := shared.completed(shared.path)) is not None:
             scores, facts = shared.scores(shared.path), {**known, "shared": True}
         else:
@@ -210,91 +188,37 @@ class _Run:
                 shared.complete_stage(shared.path, scores, facts)
         self._complete(0, scores, {k: v for k, v in facts.items() if k != "means"})
 
-    def _shared_base(self) -> RunFolder | None:
-        if self.settings.store is None:
-            return None
-        parts = {
-            "backbone": self.module.backbone.fingerprint(),
-            "data": self.data.fingerprints(),
-            "scorers": {name: domain.scorers for name, domain in self.data.columns.items()},
-            "split": self.settings.split,
-            "evaluation": asdict(self.settings.evaluation),
-            "layout": self.module.layout,
-        }
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return RunFolder(self.settings.store / "evaluations" / key[:32])
-
     # -- stages -------------------------------------------------------------------------------------------------
 
     def _stage(self, stage: Stage, info: RunInfo) -> None:
         """Train (unless that is done), save, score."""
         folder = self.folders[stage.index + 1]
         if (folder / "state.safetensors").is_file():
-            facts = self._load(folder)
+            facts = restore_stage(self.module, self.folder.load_state(folder))
         else:
             facts = self._train(stage, folder, info)
         scores, seconds = self._evaluate(f"after {stage.domain}")
         facts |= {"evaluation_seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
         self._complete(stage.index + 1, scores, facts)
 
-    def _load(self, folder: Path) -> dict[str, Any]:
-        """Bring module and mitigations to the state after a stage."""
-        tree = self.folder.load_state(folder)
-        self.module.adapter.load_state(self.module.model, tree["weights"])
-        for name, mitigation in self.module.mitigations.items():
-            mitigation.load_state_dict(tree["mitigations"][name])
-        facts: dict[str, Any] = tree["facts"]
-        return facts
-
     def _train(self, stage: Stage, folder: Path, info: RunInfo) -> dict[str, Any]:
-        module, checkpoint = self.module, folder / "checkpoint.safetensors"
-        module.begin_stage(stage, self.data.examples(stage, module.backbone.tokenizer))
-        history = History(
+        tree = train_stage(
+            module=self.module,
+            data=self.data,
+            trainers=self.trainers,
             stage=stage,
-            every_n_steps=self.trainers.log_every_n_steps,
-            offset=sum(s.steps for s in self.stages[: stage.index]),
-            write=self._write_line,
+            folder=folder,
+            history=History(
+                stage=stage,
+                every_n_steps=self.trainers.log_every_n_steps,
+                offset=sum(s.steps for s in self.stages[: stage.index]),
+                write=self._write_line,
+            ),
+            observers=[callback for view in self.views for callback in view.callbacks(info, stage)],
+            checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
         )
-        observers: list[Callback] = [history, *(c for view in self.views for c in view.callbacks(info, stage))]
-        observers.append(StageCheckpoint(path=checkpoint, every_n_steps=self.settings.checkpoint_every_n_steps))
-        self._fit(stage, folder, observers, checkpoint if checkpoint.is_file() else None)
-        facts = {
-            "stage": stage.index + 1,
-            "domain": stage.domain,
-            "train_seconds": history.totals["seconds"],
-            "train_tokens": history.totals["tokens"],
-            "steps": history.totals["steps"],
-            "mitigation_state_bytes": {name: m.state_bytes() for name, m in module.mitigations.items()},
-            "weights": module.weights_log,
-        }
-        states = {name: mitigation.state_dict() for name, mitigation in module.mitigations.items()}
-        tree = {"weights": module.adapter.state(module.model), "mitigations": states, "facts": facts}
         self.folder.save_state(folder, tree)
-        return facts
-
-    def _fit(self, stage: Stage, folder: Path, observers: list[Callback], checkpoint: Path | None) -> None:
-        module = self.module
-        ranks = self.trainers.world_size
-        micro = self.data.micro_batch(devices=ranks)
-        accumulate = stage.batch_size // (micro * ranks)
-        trainer = self.trainers.make(steps=stage.steps, accumulate=accumulate, folder=folder, observers=observers)
-        done = 0 if checkpoint is None else int(load_tree(checkpoint)["global_step"]) * accumulate
-        batches = StageBatches(stage=stage, micro_batch=micro, start=done, rank=trainer.global_rank, ranks=ranks)
-        loader: DataLoader[Any] = DataLoader(
-            module.dataset,  # type: ignore[arg-type]
-            batch_sampler=batches,
-            collate_fn=partial(module.objective.collate, layout=module.layout),
-            num_workers=self.data.num_workers,
-        )
-        module.model.train()
-        with quiet_lightning():
-            trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint)
-        if trainer.global_step != stage.steps:
-            raise UserError(
-                f"stage {stage.index + 1} ({stage.domain}) ran {trainer.global_step} of {stage.steps} steps",
-                why="a callback or a limit of the Trainer ended it early",
-                fix="remove trainer.max_time, trainer.limit_train_batches and early-stopping callbacks",
-            )
+        return dict(tree["facts"])
 
     def _write_line(self, line: Mapping[str, Any]) -> None:
         append_line(self.folder.history_path, line)

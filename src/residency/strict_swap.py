@@ -7,6 +7,7 @@ and `--model.mitigations.ewc=MAS` on the command line would silently give `MAS(s
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import Namespace, _typehints
@@ -26,5 +27,15 @@ def install() -> None:
 
 
 def _forget_all(parser_or_action: Any, prev_val: Any, value: Any) -> None:
-    if prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
-        prev_val["init_args"] = Namespace()
+    if prev_val and _class(prev_val["class_path"]) is not _class(value["class_path"]):
+        for key in {"init_args", "dict_kwargs"} & {*vars(prev_val)}:
+            prev_val[key] = Namespace()
+
+
+def _class(path: Any) -> Any:
+    """What a path means: one class may be reached by several."""
+    module, _, name = str(path).rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return path

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from residency.checkpointing import SafetensorsIO
 from residency.errors import UserError
@@ -89,7 +90,7 @@ class Trainers:
             "plugins": plugins,
             # Ours: the sampler knows ranks and steps, checkpoints and scores are written by the stream.
             "use_distributed_sampler": False,
-            "enable_checkpointing": False,
+            "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
             "num_sanity_val_steps": 0,
         }
         options.setdefault("logger", False)

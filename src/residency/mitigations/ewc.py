@@ -136,11 +136,11 @@ class EWC(Mitigation):
     def __init__(
         self,
         *,
-        strength: float = 3000.0,
+        strength: float = 1000.0,
         mode: Literal["separate", "online"] = "separate",
         decay: float = 1.0,
         fisher_samples: int = 64,
-        batch_tokens: int = 512,
+        batch_tokens: int = 256,
     ) -> None:
         super().__init__()
         if strength < 0 or not 0 <= decay <= 1 or fisher_samples < 1:

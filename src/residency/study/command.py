@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -12,13 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from residency.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_SOME_FAILED, EXIT_USER, UserError
 from residency.record import RunFolder
 from residency.signals import Stopped
-from residency.storage import write_json
+from residency.storage import replace_file, write_json
 from residency.study.plan import Cell, Study, load_study, plan_cells
 
 __all__ = ["sweep", "sweep_command"]
@@ -60,20 +62,23 @@ def sweep(path: Path, *, study_dir: Path | None = None, dry_run: bool = False, c
     console = console or Console()
     study = load_study(path)
     folder = study_dir or Path("studies") / study.name
-    cells = plan_cells(study, path)
-    done = {cell.id: RunFolder(folder / "cells" / cell.id).results() for cell in cells}
-    missing = [cell for cell in cells if done[cell.id] is None]
+    cells = plan_cells(study)
+    runs = {cell.id: RunFolder(folder / "cells" / cell.id) for cell in cells}
+    missing = [cell for cell in cells if runs[cell.id].results() is None]
     console.print(
         f"[bold]{escape(study.name)}[/bold]: {len(cells)} cells, {len(missing)} to run, "
         f"{len(cells) - len(missing)} complete in {escape(str(folder))}"
     )
     for cell in cells:
-        console.print(f"  {escape(cell.id)}  {'complete' if done[cell.id] else 'to run'}")
-    _prepare(study, path, folder, cells)
+        console.print(f"  {escape(cell.id)}  {'to run' if cell in missing else 'complete'}")
+    configs = _resolve(study, cells, missing)
     if dry_run:
         return EXIT_DONE
-    failed = {cell.id: code for cell in missing if (code := _run(cell, folder))}
-    records = [RunFolder(folder / "cells" / cell.id).results() or _failed(cell, failed) for cell in cells]
+    for cell in cells:
+        runs[cell.id].keep_config(configs[cell.id])
+    _keep_study(study, folder, cells)
+    failed = {cell.id: code for cell in missing if (code := _run(cell, runs[cell.id], folder / "store"))}
+    records = [runs[cell.id].results() or _failed(cell, failed[cell.id]) for cell in cells]
     _compare(study, folder, records, console)
     if failed:
         console.print(f"{len(failed)} of {len(cells)} cells failed: {escape(', '.join(failed))}")
@@ -81,22 +86,49 @@ def sweep(path: Path, *, study_dir: Path | None = None, dry_run: bool = False, c
     return EXIT_DONE
 
 
-def _prepare(study: Study, path: Path, folder: Path, cells: Sequence[Cell]) -> None:
-    """Resolve the config of every cell, before the first one runs; compare those that have one."""
+def _resolve(study: Study, cells: Sequence[Cell], missing: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """The full config of every cell, before the first one runs; data are read where a cell will need them."""
     from residency.cli import parse
+    from residency.stream import check_stream
 
+    configs, read = {}, set()
     for cell in cells:
-        run = RunFolder(folder / "cells" / cell.id)
-        config = parse(["fit", "--config", str(path.parent / study.base), *cell.words]).resolved
-        run.keep_config(config)
-    plan = {"study": asdict(study), "cells": [{"id": c.id, "axes": dict(c.axes), "seed": c.seed} for c in cells]}
-    write_json(folder / "plan.json", plan)
+        try:
+            cli = parse(["fit", *cell.words])
+            configs[cell.id] = cli.resolved
+            data = json.dumps(cli.resolved["data"], sort_keys=True)
+            if cell in missing and data not in read:
+                read.add(data)
+                check_stream(cli.datamodule)
+                _check_scorer(study, {s for domain in cli.datamodule.columns.values() for s in domain.scorers})
+        except UserError as error:
+            raise UserError(f"cell {cell.id}: {error.got}", why=error.why, fix=error.fix) from error
+    return configs
 
 
-def _run(cell: Cell, folder: Path) -> int:
+def _check_scorer(study: Study, known: set[str]) -> None:
+    if study.scorer not in known:
+        raise UserError(
+            f"scorer of the study is {study.scorer}",
+            why=f"the domains are scored by {', '.join(sorted(known))}",
+            fix="compare by one of these, or add the scorer to a domain's scorers",
+        )
+
+
+def _keep_study(study: Study, folder: Path, cells: Sequence[Cell]) -> None:
+    text = yaml.safe_dump(asdict(study), sort_keys=False, allow_unicode=True)
+    replace_file(folder / "study.yaml", lambda temporary: _write(temporary, text))
+    plan = [{"id": cell.id, "axes": dict(cell.axes), "seed": cell.seed} for cell in cells]
+    write_json(folder / "plan.json", {"study": asdict(study), "count": len(plan), "cells": plan})
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _run(cell: Cell, run: RunFolder, store: Path) -> int:
     """One cell in a process of its own: nothing is left over from the one before."""
-    run = folder / "cells" / cell.id
-    words = ["fit", "--config", str(run / "config.yaml"), "--run_dir", str(run), "--store", str(folder / "store")]
+    words = ["fit", "--config", str(run.path / "config.yaml"), "--run_dir", str(run.path), "--store", str(store)]
     child = subprocess.Popen([sys.executable, "-m", "residency", *words], env={**os.environ, "WANDB_RUN_GROUP": ""})
     try:
         code = child.wait()
@@ -106,12 +138,12 @@ def _run(cell: Cell, folder: Path) -> int:
         child.wait()
         raise
     if code == EXIT_SIGNAL:
-        raise Stopped(f"{cell.id} was stopped")
+        raise Stopped(f"a signal to cell {cell.id}")
     return code
 
 
-def _failed(cell: Cell, failed: Mapping[str, int]) -> dict[str, Any]:
-    status = f"failed (exit code {failed[cell.id]})" if cell.id in failed else "missing"
+def _failed(cell: Cell, code: int) -> dict[str, Any]:
+    status = f"failed (exit code {code})"
     return {"cell": cell.id, "status": status, "axes": dict(cell.axes), "seed": cell.seed, "scores": {}, "summary": {}}
 
 
@@ -130,8 +162,3 @@ def _compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], c
     for picture in save(comparison(finished, study.scorer), folder / "report" / study.scorer):
         console.print(f"  heat maps: {escape(str(picture))}")
     console.print(f"  records: {escape(str(folder / 'cells'))}/<cell>/results.json")
-
-
-def _check_study_dir(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", why="a study needs a folder", fix="choose another --study_dir")

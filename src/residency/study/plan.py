@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser
-
 from residency.errors import UserError
+from residency.written import read_yaml
 
 __all__ = ["Cell", "Study", "load_study", "plan_cells"]
+
+_PRESET = (".yaml", ".yml", ".json")
+_LONGEST = 60  # characters of one value in a folder name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Cell:
         id: Safe folder name, unique in the study.
         axes: {axis: value}.
         seed: Its seed.
-        words: Command line of `residency fit` that overrides the base config.
+        words: Command line of `residency fit` without the verb.
     """
 
     id: str
@@ -60,36 +61,78 @@ class Cell:
 def load_study(path: Path) -> Study:
     """Read and check a study file.
 
+    Returns:
+        The study with absolute paths: it means the same wherever it is stored.
+
     Raises:
         UserError: Missing, malformed, unknown keys, or presets that do not exist.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    from residency.class_names import class_names
+    from residency.mistakes import Refusal, explain
+    from residency.parser import ResidencyParser
+
+    content = read_yaml(path, what="the study")
+    if not isinstance(content, dict):
         raise UserError(
-            f"cannot read the study {path}: {error}",
-            why="a study is a YAML file with name, base and axes",
+            f"{path} holds {'nothing' if content is None else type(content).__name__}",
+            why="a study has name, base and axes",
             fix="start from configs/studies/quickstart.yaml",
-        ) from error
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Study, "study")
+        )
+    parser = ResidencyParser()
+    parser.add_class_arguments(Study)
     try:
-        parsed = parser.parse_object({"study": content})
-    except Exception as error:  # the parser has its own exception types per kind of mistake
-        raise UserError(
-            f"{path}: {' '.join(str(error).split())}",
-            why="the study file has a key or a value that is not as described",
-            fix="keys are name, base, axes, seeds, baseline, scorer; see configs/studies/quickstart.yaml",
-        ) from error
-    study = Study(**{key: value for key, value in vars(parsed.study).items()})
+        parsed = parser.parse_object(content)
+    except Refusal as refusal:
+        raise explain(refusal, ["sweep", "--config", str(path)], class_names()) from refusal
+    folder = path.resolve().parent
+    axes = {
+        _name(axis, path): {_name(value, path): _absolute(keys, folder, path) for value, keys in values.items()}
+        for axis, values in parsed.axes.items()
+    }
+    study = Study(**{**vars(parsed), "axes": axes, "base": str(folder / parsed.base)})
     _check(study, path)
     return study
 
 
-def _check(study: Study, path: Path) -> None:
-    if not (path.parent / study.base).is_file():
+def _name(key: Any, path: Path) -> str:
+    """A name of an axis or a value; YAML makes numbers of `8` and truth values of `no`."""
+    if isinstance(key, bool) or not isinstance(key, str | int | float):
         raise UserError(
-            f"{path}: base is {study.base!r}, and there is no file {path.parent / study.base}",
+            f"{path}: an axis or one of its values has the name {key!r}",
+            why="YAML reads words such as yes, no, on, off and null as something else than text",
+            fix="put the name in quotes",
+        )
+    return str(key)
+
+
+def _absolute(keys: Mapping[str, Any] | None, folder: Path, path: Path) -> dict[str, Any]:
+    """Overrides with absolute paths of their preset files."""
+    found = {}
+    for key, value in (keys or {}).items():
+        if isinstance(value, str) and value.endswith(_PRESET):
+            if not (folder / value).is_file():
+                raise UserError(
+                    f"{path}: {key}: {value}, and there is no file {folder / value}",
+                    why="presets are looked for relative to the study file",
+                    fix="correct the path",
+                )
+            value = str(folder / value)
+        found[str(key)] = value
+    return found
+
+
+def _check(study: Study, path: Path) -> None:
+    from residency.scorers import check_scorers
+
+    if Path(study.name).name != study.name or study.name in ("", ".", ".."):
+        raise UserError(
+            f"{path}: name is {study.name!r}",
+            why="studies/<name> must be one folder in studies",
+            fix="give a name without slashes; --study_dir chooses another place",
+        )
+    if not Path(study.base).is_file():
+        raise UserError(
+            f"{path}: base is {study.base!r}, and there is no such file",
             why="the base config is looked for relative to the study file",
             fix="correct base",
         )
@@ -107,50 +150,39 @@ def _check(study: Study, path: Path) -> None:
             why="cells are compared along the first axis",
             fix="name one of its values",
         )
+    check_scorers([study.scorer], where=str(path))
 
 
-def plan_cells(study: Study, path: Path) -> list[Cell]:
+def plan_cells(study: Study) -> list[Cell]:
     """Every combination of axis values and seeds, in the order of the file.
 
     Args:
-        study: Checked.
-        path: Of its file; presets are relative to it.
+        study: As `load_study` gives it.
 
     Raises:
         UserError: Two cells would share a folder.
     """
-    cells = []
+    cells: dict[str, Cell] = {}
     for values in itertools.product(*(axis.items() for axis in study.axes.values())):
         axes = dict(zip(study.axes, (name for name, _ in values), strict=True))
         for seed in study.seeds:
             cell = "-".join([*(_slug(value) for value in axes.values()), f"s{seed}"])
-            words = [word for _, overrides in values for word in _words(overrides, path.parent)]
+            words = ["--config", study.base, *(word for _, keys in values for word in _words(keys))]
             words += [f"--seed_everything={seed}", f"--name={cell}", f"--axes={json.dumps(axes)}"]
-            cells.append(Cell(id=cell, axes=axes, seed=seed, words=tuple(words)))
-    if len({cell.id for cell in cells}) < len(cells):
-        raise UserError(
-            f"{path}: two axis values give the same folder name",
-            why="names are reduced to letters, digits, '.', '_' and '-'",
-            fix="rename one of the values",
-        )
-    return cells
-
-
-def _words(overrides: Mapping[str, Any], folder: Path) -> list[str]:
-    words = []
-    for key, value in overrides.items():
-        if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
-            preset = folder / value
-            if not preset.is_file():
+            # Some file systems do not tell upper from lower case.
+            other = cells.setdefault(cell.casefold(), Cell(id=cell, axes=axes, seed=seed, words=tuple(words)))
+            if other.axes != axes:
                 raise UserError(
-                    f"{key}: {value}, and there is no file {preset}",
-                    why="presets are looked for relative to the study file",
-                    fix="correct the path",
+                    f"study {study.name}: {dict(other.axes)} and {axes} would share the folder {cell!r}",
+                    why="names are reduced to letters, digits, '.', '_' and '-', and joined by '-'",
+                    fix="rename one of the values",
                 )
-            value = str(preset)
-        words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return words
+    return list(cells.values())
+
+
+def _words(overrides: Mapping[str, Any]) -> list[str]:
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._") or "value"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:_LONGEST].strip("._-") or "value"

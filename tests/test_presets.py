@@ -1,0 +1,140 @@
+"""Every file in configs: its launch line parses, presets name all arguments of our classes, studies plan."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command import printed_config
+from residency.cli import parse
+from residency.study import load_study, plan_cells
+
+ROOT = Path(__file__).parents[1]
+FILES = [path.relative_to(ROOT) for path in sorted((ROOT / "configs").rglob("*")) if path.is_file()]
+QUICKSTART = "configs/quickstart.yaml"
+# Where a preset of a folder goes; the name of an entry is free.
+KEYS = {
+    "adapter": "model.adapter",
+    "objective": "model.objective",
+    "mitigation": "model.mitigations.x",
+    "domain": "data.domains.x",
+}
+
+
+def _in(*folders: str) -> list[Path]:
+    return [path for path in FILES if (path.parts[1] if len(path.parts) > 2 else "") in folders]
+
+
+PRESETS, OVERLAYS, STUDIES, RUNS = _in(*KEYS), _in("stream", "trainer"), _in("studies"), _in("")
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def _read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _at(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _parts(given: Any, resolved: Any) -> list[tuple[str, set[str], set[str]]]:
+    """(class, arguments that are named, arguments that there are) of a component and of those inside it."""
+    found = []
+    if isinstance(given, dict) and "class_path" in given:
+        named, known = given.get("init_args", {}), resolved.get("init_args", {})
+        found.append((given["class_path"], set(named), set(known)))
+        given, resolved = named, known
+    if isinstance(given, dict):
+        found += [part for name in given for part in _parts(given[name], resolved[name])]
+    return found
+
+
+def test_every_file_is_visited() -> None:
+    on_disk = sum(len(files) for _, _, files in os.walk(ROOT / "configs"))
+    assert len(FILES) == on_disk >= 19
+    assert sorted([*PRESETS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
+    assert {path.suffix for path in FILES} == {".yaml"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_the_first_line_launches_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    program, verb, *words = shlex.split(text.splitlines()[0].removeprefix("# "))
+    assert program == "residency"
+    assert str(path) in words, "the line is about this file"
+    assert text.splitlines()[1].startswith("# "), "the second line says what it is"
+    assert all((ROOT / name).is_file() for name in re.findall(r"configs/[\w./-]+\.\w+", text))
+    if verb == "sweep":
+        assert load_study(Path(words[0])).name
+    else:
+        assert printed_config(verb, *words)["model"]["adapter"]["class_path"]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=str)
+def test_a_preset_names_every_argument(path: Path) -> None:
+    """What a preset leaves out would be inherited from whatever it is laid over."""
+    key = KEYS[path.parts[1]]
+    resolved = _at(printed_config("fit", "--config", QUICKSTART, f"--{key}={path}"), key)
+    assert resolved["class_path"].startswith("residency."), "found under its public name"
+    parts = _parts(_read(path), resolved)
+    assert parts
+    for name, named, known in parts:
+        assert named <= known, name
+        assert named == known or not name.startswith("residency."), f"{name} does not name {known - named}"
+
+
+@pytest.mark.parametrize("path", _in("mitigation"), ids=str)
+def test_a_preset_is_the_same_over_anything(path: Path) -> None:
+    preset = _read(path)
+    first = next(iter(preset["init_args"]))
+    key, words = KEYS["mitigation"], ["fit", "--config", QUICKSTART]
+    number = {"first": "true"}.get(first, "0.125" if isinstance(preset["init_args"][first], float) else "1")
+    before = [f"--{key}={preset['class_path']}", f"--{key}.{first}={number}"]
+    over = _at(printed_config(*words, *before, f"--{key}={path}"), key)
+    assert over == _at(printed_config(*words, f"--{key}={path}"), key)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=str)
+def test_an_overlay_is_part_of_a_config(path: Path) -> None:
+    given = _read(path)
+    resolved = printed_config("fit", "--config", QUICKSTART, "--config", path)
+    for section, values in given.items():
+        for key, value in values.items():
+            if key not in ("domains", "probes"):
+                assert resolved[section][key] == value
+                continue
+            assert list(resolved[section][key]) == list(value), "the overlay's domains alone"
+            for name, named, known in _parts(value, resolved[section][key]):
+                assert named == known, name
+    if "data" in given:
+        assert list(given["data"]["domains"]) == given["data"]["order"]
+        assert list(given["data"]["probes"]) == ["chat"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=str)
+def test_a_run_can_be_built(path: Path) -> None:
+    cli = parse(["fit", "--config", str(path)])
+    assert list(cli.datamodule.columns)
+    assert cli.resolved["name"] == path.stem
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=str)
+def test_every_cell_of_a_study_can_be_built(path: Path) -> None:
+    study = load_study(path)
+    cells = plan_cells(study)
+    assert study.name == path.stem
+    configs = [parse(["fit", *cell.words]).resolved for cell in cells]
+    assert [config["axes"] for config in configs] == [dict(cell.axes) for cell in cells]
+    different = [{**config, "name": "", "axes": {}} for config in configs]
+    assert all(different.count(config) == 1 for config in different), "two cells would be the same run"

@@ -12,8 +12,8 @@ from typing import Any
 from unittest.mock import patch
 
 import yaml
-from residency.__main__ import main
 
+from residency.__main__ import main
 from tiny import write_domain
 
 __all__ = ["Result", "call", "printed_config", "read_json", "tiny_config", "write_yaml"]

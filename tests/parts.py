@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from residency.adapters import Adapter
 from residency.domains import Domain
 from residency.mitigations import Mitigation
 from residency.types import Row, Split
-from torch import nn
 
-__all__ = ["Bare", "FirstAdapter", "FirstDomain", "FirstMitigation", "SecondAdapter", "SecondDomain", "SecondMitigation"]
+__all__ = [
+    "Bare",
+    "FirstAdapter",
+    "FirstDomain",
+    "FirstMitigation",
+    "SecondAdapter",
+    "SecondDomain",
+    "SecondMitigation",
+]
 
 
 class Bare(Adapter):

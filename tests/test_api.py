@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+
 import residency
 from command import call, read_json, tiny_config, write_yaml
 from residency.storage import write_json
@@ -47,7 +48,7 @@ def test_a_mistake_is_an_exception(config: dict[str, Any], tmp_path: Path) -> No
     wrong = {**config, "data": {**config["data"], "batchsize": 3}}
     with pytest.raises(residency.UserError, match=r"data\.batchsize: 3.*\n.*\n.*'data\.batch_size'"):
         residency.fit(wrong, run_dir=tmp_path)
-    with pytest.raises(residency.UserError, match="cannot read no.yaml"):
+    with pytest.raises(residency.UserError, match=r"cannot read no\.yaml"):
         residency.fit("no.yaml")
 
 
@@ -66,7 +67,7 @@ def test_run(run: Path) -> None:
 def test_folders_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(residency.UserError, match="no finished run"):
         residency.load_run(tmp_path)
-    with pytest.raises(residency.UserError, match="plan.json"):
+    with pytest.raises(residency.UserError, match=r"plan\.json"):
         residency.load_study(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Whatever the user can mend: one message (got, why, fix), exit code 2, no traceback, nothing trained or half written."""
+"""What the user can mend: one message (got, why, fix), exit code 2, no traceback, nothing trained or half written."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Result, call, tiny_config, write_yaml
 from lightning.pytorch import Trainer
+
+from command import Result, call, tiny_config, write_yaml
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -73,7 +74,10 @@ FILE: dict[str, tuple[Change, tuple[str, ...]]] = {
         _mitigation("EWC", strenght=1),
         ("model.mitigations.x.init_args.strenght", "only strength, mode", "'strength'"),
     ),
-    "key of a library's class": (lambda c: _lora(c).update(lora_alhpa=1), ("config.init_args.lora_alhpa", "'lora_alpha'")),
+    "key of a library's class": (
+        lambda c: _lora(c).update(lora_alhpa=1),
+        ("config.init_args.lora_alhpa", "'lora_alpha'"),
+    ),
     "type": (lambda c: c["data"].update(batch_size="many"), ("data.batch_size: many", "an integer")),
     "type, deep": (
         lambda c: _domain(c)["template"].update(max_tokens="x"),
@@ -117,7 +121,10 @@ FILE: dict[str, tuple[Change, tuple[str, ...]]] = {
     "micro-batches": (lambda c: c["data"].update(micro_batch_size=3), ("data.batch_size=4", "micro-batches of 3")),
     "scorer": (lambda c: _domain(c).update(scorers=["nll", "bleu"]), ("data.domains.a.scorers", "'bleu'", "rougeL")),
     "no JSONL": (lambda c: _domain(c).update(train="no.jsonl"), ("train file 'no.jsonl'", "No such file")),
-    "accelerator": (lambda c: c["trainer"].update(accelerator="abacus"), ("trainer: ", "abacus", "trainer.accelerator")),
+    "accelerator": (
+        lambda c: c["trainer"].update(accelerator="abacus"),
+        ("trainer: ", "abacus", "trainer.accelerator"),
+    ),
     "device": (lambda c: c["trainer"].update(accelerator="mps"), ("trainer: ", "trainer.accelerator")),
     "steps": (lambda c: c["trainer"].update(max_steps=0), ("trainer.max_steps=0", "at least one optimizer step")),
     "checkpoints": (lambda c: c.update(checkpoint_every_n_steps=-1), ("--checkpoint_every_n_steps=-1",)),

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from command import call, read_json, tiny_config, write_yaml
 from residency import storage
 from residency.checkpointing import History
 
-LOCK = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+LOCK = (
+    "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def fitted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     words = [sys.executable, "-m", "residency", "fit", "--config", str(config), "--run_dir", str(run)]
     # Bit-equal scores need as many threads as this process has.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment)
     (run / "streams.txt").write_text(f"{done.returncode}\0{done.stdout}\0{done.stderr}")
     return run
@@ -107,14 +110,13 @@ def test_a_folder_that_cannot_be_made(config: Path, tmp_path: Path) -> None:
         assert f"{folder} cannot be made" in result.err
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk(number: int, config: Path, tmp_path: Path, fitted: Path) -> None:
+def test_a_full_disk(config: Path, tmp_path: Path, fitted: Path) -> None:
     run = tmp_path / "run"
     words = ["fit", "--config", config, "--run_dir", run]
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         path.write_bytes(b"half a stage")
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "save_file", full)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from command import printed_config, tiny_config, write_yaml
 from residency.cli import parse
 
@@ -33,7 +34,9 @@ def configs(llama: Path, tmp_path: Path) -> list[Path]:
     """The tiny stream, and a second file with the first class of every pair."""
     first = write_yaml(tmp_path / "tiny.yaml", tiny_config(tmp_path / "data", llama))
     parts = {key: _part(f"parts.First{kind}", strength=7.0, own=5) for key, kind in KEYS.items()}
-    second = {"model": {**_nested("adapter", parts["model.adapter"]), "mitigations": {"x": parts["model.mitigations.x"]}}}
+    second = {
+        "model": {**_nested("adapter", parts["model.adapter"]), "mitigations": {"x": parts["model.mitigations.x"]}}
+    }
     second |= _nested("data.domains.a", parts["data.domains.a"])
     return [first, write_yaml(tmp_path / "parts.yaml", second)]
 
@@ -60,7 +63,9 @@ def test_another_class_inherits_nothing(key: str, kind: str, path: str, configs:
 
 @pytest.mark.parametrize("path", ["command line", "config", "preset"])
 @pytest.mark.parametrize(("key", "kind"), KEYS.items())
-def test_the_same_class_keeps_its_arguments(key: str, kind: str, path: str, configs: list[Path], tmp_path: Path) -> None:
+def test_the_same_class_keeps_its_arguments(
+    key: str, kind: str, path: str, configs: list[Path], tmp_path: Path
+) -> None:
     words = _words(path, key, _part(f"parts.First{kind}", own=6), configs, tmp_path)
     assert _at(printed_config(*words), key) == _part(f"parts.First{kind}", strength=7.0, own=6)
 
@@ -80,7 +85,13 @@ def test_there_and_back_is_a_fresh_start(key: str, kind: str, configs: list[Path
 
 
 def test_parts_of_parts(configs: list[Path]) -> None:
-    words = ["fit", "--config", configs[0], "--model.adapter.config=peft.OFTConfig", "--model.optimizer=torch.optim.SGD"]
+    words = [
+        "fit",
+        "--config",
+        configs[0],
+        "--model.adapter.config=peft.OFTConfig",
+        "--model.optimizer=torch.optim.SGD",
+    ]
     model = printed_config(*words)["model"]
     oft = model["adapter"]["init_args"]["config"]
     assert oft["class_path"] == "peft.OFTConfig"
@@ -101,3 +112,10 @@ def test_the_objects_are_those_of_the_config(configs: list[Path]) -> None:
     assert (type(cli.model.adapter).__name__, cli.model.adapter.strength) == ("SecondAdapter", 2.0)
     assert cli.model.mitigations["x"].strength == 2.0
     assert cli.resolved["model"]["adapter"] == _part("parts.SecondAdapter", strength=2.0)
+
+
+def test_every_stage_has_callbacks_of_its_own(configs: list[Path]) -> None:
+    cli = parse(["fit", "--config", str(configs[0]), "--trainer.callbacks+=lightning.pytorch.callbacks.Timer"])
+    first, second = (cli.trainers.make(steps=1, folder=configs[0].parent, observers=[]).callbacks for _ in range(2))
+    assert type(first[0]).__name__ == "Timer"
+    assert first[0] is not second[0]

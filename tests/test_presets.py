@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from command import printed_config
 from residency.cli import parse
 from residency.study import load_study, plan_cells
@@ -62,7 +63,7 @@ def _parts(given: Any, resolved: Any) -> list[tuple[str, set[str], set[str]]]:
 
 def test_every_file_is_visited() -> None:
     on_disk = sum(len(files) for _, _, files in os.walk(ROOT / "configs"))
-    assert len(FILES) == on_disk >= 19
+    assert len(FILES) == on_disk >= 16
     assert sorted([*PRESETS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
     assert {path.suffix for path in FILES} == {".yaml"}
 
@@ -94,15 +95,26 @@ def test_a_preset_names_every_argument(path: Path) -> None:
         assert named == known or not name.startswith("residency."), f"{name} does not name {known - named}"
 
 
-@pytest.mark.parametrize("path", _in("mitigation"), ids=str)
-def test_a_preset_is_the_same_over_anything(path: Path) -> None:
-    preset = _read(path)
-    first = next(iter(preset["init_args"]))
-    key, words = KEYS["mitigation"], ["fit", "--config", QUICKSTART]
-    number = {"first": "true"}.get(first, "0.125" if isinstance(preset["init_args"][first], float) else "1")
-    before = [f"--{key}={preset['class_path']}", f"--{key}.{first}={number}"]
-    over = _at(printed_config(*words, *before, f"--{key}={path}"), key)
-    assert over == _at(printed_config(*words, f"--{key}={path}"), key)
+@pytest.mark.parametrize("path", PRESETS, ids=str)
+def test_a_preset_is_the_same_over_its_siblings(path: Path) -> None:
+    key, words = KEYS[path.parts[1]], ["fit", "--config", QUICKSTART]
+    siblings = [other for other in _in(path.parts[1]) if other != path]
+    changed = []
+    if path.parts[1] == "mitigation":
+        preset = _read(path)
+        first = next(name for name, value in preset["init_args"].items() if isinstance(value, float))
+        changed = [f"--{key}={preset['class_path']}", f"--{key}.{first}=0.125"]
+    over = printed_config(*words, *(f"--{key}={other}" for other in siblings), *changed, f"--{key}={path}")
+    alone = printed_config(*words, *(["--model.adapter=Full"] if "adapter" in key else []), f"--{key}={path}")
+    assert _at(over, key) == _at(alone, key)
+
+
+@pytest.mark.parametrize("path", _in("adapter"), ids=str)
+def test_an_adapter_preset_fits_a_model(path: Path, llama: Path) -> None:
+    words = ["fit", "--config", QUICKSTART, f"--model.adapter={path}", f"--model.backbone.path={llama}"]
+    module = parse(words).model
+    module.build(seed=0)
+    assert module.adapter.trainable(module.model)
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=str)

@@ -15,6 +15,10 @@ __all__ = ["Run", "StudyRuns", "UserError", "fit", "load_run", "load_study", "sw
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # Tokenizers are used before and after data-loader processes fork; their own threads would only warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait for each other by spinning slow every process down tenfold once a machine runs more threads than it
+# has cores (two runs side by side, a run beside a notebook). Read when torch is imported; a user's own choice wins.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:

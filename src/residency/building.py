@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 
 from residency.errors import UserError
 from residency.mistakes import UNION
 
-__all__ = ["building"]
+__all__ = ["build_trainer_options", "building"]
 
 
 @contextmanager
@@ -36,6 +43,24 @@ def building() -> Iterator[None]:
             why="the class refuses the values that the config gives it",
             fix="correct them; `--print_config` shows what it is given",
         ) from root
+
+
+def build_trainer_options(config: Namespace) -> dict[str, Any]:
+    """Arguments of a Trainer, with callbacks and loggers that no other Trainer has.
+
+    Args:
+        config: The parsed `trainer` section.
+    """
+    with building():
+        built = _trainer_parser().instantiate_classes(Namespace(trainer=copy.deepcopy(config)))
+    return dict(vars(built["trainer"]))
+
+
+@cache
+def _trainer_parser() -> LightningArgumentParser:
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    return parser
 
 
 def _constructed(error: BaseException) -> str:

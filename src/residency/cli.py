@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from residency.building import building
+from residency.building import build_trainer_options, building
 from residency.class_names import class_names
 from residency.console import ConsoleView, show_complete, show_predictions, show_scores
 from residency.data import StreamData
@@ -144,11 +142,7 @@ class ResidencyCLI(LightningCLI):
 
     def _trainer_options(self) -> dict[str, Any]:
         """Trainer arguments with callbacks and loggers of their own at every call."""
-        parser = LightningArgumentParser(exit_on_error=False)
-        parser.add_lightning_class_args(Trainer, "trainer")
-        with building():
-            built = parser.instantiate_classes(Namespace(trainer=copy.deepcopy(self._get(self.config, "trainer"))))
-        return dict(vars(built["trainer"]))
+        return build_trainer_options(self._get(self.config, "trainer"))
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.result: Any = None

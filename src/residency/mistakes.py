@@ -113,10 +113,10 @@ def _nearest(word: str, names: Sequence[str], *, cutoff: float = 0.6) -> str | N
 def _unknown_key(case: _Case, match: re.Match[str], place: int) -> UserError:
     key = match["key"].lstrip("-").partition("=")[0]
     near = _nearest(key, case.accepted)
-    few = f" here, only {', '.join(case.accepted)}" if len(case.accepted) <= _SHOWN else ""
+    few = f" here, only {', '.join(case.accepted) or 'a class without arguments'}"
     return UserError(
         case.at(key),
-        why=f"there is no key {key!r}{few}",
+        why=f"there is no key {key!r}" + (few if len(case.accepted) <= _SHOWN else ""),
         fix=f"did you mean {near!r}?" if near else f"`residency {case.verb} --help` lists the keys",
     )
 
@@ -136,11 +136,12 @@ def _missing(case: _Case, match: re.Match[str], place: int) -> UserError:
     homes = [w.key.removesuffix(".class_path") for w in case.given if str(w.value) in (owner, short)]
     full = {w.key for w in case.given}
     lacking = (h for h in homes if not {f"{h}.{names[0]}", f"{h}.init_args.{names[0]}"} & full)
+    example = "configs/studies/quickstart.yaml" if case.verb == "sweep" else "configs/quickstart.yaml"
     place_of = next((f"{home} ({short})" for home in lacking), short)
     return UserError(
         f"{place_of} has no {', '.join(names)}" if short else f"missing: {', '.join(names)}",
         why="there is no default for it",
-        fix="give it in the config or as an option; configs/quickstart.yaml is a complete config to start from",
+        fix=f"give it in the file or as an option; {example} is complete and a good start",
     )
 
 

@@ -105,11 +105,11 @@ def written(words: Sequence[str]) -> list[Written]:
 
 
 def _flat(value: Any, key: str, place: str, folder: Path) -> Iterator[Written]:
-    if key:
-        yield Written(key, value, place)
     if isinstance(value, dict):
         for name, part in value.items():
             yield from _flat(part, f"{key}.{name}" if key else str(name), place, folder)
     elif isinstance(value, str) and value.endswith((".yaml", ".yml")) and (folder / value).is_file():
         preset = folder / value
         yield from _flat(read_yaml(preset, what=key), key, str(preset), preset.parent)
+    if key:
+        yield Written(key, value, place)

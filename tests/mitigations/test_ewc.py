@@ -342,7 +342,8 @@ def test_nothing_is_added_before_the_first_domain_ends_nor_at_strength_zero(llam
 
 
 def test_separate_is_the_sum_of_one_penalty_per_domain(llama: Path) -> None:
-    module = build(llama, "lora", first=EWC(), second=EWC(), both=EWC(), double=EWC(strength=6000.0))
+    once = {name: EWC(strength=50.0) for name in ("first", "second", "both")}
+    module = build(llama, "lora", **once, double=EWC(strength=100.0))
     finish(module, "first", "first", "both", "double")
     move(module, 2)
     finish(module, "second", "second", "both", "double")

@@ -124,7 +124,9 @@ class CausalLM(Backbone):
         if model._supports_attention_backend:
             model.set_attn_implementation(packed_attention.NAME)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers renamed the method within 5.x.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if self.quantisation is not None:
             _forbid_repacking(model)
         return model.eval()  # type: ignore[no-any-return]

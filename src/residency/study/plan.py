@@ -6,7 +6,8 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,7 @@ def load_study(path: Path) -> Study:
     from residency.parser import ResidencyParser
 
     content = read_yaml(path, what="the study")
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds {'nothing' if content is None else type(content).__name__}",
-            why="a study has name, base and axes",
-            fix="start from configs/studies/quickstart.yaml",
-        )
+    _check_keys(content, path)
     parser = ResidencyParser()
     parser.add_class_arguments(Study)
     try:
@@ -92,6 +88,23 @@ def load_study(path: Path) -> Study:
     study = Study(**{**vars(parsed), "axes": axes, "base": str(folder / parsed.base)})
     _check(study, path)
     return study
+
+
+def _check_keys(content: Any, path: Path) -> None:
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds {'nothing' if content is None else type(content).__name__}",
+            why="a study has name, base and axes",
+            fix="start from configs/studies/quickstart.yaml",
+        )
+    keys = [entry.name for entry in fields(Study)]
+    if unknown := [key for key in content if key not in keys]:
+        near = get_close_matches(str(unknown[0]), keys, 1)
+        raise UserError(
+            f"{path} has the key {unknown[0]!r}",
+            why=f"a study has only {', '.join(keys)}",
+            fix=f"did you mean {near[0]!r}?" if near else "leave it out; what a run is goes into base or axes",
+        )
 
 
 def _name(key: Any, path: Path) -> str:

@@ -150,4 +150,3 @@ def _not_finite(name: str, value: float, stage: Stage, step: int) -> UserError:
         why="training diverged; everything up to the last complete stage is kept",
         fix="lower the learning rate or a mitigation's strength, or set trainer.gradient_clip_val",
     )
-

@@ -43,7 +43,8 @@ class ResidencyParser(LightningArgumentParser):
             Refusal: From the parser of the command line.
             ArgumentError: From a parser inside of it, so that jsonargparse may try another type.
         """
-        actions = getattr(ex, "subcommand_parser", self)._actions
+        parser: Any = getattr(ex, "subcommand_parser", self)
+        actions = parser._actions
         hidden = ("help", "config", "print_config", "print_shtab", "subcommand", SUPPRESS)
         accepted = [a.dest for a in actions if a.dest not in hidden and not a.dest.endswith(".help")]
         if self.exit_on_error:

@@ -193,7 +193,8 @@ class CausalLM(Backbone):
 
 
 def _keeps_logits(model: nn.Module) -> bool:
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    core = unwrap() if unwrap else model
     return "logits_to_keep" in inspect.signature(core.forward).parameters
 
 

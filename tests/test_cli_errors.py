@@ -163,6 +163,11 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "preset": ("--model.adapter no.yaml", ("no.yaml", "no file")),
     "preset of a named part": ("--model.mitigations.x no.yaml", ("cannot read no.yaml",)),
     "value": ("--name", ("--name", "expected one argument")),
+    "key of a part in JSON": (
+        '--data.domains.c={"class_path":"Jsonl","init_args":{"trian":"x"}}',
+        ("--data.domains.c.init_args.trian=x", "'train'"),
+    ),
+    "config in JSON": ("--config={broken", ("{broken",)),
     "word": ("stray", ("stray", "belongs to no option")),
     "name": ("--name=../x", ("--name=../x", "one folder in runs", "--run_dir")),
     "config": ("--config no.yaml", ("cannot read no.yaml",)),

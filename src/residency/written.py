@@ -79,8 +79,8 @@ def check_configs(words: Sequence[str]) -> None:
         UserError: It is not.
     """
     for option, value in pairs(words):
-        if option in _CONFIG_OPTIONS and value is not None and not value.lstrip().startswith("{"):
-            content = read_yaml(Path(value), what="the config")
+        if option in _CONFIG_OPTIONS and value is not None:
+            content = _inline(value) or read_yaml(Path(value), what="the config")
             if not isinstance(content, dict):
                 raise UserError(
                     f"{value} holds {'nothing' if content is None else type(content).__name__}",
@@ -95,13 +95,23 @@ def written(words: Sequence[str]) -> list[Written]:
     for option, value in pairs(words):
         if value is None:
             continue
+        inline = _inline(value)
         if option not in _CONFIG_OPTIONS:
-            found += _flat(value, option.lstrip("-"), "", Path("."))
-        elif value.lstrip().startswith("{"):
-            found += _flat(yaml.safe_load(value), "", "--config", Path("."))
+            found += _flat(inline or value, option.lstrip("-"), "", Path("."))
+        elif inline is not None:
+            found += _flat(inline, "", "--config", Path("."))
         else:
             found += _flat(read_yaml(Path(value), what="the config"), "", value, Path(value).parent)
     return found[::-1]
+
+
+def _inline(value: str) -> dict[str, Any] | None:
+    """Keys and values that are given in place of a file or a class."""
+    try:
+        content = yaml.safe_load(value) if value.lstrip().startswith("{") else None
+    except yaml.YAMLError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _flat(value: Any, key: str, place: str, folder: Path) -> Iterator[Written]:

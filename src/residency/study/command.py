@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -129,7 +128,10 @@ def _write(path: Path, text: str) -> None:
 def _run(cell: Cell, run: RunFolder, store: Path) -> int:
     """One cell in a process of its own: nothing is left over from the one before."""
     words = ["fit", "--config", str(run.path / "config.yaml"), "--run_dir", str(run.path), "--store", str(store)]
-    child = subprocess.Popen([sys.executable, "-m", "residency", *words], env={**os.environ, "WANDB_RUN_GROUP": ""})
+    if (yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("wandb") or {}).get("group") is None:
+        # Seeds of one combination belong together on W&B.
+        words += ["--wandb.group", cell.id.removesuffix(f"-s{cell.seed}")]
+    child = subprocess.Popen([sys.executable, "-m", "residency", *words])
     try:
         code = child.wait()
     except BaseException:

@@ -135,7 +135,9 @@ def test_generated_scores_by_brute_force(scored_module: ContinualModule, scored_
     module, tokenizer = scored_module, scored_module.backbone.tokenizer
 
     def written(prompt: str) -> str:
-        return tokenizer.decode(greedy(module.model, tokenizer(prompt + ":").input_ids, end=0, limit=20))
+        # As long as the template leaves room for after "abc:"; that text is the longest reference, hence the limit.
+        room = 36 - len("abc:")
+        return tokenizer.decode(greedy(module.model, tokenizer(prompt + ":").input_ids, end=0, limit=room))
 
     test = scored_data.domains["texts"].rows("test")
     domain = Words("generative")

@@ -159,6 +159,8 @@ def _generations(
     tokenizer = module.backbone.tokenizer
     ordered = sorted(examples, key=lambda e: len(e.prompt))
     texts: dict[str, str] = {}
+    if not examples:
+        return []
     # Whoever writes more than the longest reference has not written it exactly, and need not be waited for.
     limit = max(len(e.completion) for e in examples)
     for first in range(0, len(ordered), settings.generation_batch):

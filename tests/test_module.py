@@ -200,7 +200,8 @@ def test_unused_hooks_cost_nothing(llama: Path, tmp_path: Path, monkeypatch: pyt
         raise AssertionError("a snapshot was taken for a hook that nobody overrides")
 
     monkeypatch.setattr(module_file, "snapshot", refuse)
-    train(tmp_path / "run", llama, tiny_lora(), {"terms": TwoTerms()}, steps=1)
+    record, _ = train(tmp_path / "run", llama, tiny_lora(), {"terms": TwoTerms()}, steps=1)
+    assert record["status"] == "done"
 
 
 def test_reference_forward_is_the_base_without_gradient(llama: Path, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig
+from peft import OSFConfig
 
-from residency.adapters import Adapter, Full, Peft
-from residency.adapters.peft import lora
+from peft_configs import CONFIGS, IDENTITY
+from residency.adapters import OSF, Adapter, Full, Peft
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
@@ -28,13 +28,14 @@ class AdapterRow:
 
     Args:
         make: A fresh adapter.
-        identity: Whether the attached model equals the pretrained one: bit for bit, up to rounding, or not at all.
+        identity: Whether the attached model equals the pretrained one: bit for bit, up to rounding, or not at all (then
+            the adapter provides `reference`, which row 0 is scored with).
         loads_with: Which library reads what `export` writes.
         average: Largest relative error of `load_weights(weights(state))`.
     """
 
     make: Callable[[], Adapter]
-    identity: Literal["exact", "close"] = "exact"
+    identity: Literal["exact", "close", "none"] = "exact"
     loads_with: Literal["peft", "transformers"] = "peft"
     average: float = 1e-5
 
@@ -47,23 +48,19 @@ class MitigationRow:
     off: Callable[[], Mitigation]
 
 
-def _lora(**options: object) -> Callable[[], Adapter]:
-    return lambda: lora(target_modules="all-linear", r=4, **options)
+def _peft(name: str) -> AdapterRow:
+    return AdapterRow(make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"))
 
 
 ADAPTERS: dict[str, AdapterRow] = {
     "full": AdapterRow(make=Full, loads_with="transformers"),
-    "lora": AdapterRow(make=_lora(lora_alpha=8)),
-    "lora_dropout": AdapterRow(make=_lora(lora_dropout=0.2)),
-    "rslora": AdapterRow(make=_lora(use_rslora=True)),
-    "dora": AdapterRow(make=_lora(use_dora=True), identity="close"),
-    "pissa": AdapterRow(make=_lora(init_lora_weights="pissa"), identity="close"),
-    "ia3": AdapterRow(make=lambda: Peft(config=IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]))),
-    "oft": AdapterRow(
-        make=lambda: Peft(config=OFTConfig(target_modules="all-linear", oft_block_size=8)), identity="close"
+    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0)),
+    "osf": AdapterRow(
+        make=lambda: OSF(config=OSFConfig(target_modules=["q_proj", "v_proj"])),
+        identity="close",
+        loads_with="transformers",
     ),
-    "vera": AdapterRow(make=lambda: Peft(config=VeraConfig(target_modules=["q_proj", "o_proj"], r=4))),
-    "lora_qv": AdapterRow(make=lambda: Peft(config=LoraConfig(target_modules=["q_proj", "v_proj"], r=2))),
+    **{name: _peft(name) for name in CONFIGS},
 }
 
 MITIGATIONS: dict[str, MitigationRow] = {

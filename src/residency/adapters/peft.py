@@ -26,6 +26,16 @@ __all__ = ["Peft", "is_quantised", "lora", "low_rank_factors", "wrap"]
 
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
 
+# What PEFT and torch remark while a tuner is attached, and what is known or does not matter here.
+_EXPECTED = (
+    ".*is_gradient_checkpointing.*",  # PEFT asks transformers for a property that has been renamed
+    ".*cannot merge the BEFT adapter.*",  # which the capabilities say
+    ".*Failed to load the CUDA extension.*",  # BOFT has a slower way without it, and says what it sets for it
+    ".*Setting boft_n_butterfly_factor to 1.*",
+    ".*Unsupported layer type.*Norm.*",  # LN tuning only asks for the sizes of the layer
+    ".*Sparse invariant checks are implicitly disabled.*",
+)
+
 
 class Peft(Adapter):
     """A parameter-efficient adapter of the PEFT library.
@@ -157,8 +167,8 @@ def wrap(model: nn.Module, config: PeftConfig) -> nn.Module:
     config.task_type = config.task_type or "CAUSAL_LM"
     try:
         with warnings.catch_warnings():
-            # PEFT asks transformers for a property that transformers has renamed.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            for message in _EXPECTED:
+                warnings.filterwarnings("ignore", message=message)
             return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(

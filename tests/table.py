@@ -5,9 +5,9 @@ A new plug-in is one row here, and inherits all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from peft import OSFConfig
 
@@ -32,12 +32,27 @@ class AdapterRow:
             the adapter provides `reference`, which row 0 is scored with).
         loads_with: Which library reads what `export` writes.
         average: Largest relative error of `load_weights(weights(state))`.
+        merge: Largest error of a merged model's logits.
+        still: Substrings of parameter names that are declared as trainable and need not move in a stage.
+        loading: Options of the backbone (dtype, quantisation).
+        trainer: Options of the Trainer that differ.
+        lr: Learning rate at which four steps show.
     """
 
     make: Callable[[], Adapter]
     identity: Literal["exact", "close", "none"] = "exact"
     loads_with: Literal["peft", "transformers"] = "peft"
     average: float = 1e-5
+    merge: float = 2e-4
+    still: tuple[str, ...] = ()
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 1e-2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `running.train` and `running.make_module` take for this row."""
+        return {"loading": self.loading, "lr": self.lr}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from peft import OSFConfig
 
 from peft_configs import CONFIGS, IDENTITY
 from residency.adapters import OSF, Adapter, Full, Peft
+from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
@@ -37,6 +38,8 @@ class AdapterRow:
         loading: Options of the backbone (dtype, quantisation).
         trainer: Options of the Trainer that differ.
         lr: Learning rate at which four steps show.
+        pairs: Whether it meets every mitigation too. Not a tuner whose row differs from another one's in the PEFT
+            config only: to a mitigation both are named tensors behind one class, with the same capabilities.
     """
 
     make: Callable[[], Adapter]
@@ -48,6 +51,7 @@ class AdapterRow:
     loading: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     lr: float = 1e-2
+    pairs: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,13 +67,21 @@ class MitigationRow:
     off: Callable[[], Mitigation]
 
 
+# One PEFT tuner for each kind of promise: exact or near start, no reference, averaged as factors or as they are,
+# not averageable, virtual tokens.
+_PAIRED = ("lora", "lora_dropout", "dora", "pissa", "ia3", "vera", "prompt_tuning")
+
+
 def _peft(name: str) -> AdapterRow:
-    return AdapterRow(make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"))
+    return AdapterRow(
+        make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"), pairs=name in _PAIRED
+    )
 
 
 ADAPTERS: dict[str, AdapterRow] = {
     "full": AdapterRow(make=Full, loads_with="transformers"),
-    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0)),
+    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0), pairs=False),
+    "qlora": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"]()), loading={"quantisation": Quantisation()}),
     "osf": AdapterRow(
         make=lambda: OSF(config=OSFConfig(target_modules=["q_proj", "v_proj"])),
         identity="close",

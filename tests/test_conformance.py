@@ -24,7 +24,9 @@ from running import make_module, train
 from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS
 
 adapters = pytest.mark.parametrize("name", ADAPTERS)
-pairs = pytest.mark.parametrize(("adapter", "mitigation"), [(a, m) for a in ADAPTERS for m in MITIGATIONS])
+pairs = pytest.mark.parametrize(
+    ("adapter", "mitigation"), [(a, m) for a in ADAPTERS if ADAPTERS[a].pairs for m in MITIGATIONS]
+)
 
 EXAMPLES = [
     Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
@@ -134,8 +136,11 @@ def test_identity_at_the_start(name: str, llama: Path) -> None:
     module.layout = "padded"
     if ADAPTERS[name].identity == "exact":
         assert torch.equal(logits(module), pretrained(llama, name))
+    elif ADAPTERS[name].identity == "close":
+        torch.testing.assert_close(logits(module), pretrained(llama, name), rtol=0, atol=1e-6)
     else:
-        torch.testing.assert_close(logits(module), pretrained(llama, name), rtol=0, atol=2e-4)
+        assert not torch.allclose(logits(module), pretrained(llama, name), rtol=0, atol=1e-6)
+        assert "reference" in module.adapter.provides, "row 0 could not be scored"
 
 
 @adapters

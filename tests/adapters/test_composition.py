@@ -18,7 +18,9 @@ from residency.adapters import Peft
 from residency.adapters.tuners import kind_of
 from residency.errors import UserError
 
-AGAIN = "write the table anew with `PYTHONPATH=tests python tests/composition.py`, and say in the changelog what changed"
+AGAIN = (
+    "write the table anew with `PYTHONPATH=tests python tests/composition.py`, and say in the changelog what changed"
+)
 PRESETS = Path(__file__).parents[2] / "configs" / "adapter"
 
 

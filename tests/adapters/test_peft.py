@@ -22,7 +22,7 @@ from residency.errors import UserError
 from residency.layout import choose_layout
 from residency.mitigations import Mitigation
 from residency.tensors import snapshot
-from running import make_module, train
+from running import Kill, in_child, make_module, train
 
 ROOT = Path(__file__).parents[2]
 QV = ["q_proj", "v_proj"]
@@ -331,3 +331,18 @@ def test_osf_has_a_class_of_its_own() -> None:
 def test_a_target_that_is_not_there_is_told(llama: Path) -> None:
     with pytest.raises(UserError, match=r"no_such_layer(.|\n)*target_modules"):
         attach(llama, LoraConfig(target_modules=["no_such_layer"]))
+
+
+# -- kill -9 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pissa", "qlora", "osf"])
+def test_a_killed_run_equals_the_uninterrupted_one(name: str, llama: Path, tmp_path: Path) -> None:
+    """Where the frozen part is not the pretrained weight, a new process must find the same one again."""
+    from test_kill import assert_same_run
+
+    kinds = {"a": "generative", "b": "label"}
+    assert in_child(tmp_path / "whole", llama, name, [], kinds=kinds) == 0
+    assert in_child(tmp_path / "killed", llama, name, [], Kill(stage=2, step=3), kinds=kinds) == -9
+    assert in_child(tmp_path / "killed", llama, name, [], kinds=kinds) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")

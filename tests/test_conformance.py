@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from residency.adapters import Adapter
+from residency.adapters.peft import expected_remarks
 from residency.batching import make_batch
 from residency.errors import UserError
 from residency.mitigations import Mitigation
@@ -24,7 +25,9 @@ from running import make_module, train
 from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS
 
 adapters = pytest.mark.parametrize("name", ADAPTERS)
-pairs = pytest.mark.parametrize(("adapter", "mitigation"), [(a, m) for a in ADAPTERS for m in MITIGATIONS])
+pairs = pytest.mark.parametrize(
+    ("adapter", "mitigation"), [(a, m) for a, row in ADAPTERS.items() if row.pairs for m in MITIGATIONS]
+)
 
 EXAMPLES = [
     Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
@@ -137,8 +140,11 @@ def test_identity_at_the_start(name: str, llama: Path) -> None:
     module.layout = "padded"
     if ADAPTERS[name].identity == "exact":
         assert torch.equal(logits(module), pretrained(llama, name))
+    elif ADAPTERS[name].identity == "close":
+        torch.testing.assert_close(logits(module), pretrained(llama, name), rtol=0, atol=1e-6)
     else:
-        torch.testing.assert_close(logits(module), pretrained(llama, name), rtol=0, atol=2e-4)
+        assert not torch.allclose(logits(module), pretrained(llama, name), rtol=0, atol=1e-6)
+        assert "reference" in module.adapter.provides, "row 0 could not be scored"
 
 
 @adapters
@@ -246,7 +252,8 @@ def test_export_loads_with_the_plain_library(name: str, llama: Path, plain: Any,
         from peft import PeftModel
 
         base = make_module(llama, ADAPTERS[name].make(), {}, loading=ADAPTERS[name].loading).backbone.load()
-        loaded = PeftModel.from_pretrained(base, tmp_path / "export")
+        with expected_remarks():
+            loaded = PeftModel.from_pretrained(base, tmp_path / "export")
     torch.testing.assert_close(plain_logits(loaded), logits(trained), rtol=0, atol=2e-4)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peft import OSFConfig
 
 from peft_configs import CONFIGS, IDENTITY
-from residency.adapters import OSF, Adapter, Full, Peft
+from residency.adapters import OSF, Adapter, Full, Peft, PerDomain, ProgressivePrompts
 from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
@@ -86,6 +86,12 @@ ADAPTERS: dict[str, AdapterRow] = {
         make=lambda: OSF(config=OSFConfig(target_modules=["q_proj", "v_proj"])),
         identity="close",
         loads_with="transformers",
+    ),
+    "per_domain": AdapterRow(make=lambda: PerDomain(config=CONFIGS["lora"]())),
+    "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=CONFIGS["ia3"](), routing="nll")),
+    "progressive_prompts": AdapterRow(make=lambda: ProgressivePrompts(length=3), identity="none"),
+    "progressive_prompts_mlp": AdapterRow(
+        make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none", pairs=False
     ),
     **{name: _peft(name) for name in CONFIGS},
 }

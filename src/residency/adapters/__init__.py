@@ -1,7 +1,11 @@
 """Which coordinates move, and how they step."""
 
 from residency.adapters.base import Adapter
+from residency.adapters.bottleneck import Bottleneck
+from residency.adapters.freeze import Freeze
 from residency.adapters.full import Full
+from residency.adapters.galore import GaLore
 from residency.adapters.peft import Peft
+from residency.adapters.sinkhorn import SinkhornResidual
 
-__all__ = ["Adapter", "Full", "Peft"]
+__all__ = ["Adapter", "Bottleneck", "Freeze", "Full", "GaLore", "Peft", "SinkhornResidual"]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig
 
-from residency.adapters import Adapter, Full, Peft
+from residency.adapters import Adapter, Bottleneck, Freeze, Full, GaLore, Peft, SinkhornResidual
 from residency.adapters.peft import lora
 from residency.domains import packaged
 from residency.domains.base import Domain
@@ -35,7 +35,7 @@ class AdapterRow:
 
     make: Callable[[], Adapter]
     identity: Literal["exact", "close"] = "exact"
-    loads_with: Literal["peft", "transformers"] = "peft"
+    loads_with: Literal["peft", "transformers", "residency"] = "peft"
     average: float = 1e-5
 
 
@@ -64,6 +64,12 @@ ADAPTERS: dict[str, AdapterRow] = {
     ),
     "vera": AdapterRow(make=lambda: Peft(config=VeraConfig(target_modules=["q_proj", "o_proj"], r=4))),
     "lora_qv": AdapterRow(make=lambda: Peft(config=LoraConfig(target_modules=["q_proj", "v_proj"], r=2))),
+    "freeze": AdapterRow(make=lambda: Freeze(bottom=1, freeze=["norm"]), loads_with="transformers"),
+    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers"),
+    "bottleneck": AdapterRow(make=lambda: Bottleneck(placement="houlsby", reduction=8), loads_with="residency"),
+    "sinkhorn": AdapterRow(
+        make=lambda: SinkhornResidual(inner=_lora()(), rank=2, structural_lr_ratio=1.0), loads_with="residency"
+    ),
 }
 
 MITIGATIONS: dict[str, MitigationRow] = {

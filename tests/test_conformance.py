@@ -141,6 +141,11 @@ def test_export_loads_with_the_plain_library(name: str, llama: Path, tmp_path: P
     trained.adapter.export(trained.model, tmp_path / "export")
     if ADAPTERS[name].loads_with == "transformers":
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    elif ADAPTERS[name].loads_with == "residency":
+        from residency.adapters.own_format import attach_exported
+
+        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        plain: Any = attach_exported(base, tmp_path / "export")[1]
     else:
         from peft import PeftModel
 
@@ -242,11 +247,12 @@ def test_objective_ignores_the_layout(name: str, llama: Path) -> None:
 
 def test_every_plug_in_has_a_row() -> None:
     """A class without a row would be tested by nothing."""
+    from residency import adapters as adapter_classes
     from residency import mitigations, objectives
     from residency.domains import packaged
 
     rows: list[Adapter | Mitigation] = [row.make() for row in MITIGATIONS.values()]
     assert {type(row).__name__ for row in rows} == {*mitigations.__all__} - {"Mitigation"}
-    assert {type(row.make()).__name__ for row in ADAPTERS.values()} == {"Full", "Peft"}
+    assert {type(row.make()).__name__ for row in ADAPTERS.values()} == {*adapter_classes.__all__} - {"Adapter"}
     assert {make().__class__.__name__ for make in OBJECTIVES.values()} == {*objectives.__all__} - {"Objective"}
     assert {reader.__name__ for reader in READERS.values()} == {"Jsonl", *packaged.__all__}

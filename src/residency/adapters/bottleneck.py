@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,34 +18,19 @@ from residency.adapters.structure import blocks
 from residency.errors import UserError
 from residency.types import Tensors
 
-__all__ = ["Bottleneck", "bottleneck"]
+__all__ = ["Bottleneck"]
 
 _NAME = "residency_bottleneck"
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu}
 
 Activation = Literal["relu", "gelu", "swish"]
 
 
-def bottleneck(
-    h: Tensor, *, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: float, activation: Activation
-) -> Tensor:
-    """h + s (W_up σ(W_down h + b_down) + b_up).
-
-    Args:
-        h: (..., D).
-        down: (D / reduction, D).
-        down_bias: (D / reduction,).
-        up: (D, D / reduction); zero gives h back, bit for bit.
-        up_bias: (D,).
-        scale: s.
-        activation: σ.
-    """
-    inner = _ACTIVATIONS[activation](F.linear(h, down, down_bias))
-    return h + scale * F.linear(inner, up, up_bias)
-
-
 class _Bottleneck(nn.Module):
-    """The parameters of one bottleneck; float32 whatever the backbone is."""
+    """h + s W_up σ(W_down h), h (..., D), W_down (D / reduction, D), W_up (D, D / reduction) zero at the start.
+
+    In float32 whatever the backbone is.
+    """
 
     def __init__(self, width: int, inner: int, *, scale: float, activation: Activation, device: torch.device) -> None:
         super().__init__()
@@ -53,16 +38,17 @@ class _Bottleneck(nn.Module):
         self.up = nn.Linear(inner, width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        self.scale, self.activation = scale, activation
+        self.scale, self.activation = scale, _ACTIVATIONS[activation]
         self.enabled = True
         self.to(device)
 
     def forward(self, h: Tensor) -> Tensor:
         if not self.enabled:
             return h
-        parts = {"down": self.down.weight, "down_bias": self.down.bias, "up": self.up.weight, "up_bias": self.up.bias}
+        # The layers are called, not their weights used: per-example gradients are taken from the calls of layers.
         x = h.to(self.down.weight.dtype)
-        return bottleneck(x, **parts, scale=self.scale, activation=self.activation).to(h.dtype)
+        added: Tensor = self.up(self.activation(self.down(x)))
+        return (x + self.scale * added).to(h.dtype)
 
 
 def _behind(module: nn.Module, args: Any, output: Any) -> Any:
@@ -147,10 +133,11 @@ class Bottleneck(Adapter):
         for name, block in blocks(model).items():
             children = dict(block.named_children())
             for kind in kinds:
-                hits = [child for key, child in children.items() if re.fullmatch(self.options[kind], key)]
+                pattern = self.options[kind]
+                hits = [child for key, child in children.items() if re.fullmatch(pattern, key)]
                 if not hits:
                     raise UserError(
-                        f"model.adapter.{kind} = {self.options[kind]!r} matches nothing in {name}: {', '.join(children)}",
+                        f"model.adapter.{kind} = {pattern!r} matches nothing in {name}: {', '.join(children)}",
                         why="a bottleneck stands behind that sublayer of every block",
                         fix=f"give the name it has in this model as model.adapter.{kind}",
                     )

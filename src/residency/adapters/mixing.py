@@ -102,7 +102,8 @@ def mix(h: Tensor, *, read: Tensor, write: Tensor, matrix: Tensor, gate: Tensor,
     k = matrix.shape[0]
     z = (h @ read).unflatten(-1, (k, -1))
     moved = gate * (torch.einsum("ij,...jr->...ir", matrix, z) - z)
-    return h + log_alpha.exp() * (moved.flatten(-2) @ write)
+    written: Tensor = log_alpha.exp() * (moved.flatten(-2) @ write)
+    return h + written
 
 
 def residual(matrix: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Sinkhorn mixing on the residual stream: an independent reconstruction of a stability-constrained adapter.
 
-Written from public descriptions only (forum posts, a data set card, arXiv 2606.00382). What is NOT public, and therefore
-chosen here: the number of streams, Sinkhorn's iterations and temperature, the equation of the gate, where in a block
-the mixing sits, both learning rates, and the data. No claim is made that results carry over in either direction.
+Written from public descriptions only (forum posts, a data set card, arXiv 2606.00382). What is NOT public, and
+therefore chosen here: the number of streams, Sinkhorn's iterations and temperature, the equation of the gate, where in
+a block the mixing sits, both learning rates, and the data. No claim is made that results carry over in either way.
 
 Which question the arms answer:
 
@@ -96,7 +96,9 @@ class SinkhornResidual(Adapter):
         gate_lr_ratio: float = 1.0,
     ) -> None:
         limit = 5 if mixing == "exact" else 64
-        if not (2 <= streams <= limit and rank >= 1 and iterations >= 1 and min(structural_lr_ratio, gate_lr_ratio) >= 0):
+        if not (
+            2 <= streams <= limit and rank >= 1 and iterations >= 1 and min(structural_lr_ratio, gate_lr_ratio) >= 0
+        ):
             raise UserError(
                 f"model.adapter: streams={streams}, rank={rank}, iterations={iterations}, "
                 f"structural_lr_ratio={structural_lr_ratio}, gate_lr_ratio={gate_lr_ratio}",
@@ -271,7 +273,7 @@ class SinkhornResidual(Adapter):
                     mixer.enabled = True
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """A folder that `residency.adapters.own_format.attach_exported` loads; a PEFT adapter lies in it as PEFT writes it.
+        """A folder that `residency.adapters.own_format.attach_exported` loads, a PEFT adapter in it as PEFT writes it.
 
         Raises:
             UserError: The inner adapter is neither a plain PEFT adapter nor absent.

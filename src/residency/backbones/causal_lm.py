@@ -189,7 +189,8 @@ class CausalLM(Backbone):
                 "remark": "de-quantised 4-bit copy (GGUF Q4), not the original weights",
             }
         remark = f"bitsandbytes {self.quantisation.kind}" if self.quantisation else ""
-        return {"name": self.path, "licence": "see the model's card", "remark": remark}
+        described = {"name": self.path, "licence": "see the model's card", "remark": remark}
+        return described if self.revision is None else {**described, "revision": self.revision}
 
 
 def _keeps_logits(model: nn.Module) -> bool:

@@ -30,7 +30,7 @@ def projector(gradient: Tensor, *, rank: int) -> Tensor:
         P with orthonormal rows, P Pᵀ = I: (r, n) if m >= n, else (r, m).
     """
     u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
-    basis = vh if gradient.shape[0] >= gradient.shape[1] else u.T
+    basis: Tensor = vh if gradient.shape[0] >= gradient.shape[1] else u.T
     return basis[:rank].to(gradient.dtype).contiguous()
 
 

@@ -5,7 +5,8 @@ from residency.adapters.bottleneck import Bottleneck
 from residency.adapters.freeze import Freeze
 from residency.adapters.full import Full
 from residency.adapters.galore import GaLore
+from residency.adapters.osf import OSF
 from residency.adapters.peft import Peft
 from residency.adapters.sinkhorn import SinkhornResidual
 
-__all__ = ["Adapter", "Bottleneck", "Freeze", "Full", "GaLore", "Peft", "SinkhornResidual"]
+__all__ = ["OSF", "Adapter", "Bottleneck", "Freeze", "Full", "GaLore", "Peft", "SinkhornResidual"]

@@ -144,7 +144,8 @@ class CausalLM(Backbone):
             )
             return out.logits[0]  # type: ignore[no-any-return]
         width = batch.input_ids.shape[1]
-        row, column = batch.target_at // width, batch.target_at % width
+        # Columns count from the end of a row: an adapter may have put virtual tokens in front of it.
+        row, column = batch.target_at // width, batch.target_at % width - width
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         if not _keeps_logits(model):
             return model(**inputs).logits[row, column]  # type: ignore[no-any-return]

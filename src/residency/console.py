@@ -97,14 +97,14 @@ def show_predictions(rows: Sequence[Mapping[str, str]], console: Console | None 
 def show_export(found: Mapping[str, Any], console: Console | None = None) -> None:
     """Print where an export lies, and what merging has cost: row of the score matrix, merged, and the difference."""
     console = console or Console()
-    for scorer, tax in found["merge_tax"].items():
-        table = Table(title=f"merge tax, {scorer}: merged minus unmerged")
-        for title in ("", "unmerged", "merged", "difference"):
-            table.add_column(title, justify="right" if title else "left")
-        for column, difference in tax.items():
-            before = found["scores"][scorer][column]
-            table.add_row(
-                escape(printable(column)), f"{before:.4f}", f"{before + difference:.4f}", f"{difference:+.1e}"
-            )
+    if found["merged"]:
+        table = Table(title="merge tax: merged minus unmerged")
+        for title in ("score", "domain", "unmerged", "merged", "difference"):
+            table.add_column(title, justify="left" if title in ("score", "domain") else "right")
+        for scorer, tax in found["merge_tax"].items():
+            for column, change in tax.items():
+                old = found["scores"][scorer][column]
+                shown = f"{change:+.1e}" if change else "0"
+                table.add_row(scorer, escape(printable(column)), f"{old:.4f}", f"{old + change:.4f}", shown)
         console.print(table)
     console.print(f"stage {found['stage']} ({escape(printable(found['domain']))}): {escape(found['path'])}")

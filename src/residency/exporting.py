@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from residency.adapters import Adapter, Full
+from residency.backbones.causal_lm import quiet_transformers
 from residency.errors import UserError
 from residency.evaluation import evaluate, means
 from residency.model_card import model_card
@@ -81,7 +82,8 @@ def export_saved(
             module.to(device)
             again = means(evaluate(module, data, split=settings.split, settings=settings.evaluation))
             tax = difference(again, scores)
-        module.adapter.export(module.model.cpu(), temporary)
+        with quiet_transformers():
+            module.adapter.export(module.model.cpu(), temporary)
         module.backbone.tokenizer.save_pretrained(temporary)
         facts = {
             "name": settings.cell,

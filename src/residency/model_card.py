@@ -79,7 +79,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
         "license": licence if licence in _HUB_LICENCES else "other",
         "library_name": {"peft": "peft", "transformers": "transformers"}.get(facts["format"], "residency"),
         "pipeline_tag": "text-generation",
-        "tags": ["residency", "continual-learning", *(["lora"] if facts["format"] == "peft" else [])],
+        "tags": ["residency", "continual-learning"],
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
 

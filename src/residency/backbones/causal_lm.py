@@ -20,7 +20,7 @@ from residency.backbones.fingerprint import tokenizer_fingerprint, weights_finge
 from residency.errors import UserError
 from residency.types import Batch
 
-__all__ = ["CausalLM", "Quantisation"]
+__all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
 
 PACKAGED = "packaged"
 
@@ -119,7 +119,7 @@ class CausalLM(Backbone):
         options: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
         if self.quantisation is not None:
             options |= {"quantization_config": _bitsandbytes(self.quantisation), "device_map": _device_map()}
-        with _quiet_loading():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(self.folder, config=config, **options)
         if model._supports_attention_backend:
             model.set_attn_implementation(packed_attention.NAME)
@@ -226,8 +226,8 @@ def _forbid_repacking(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-class _quiet_loading:
-    """Hide transformers' progress bars while a model loads: the user sees our own display."""
+class quiet_transformers:
+    """Hide transformers' progress bars: the user sees our own display."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

@@ -29,7 +29,8 @@ def projector(gradient: Tensor, *, rank: int) -> Tensor:
     Returns:
         P with orthonormal rows, P Pᵀ = I: (r, n) if m >= n, else (r, m).
     """
-    u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
+    exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    u, _, vh = torch.linalg.svd(exact, full_matrices=False)
     basis: Tensor = vh if gradient.shape[0] >= gradient.shape[1] else u.T
     return basis[:rank].to(gradient.dtype).contiguous()
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from residency.adapters import Adapter, Full
+from residency.adapters.structure import names_of
 from residency.backbones.causal_lm import quiet_transformers
 from residency.errors import UserError
 from residency.evaluation import evaluate, means
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from residency.data import StreamData
     from residency.module import ContinualModule
 
-__all__ = ["MARKER", "export_saved", "merged_model"]
+__all__ = ["MARKER", "check_request", "difference", "export_saved", "merged_model"]
 
 MARKER = "residency.json"
 """What an exported folder holds beside the weights; its presence allows `--overwrite` to replace the folder."""
@@ -68,7 +69,7 @@ def export_saved(
         UserError: The stage is not complete, the adapter cannot do it, or the folder is in use.
     """
     kind = type(module.adapter).__name__
-    _check_request(module.adapter, stage, merge=merge, dtype=dtype)
+    check_request(module.adapter, stage, merge=merge, dtype=dtype)
     check_stream(data)
     chosen = load_stage(module, data, folder, stage=stage, seed=settings.seed)
     place = folder.stage(chosen, data.order[chosen - 1])
@@ -121,7 +122,28 @@ def merged_model(adapter: Adapter, model: nn.Module, *, dtype: str | None) -> nn
     if all(p.is_floating_point() for p in model.parameters()):
         # Half-precision sums of weight and update would be rounded twice. Quantised weights are the adapter's business.
         model = model.float()
-    return adapter.merge(model).to(own if dtype is None else getattr(torch, dtype))
+    _untie_adapted(model)
+    plain = adapter.merge(model)
+    if _tied(plain) and plain.get_input_embeddings().weight is not plain.get_output_embeddings().weight:  # type: ignore[operator]
+        plain.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return plain.to(own if dtype is None else getattr(torch, dtype))
+
+
+def _tied(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def _untie_adapted(model: nn.Module) -> None:
+    """Give a head and an embedding that share a weight one each, where a tuner is around one of them.
+
+    Otherwise what is folded into the one would change the other, and the function with it.
+    """
+    for first, *others in names_of(model).values():
+        if others and any(".base_layer." in name for name in (first, *others)):
+            for name in others:
+                owner, _, leaf = name.rpartition(".")
+                parameter = model.get_parameter(name)
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def difference(merged: Means, unmerged: Means) -> dict[str, dict[str, float]]:
@@ -148,8 +170,12 @@ def _backbone(backbone: Backbone) -> dict[str, str]:
     return {**described, "name": Path(described["name"]).name} if Path(described["name"]).is_dir() else described
 
 
-def _check_request(adapter: Adapter, stage: int | None, *, merge: bool, dtype: str | None) -> None:
-    """What can be refused before a model is loaded."""
+def check_request(adapter: Adapter, stage: int | None, *, merge: bool, dtype: str | None) -> None:
+    """What can be refused before a model is loaded.
+
+    Raises:
+        UserError: The stage is the base, the adapter does not merge, or a dtype is given for nothing.
+    """
     kind = type(adapter).__name__
     if stage == 0:
         raise UserError(

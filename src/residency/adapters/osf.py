@@ -11,7 +11,7 @@ from peft import OSFConfig
 from peft.tuners.osf import OSFLayer
 from torch import Tensor, nn
 
-from residency.adapters.base import Adapter
+from residency.adapters.base import Adapter, Observe
 from residency.adapters.peft import wrap
 from residency.errors import UserError
 from residency.tensors import Computed
@@ -64,7 +64,7 @@ class OSF(Adapter):
         return wrap(model, self.config)
 
     @torch.no_grad()
-    def begin_stage(self, model: nn.Module, stage: Stage, observe: object) -> None:
+    def begin_stage(self, model: nn.Module, stage: Stage, observe: Observe) -> None:
         """From the second domain on: make the update part of the weight and split it again."""
         if stage.index == 0 and self.schedule == "constant":
             return

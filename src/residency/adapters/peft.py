@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,9 +22,17 @@ from residency.errors import UserError
 from residency.tensors import Computed
 from residency.types import Tensors
 
-__all__ = ["Peft", "is_quantised", "lora", "low_rank_factors", "wrap"]
+__all__ = ["Peft", "expected_remarks", "is_quantised", "lora", "low_rank_factors", "wrap"]
 
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
+
+_EXPECTED = (
+    ".*is_gradient_checkpointing.*",  # PEFT asks transformers for a property that has been renamed
+    ".*cannot merge the BEFT adapter.*",  # which the capabilities say
+    ".*Failed to load the CUDA extension.*",  # BOFT has a slower way without it, and says what it sets for it
+    ".*Setting boft_n_butterfly_factor to 1.*",
+    ".*Unsupported layer type.*Norm.*",  # LN tuning only asks for the sizes of the layer
+)
 
 
 class Peft(Adapter):
@@ -155,10 +163,11 @@ def wrap(model: nn.Module, config: PeftConfig) -> nn.Module:
     # A copy: PEFT writes the base model's name and the resolved targets into the config it is given.
     config = copy.deepcopy(config)
     config.task_type = config.task_type or "CAUSAL_LM"
+    if kind_of(config) == "FROD":
+        # torch's default, said aloud: it warns about FRoD's sparse matrices otherwise.
+        torch.sparse.check_sparse_tensor_invariants.disable()
     try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers for a property that transformers has renamed.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        with expected_remarks():
             return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
@@ -166,6 +175,15 @@ def wrap(model: nn.Module, config: PeftConfig) -> nn.Module:
             why="the tuner does not fit this model, its layers or its quantisation",
             fix="correct model.adapter.config (often target_modules), or use configs/adapter/lora.yaml",
         ) from error
+
+
+@contextmanager
+def expected_remarks() -> Iterator[None]:
+    """Silence what PEFT and torch remark while a tuner is attached or loaded, and what is known here."""
+    with warnings.catch_warnings():
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 def is_quantised(model: nn.Module) -> bool:
@@ -177,8 +195,8 @@ def _on_dequantised_base(model: Any) -> nn.Module:
     """The same adapter on a copy of its base in full precision, by way of what `export` writes."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        base = model.unload().dequantize()
-        return PeftModel.from_pretrained(base, folder)  # type: ignore[no-any-return]
+        with expected_remarks():
+            return PeftModel.from_pretrained(model.unload().dequantize(), folder)  # type: ignore[no-any-return]
 
 
 def _pairs(state: Tensors) -> list[tuple[str, str]]:

@@ -63,7 +63,7 @@ _PISSA = "use configs/adapter/pissa.yaml or configs/adapter/olora.yaml"
 _REFUSED_INITS: dict[str, tuple[str, str]] = {
     "corda": (_NEEDS_DATA, _PISSA),
     "eva": (_NEEDS_DATA, "use configs/adapter/orthogonal.yaml or configs/adapter/pissa.yaml"),
-    "loftq": (_NO_BASE, "use configs/qlora.yaml for LoRA on a quantised base"),
+    "loftq": (_NO_BASE, "use configs/backbone/qlora.yaml for LoRA on a quantised base"),
     "lora_ga": (_NEEDS_DATA, _PISSA),
 }
 

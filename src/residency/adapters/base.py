@@ -46,6 +46,10 @@ class Adapter(ABC):
     task_id_at_test: bool = False
     """Whether scoring a domain uses its name: such scores are no answer to "which domain is this?"."""
 
+    steps_in_backward: bool = False
+    """Whether parameters step inside the backward pass and no gradient outlives it: then nothing can be accumulated or
+    clipped, and mitigations that read gradients or updates are refused."""
+
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
         """Prepare a pretrained model: add modules, freeze the rest. Idempotent. Draws from the global generator,

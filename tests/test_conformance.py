@@ -34,6 +34,8 @@ EXAMPLES = [
     for i in range(3)
 ]
 LAST = "3-c"
+# What two domains cannot show about a pair, a third does not either.
+SHORT: dict[str, Any] = {"kinds": {"a": "generative", "b": "label"}, "steps": 3}
 
 
 def logits(module: Any) -> torch.Tensor:
@@ -103,21 +105,22 @@ class Trained:
     @property
     def state(self) -> dict[str, torch.Tensor]:
         """As stored after the last stage."""
-        weights: dict[str, torch.Tensor] = load_tree(self.folder / "stages" / LAST / "state.safetensors")["weights"]
+        last = max((self.folder / "stages").iterdir(), key=lambda path: path.name)
+        weights: dict[str, torch.Tensor] = load_tree(last / "state.safetensors")["weights"]
         return weights
 
 
 @pytest.fixture(scope="session")
 def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Row -> its stream without mitigations; every process trains each at most once. Do not change the module."""
-    known: dict[str, Trained] = {}
+    known: dict[tuple[str, bool], Trained] = {}
 
-    def get(name: str) -> Trained:
-        if name not in known:
+    def get(name: str, *, short: bool = False) -> Trained:
+        if (name, short) not in known:
             folder, watch = tmp_path_factory.mktemp("plain") / "run", Watch()
-            record, module = run(name, llama, folder, callbacks=[watch])
-            known[name] = Trained(record, module, folder, watch.stages)
-        return known[name]
+            record, module = run(name, llama, folder, callbacks=[watch], **(SHORT if short else {}))
+            known[name, short] = Trained(record, module, folder, watch.stages)
+        return known[name, short]
 
     return get
 
@@ -238,13 +241,18 @@ def test_export_loads_with_the_plain_library(name: str, llama: Path, plain: Any,
     from transformers import AutoModelForCausalLM
 
     trained = plain(name).module
-    if "exportable" not in trained.adapter.provides:
+    if "exportable" not in trained.adapter.provides and ADAPTERS[name].loads_with != "residency":
         with pytest.raises(UserError, match="exportable"):
             trained.adapter.export(trained.model, tmp_path / "export")
         return
     trained.adapter.export(trained.model, tmp_path / "export")
     if ADAPTERS[name].loads_with == "transformers":
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    elif ADAPTERS[name].loads_with == "residency":
+        from residency.adapters.own_format import attach_exported
+
+        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        loaded: Any = attach_exported(base, tmp_path / "export")[1]
     else:
         from peft import PeftModel
 
@@ -282,8 +290,8 @@ def test_pair_trains_or_is_refused_with_a_sentence(
         with pytest.raises(UserError, match=f"needs {sorted(missing)[0]}.*\n.*use "):
             make_module(llama, ADAPTERS[adapter].make(), {mitigation: make()})
         return
-    record, module = run(adapter, llama, tmp_path / "run", {mitigation: make()})
-    without = plain(adapter).record
+    record, module = run(adapter, llama, tmp_path / "run", {mitigation: make()}, **SHORT)
+    without = plain(adapter, short=True).record
     assert record["scores"]["nll"]["R"][:2] == without["scores"]["nll"]["R"][:2], "the first stage is shared"
     assert record["scores"]["nll"]["R"] != without["scores"]["nll"]["R"], "the mitigation did nothing"
     assert all(torch.isfinite(p).all() for p in module.model.parameters() if p.is_floating_point())
@@ -294,8 +302,8 @@ def test_strength_zero_is_off(adapter: str, mitigation: str, llama: Path, plain:
     off = MITIGATIONS[mitigation].off
     if off().requires - ADAPTERS[adapter].make().provides:
         pytest.skip("refused at construction, which another test shows")
-    record, module = run(adapter, llama, tmp_path / "off", {mitigation: off()})
-    without = plain(adapter)
+    record, module = run(adapter, llama, tmp_path / "off", {mitigation: off()}, **SHORT)
+    without = plain(adapter, short=True)
     assert record["scores"] == without.record["scores"]
     state = module.adapter.state(module.model)
     assert all(torch.equal(state[key], tensor) for key, tensor in without.state.items())

@@ -23,6 +23,7 @@ usage: residency VERB [options]        residency VERB --help explains each
   validate    score a saved stage on validation rows      residency validate RUN --stage 2
   test        score a saved stage on test rows            residency test RUN --stage 2
   predict     let a saved stage write completions         residency predict RUN --stage 2 --domain legal
+  export      write a saved stage for other programs       residency export RUN --stage 2 --merge
 
 first steps:
   residency assets
@@ -32,7 +33,7 @@ first steps:
 exit codes: 0 done, 2 you can mend it, 3 some cells failed, 75 stopped by a signal (the same command goes on)
 """
 
-_STREAM_VERBS = ("fit", "validate", "test", "predict")
+_STREAM_VERBS = ("fit", "validate", "test", "predict", "export")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -15,7 +15,7 @@ from residency.record import RunFolder
 from residency.stream import StreamSettings
 from residency.tracking import WandbSettings
 
-__all__ = ["add_run_options", "run_folder", "run_settings", "wandb_settings"]
+__all__ = ["add_export_options", "add_run_options", "run_folder", "run_settings", "wandb_settings"]
 
 Option = Callable[[str], Any]
 
@@ -36,6 +36,21 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--axes", type=dict[str, Any], default={}, help="Place in a study (set by `sweep`).")
     parser.add_class_arguments(EvaluationSettings, "evaluation")
     parser.add_class_arguments(WandbSettings, "wandb")
+
+
+def add_export_options(parser: LightningArgumentParser) -> None:
+    """Add what `export` takes beside the stage."""
+    parser.add_argument(
+        "--merge", action="store_true", help="Fold the adapter into the weights and score the result again."
+    )
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16"] | None,
+        default=None,
+        help="Of merged weights; default the backbone's own.",
+    )
+    parser.add_argument("--output", type=str | None, default=None, help="Folder to write; default RUN/export/<stage>.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export.")
 
 
 def run_folder(option: Option) -> RunFolder:

@@ -10,7 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
+from residency.adapters.base import Adapter
 from residency.checkpointing import History, StageCheckpoint
+from residency.compatibility import check_steps
 from residency.data import StreamData
 from residency.domains.sampler import StageBatches
 from residency.errors import UserError
@@ -22,11 +24,12 @@ from residency.types import Stage
 __all__ = ["check_devices", "restore_stage", "train_stage"]
 
 
-def check_devices(data: StreamData, trainers: Trainers) -> None:
+def check_devices(data: StreamData, trainers: Trainers, adapter: Adapter) -> None:
     """What trains together, before a model is loaded.
 
     Raises:
-        UserError: More than one process, or a batch size that cannot be divided.
+        UserError: More than one process, a batch size that cannot be divided, or an adapter that cannot accumulate or
+            clip and should.
     """
     if trainers.world_size > 1:
         raise UserError(
@@ -34,7 +37,8 @@ def check_devices(data: StreamData, trainers: Trainers) -> None:
             why="a stage is trained by one process; the record has one writer",
             fix="set trainer.devices to 1 and trainer.num_nodes to 1, and run several cells side by side instead",
         )
-    data.micro_batch(devices=trainers.world_size)
+    micro = data.micro_batch(devices=trainers.world_size)
+    check_steps(adapter, clip=trainers.gradient_clip_val, accumulate=data.batch_size // micro)
 
 
 def train_stage(

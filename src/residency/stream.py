@@ -77,7 +77,7 @@ def train_stream(
         if (done := folder.results()) is not None:
             return done
         check_stream(data)
-        check_devices(data, trainers)
+        check_devices(data, trainers, module.adapter)
         run = _Run(module, data, trainers, folder, settings, views)
         try:
             return run.execute()

@@ -14,7 +14,7 @@ from residency.backbones import CausalLM, Quantisation
 from residency.batching import make_batch
 from residency.types import Batch, Example, Layout
 
-__all__ = ["EXAMPLES", "attach", "backbone", "learn", "logits", "mixed"]
+__all__ = ["EXAMPLES", "attach", "backbone", "layer", "learn", "logits", "merged_weight", "mixed", "weight"]
 
 EXAMPLES = [
     Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
@@ -63,3 +63,19 @@ def mixed(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]
 
 def _forward(model: nn.Module, batch: Batch) -> Tensor:
     return CausalLM(path="unused").logits(model, batch)
+
+
+def layer(model: Any, name: str = "layers.0.self_attn.q_proj") -> Any:
+    """An adapted layer (or a plain one)."""
+    return next(module for path, module in model.named_modules() if path.endswith(name))
+
+
+def weight(folder: Path, name: str = "layers.0.self_attn.q_proj") -> torch.Tensor:
+    """The pretrained weight, (out, in)."""
+    found: torch.Tensor = layer(backbone(folder).load(), name).weight.detach()
+    return found
+
+
+def merged_weight(model: Any, name: str = "layers.0.self_attn.q_proj") -> torch.Tensor:
+    """The weight with the adapter folded in, (out, in); uses the model up."""
+    return layer(model.merge_and_unload(), name).weight.detach()  # type: ignore[no-any-return]

@@ -118,7 +118,13 @@ def test_gradients_of_the_first_layer_survive_a_validation_pass(llama: Path, tmp
     assert all(float(found[0][name].norm()) > 0 for name in first)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert all(torch.equal(tensor, codes[name]) for name, tensor in four_bit(module.model).items()), "nothing repacked"
-    flags = [m.support_avx512bf16_for_cpu for m in module.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+
+
+def test_no_layer_may_repack_on_a_cpu_that_could(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu, "bitsandbytes would repack here"
+    model = backbone(llama, quantised=True).load()
+    flags = [m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert flags == [False] * 14
 
 

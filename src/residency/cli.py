@@ -16,6 +16,7 @@ from residency.class_names import class_names
 from residency.console import ConsoleView, show_complete, show_predictions, show_scores
 from residency.data import StreamData
 from residency.errors import UserError
+from residency.inspection import Inspection
 from residency.mistakes import Refusal, explain
 from residency.module import ContinualModule
 from residency.parser import ResidencyParser, expand_presets
@@ -175,6 +176,7 @@ class ResidencyCLI(LightningCLI):
             settings=self.settings,
             config=self.resolved,
             views=self._views(),
+            inspection=Inspection(self.option("inspection")),
         )
         if complete:
             show_complete(self.folder.path)

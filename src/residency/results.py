@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from residency.data import StreamData
+from residency.judgement import judgement
+from residency.metrics.cost import training_flops
 from residency.metrics.matrix import summary
 from residency.module import ContinualModule
 from residency.provenance import versions
@@ -37,9 +39,10 @@ def build_record(
         "seed": info.seed,
         "domains": data.order,
         "probes": list(data.probes),
-        "task_id_at_test": False,
+        "task_id_at_test": any(p.task_id_at_test for p in (module.adapter, *module.mitigations.values())),
         "scores": scores,
         "summary": summaries(scores, domains=len(data.order)),
+        **judgement(scores, data=data, stages=stages),
         "cost": _cost(stages, info),
         "provenance": {
             "versions": versions(),
@@ -67,6 +70,8 @@ def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
         "trainable_parameters": info.trainable,
         "total_parameters": info.total,
         "mitigation_state_bytes": trained[-1]["mitigation_state_bytes"],
+        "optimizer_state_bytes": max(stage.get("optimizer_state_bytes", 0) for stage in trained),
+        "training_flops": training_flops(total=info.total, trainable=info.trainable, tokens=tokens),
     }
 
 

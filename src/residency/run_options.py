@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from residency.errors import UserError
 from residency.evaluation import EvaluationSettings
+from residency.inspection import Observer
 from residency.record import RunFolder
 from residency.stream import StreamSettings
 from residency.tracking import WandbSettings
@@ -34,6 +35,12 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         "--store", type=str | None, default=None, help="Folder where runs share the scores of the untrained model."
     )
     parser.add_argument("--axes", type=dict[str, Any], default={}, help="Place in a study (set by `sweep`).")
+    parser.add_argument(
+        "--inspection",
+        type=dict[str, Observer] | None,
+        default=None,
+        help="What looks inside the model after every stage, by name; see configs/inspection.",
+    )
     parser.add_class_arguments(EvaluationSettings, "evaluation")
     parser.add_class_arguments(WandbSettings, "wandb")
 

@@ -74,6 +74,7 @@ def train_stage(
         "train_seconds": history.totals["seconds"],
         "train_tokens": history.totals["tokens"],
         "steps": history.totals["steps"],
+        "optimizer_state_bytes": history.optimizer_state_bytes,
         "mitigation_state_bytes": {name: m.state_bytes() for name, m in module.mitigations.items()},
         "weights": module.weights_log,
     }

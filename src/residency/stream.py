@@ -14,6 +14,7 @@ from typing import Any
 from residency.checkpointing import History
 from residency.data import StreamData
 from residency.evaluation import Evaluation, evaluate, means
+from residency.inspection.inspection import Inspection
 from residency.module import ContinualModule
 from residency.provenance import count_parameters, peak_memory_bytes
 from residency.record import RunFolder
@@ -22,7 +23,7 @@ from residency.settings import StreamSettings, check_stream
 from residency.stages import check_devices, restore_stage, train_stage
 from residency.storage import append_line, load_tree
 from residency.trainers import Trainers
-from residency.types import Stage
+from residency.types import Stage, Tensors
 from residency.views import RunInfo, View
 
 __all__ = ["StreamSettings", "check_stream", "train_stream"]
@@ -53,6 +54,7 @@ def train_stream(
     settings: StreamSettings,
     config: Mapping[str, Any] | None = None,
     views: Sequence[View] = (),
+    inspection: Inspection | None = None,
 ) -> dict[str, Any]:
     """Train a stream, or go on where an earlier call was stopped.
 
@@ -64,6 +66,7 @@ def train_stream(
         settings: Name, seed, evaluation.
         config: The resolved config, written beside the results; must be equal when a run goes on.
         views: What shows the run.
+        inspection: What looks inside the model.
 
     Returns:
         The record, as in results.json. A complete run is returned without loading anything.
@@ -78,7 +81,7 @@ def train_stream(
             return done
         check_stream(data)
         check_devices(data, trainers)
-        run = _Run(module, data, trainers, folder, settings, views)
+        run = _Run(module, data, trainers, folder, settings, views, inspection or Inspection())
         try:
             return run.execute()
         except BaseException as error:
@@ -98,6 +101,7 @@ class _Run:
         folder: RunFolder,
         settings: StreamSettings,
         views: Sequence[View],
+        inspection: Inspection,
     ) -> None:
         self.module = module
         self.data = data
@@ -105,6 +109,7 @@ class _Run:
         self.folder = folder
         self.settings = settings
         self.views = views
+        self.inspection = inspection
         self.stages = self._plan()
         self.folders = [folder.stage(0, "base"), *(folder.stage(s.index + 1, s.domain) for s in self.stages)]
         self.records: list[dict[str, Any]] = []
@@ -186,7 +191,8 @@ class _Run:
             facts = {"stage": 0, "domain": None, "evaluation_seconds": seconds}
             if shared is not None:
                 shared.complete_stage(shared.path, scores, facts)
-        self._complete(0, scores, {k: v for k, v in facts.items() if k != "means"})
+        facts = {key: value for key, value in facts.items() if key not in ("means", "inside")}
+        self._complete(0, scores, facts | self._look(0, facts))
 
     # -- stages -------------------------------------------------------------------------------------------------
 
@@ -199,6 +205,7 @@ class _Run:
             facts = self._train(stage, folder, info)
         scores, seconds = self._evaluate(f"after {stage.domain}")
         facts |= {"evaluation_seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+        facts |= self._look(stage.index + 1, facts)
         self._complete(stage.index + 1, scores, facts)
 
     def _train(self, stage: Stage, folder: Path, info: RunInfo) -> dict[str, Any]:
@@ -214,9 +221,13 @@ class _Run:
                 offset=sum(s.steps for s in self.stages[: stage.index]),
                 write=self._write_line,
             ),
-            observers=[callback for view in self.views for callback in view.callbacks(info, stage)],
+            observers=[
+                *(callback for view in self.views for callback in view.callbacks(info, stage)),
+                *self.inspection.callbacks(stage),
+            ],
             checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
         )
+        tree["facts"] |= self.inspection.during()
         self.folder.save_state(folder, tree)
         return dict(tree["facts"])
 
@@ -246,6 +257,16 @@ class _Run:
                 advance=advance,
             )
         return scores, time.perf_counter() - start
+
+    def _look(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Inspect the state after stage k."""
+
+        def state(stage: int) -> Tensors:
+            weights: Tensors = self.folder.load_state(self.folders[stage])["weights"]
+            return weights
+
+        where = {"k": k, "seed": self.settings.seed, "states": state, "facts": facts}
+        return self.inspection.after_stage(self.module, self.data, **where)  # type: ignore[arg-type]
 
     def _complete(self, k: int, scores: Evaluation, facts: Mapping[str, Any]) -> None:
         self.folder.complete_stage(self.folders[k], scores, facts)

@@ -12,7 +12,7 @@ import torch
 from torchmetrics.functional.classification import binary_calibration_error
 
 from residency.metrics import cost, gradients
-from residency.metrics.calibration import brier, calibration, expected_calibration_error
+from residency.metrics.calibration import brier, calibration, expected_calibration_error, token_answers
 from residency.metrics.cost import optimizer_state_bytes, overhead, tokens_per_second, training_flops
 from residency.metrics.gradients import GradientStability, gradient_stability, stability_improvement
 
@@ -102,7 +102,7 @@ def test_bins_have_equal_mass() -> None:
 def test_calibration_of_logits() -> None:
     logits = torch.randn(60, 9, generator=torch.Generator().manual_seed(2))
     targets = torch.arange(60) % 9
-    found = calibration(logits, targets)
+    found = calibration([token_answers(logits[:25], targets[:25]), token_answers(logits[25:], targets[25:])])
     assert found.nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits, targets)), rel=1e-6)
     p = logits.softmax(-1)
     onehot = torch.nn.functional.one_hot(targets, 9)
@@ -110,7 +110,7 @@ def test_calibration_of_logits() -> None:
     assert 0 <= found.ece <= 1
     assert found.tokens == 60
     assert float(brier(torch.tensor([[0.0, 1.0]]), torch.tensor([0]))) == 2.0
-    certain = calibration(1000.0 * torch.nn.functional.one_hot(targets, 9), targets)
+    certain = calibration([token_answers(1000.0 * torch.nn.functional.one_hot(targets, 9), targets)])
     assert (certain.ece, certain.brier, certain.nll) == (0, 0, 0)
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ class Adapter(ABC):
 
     provides: frozenset[Capability] = frozenset()
     """What mitigations may rely on; may be narrowed per instance."""
+
+    task_id_at_test: ClassVar[bool] = False
+    """Whether scoring a row needs to know its domain. Such a method forgets next to nothing by construction: every
+    table marks it."""
 
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
@@ -83,6 +87,17 @@ class Adapter(ABC):
             Named numbers worth logging, for example the relative error of a projection.
         """
         raise missing_capability(self, "averageable")
+
+    def low_rank(self, model: nn.Module, state: Tensors) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """The updates of a state that are products, by a name per weight: L (out, r) and R (r, in) with ΔW = L R.
+
+        For measuring only. Empty where updates are no products; then `state` itself is compared between stages.
+        """
+        return {}
+
+    def adapted_weight(self, model: nn.Module, name: str) -> Tensor:
+        """The frozen weight under an update of `low_rank`, dequantised, as the model stores it."""
+        raise KeyError(name)
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Inside the context the model behaves as pretrained (needs `reference`)."""

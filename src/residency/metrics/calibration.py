@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Calibration", "brier", "calibration", "expected_calibration_error"]
+__all__ = ["Calibration", "TokenAnswers", "brier", "calibration", "expected_calibration_error", "token_answers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +64,50 @@ def brier(probabilities: Tensor, targets: Tensor) -> Tensor:
     return probabilities.square().sum(-1) - 2 * hit + 1
 
 
-def calibration(logits: Tensor, targets: Tensor, *, bins: int = 15) -> Calibration:
-    """All three of one data set.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenAnswers:
+    """What calibration needs of (M, V) logits: four numbers per token.
+
+    Args:
+        confidence: (M,) probability of the predicted token.
+        correct: (M,) whether it is the right one.
+        brier: (M,) Brier score.
+        nll: (M,) nats.
+    """
+
+    confidence: Tensor
+    correct: Tensor
+    brier: Tensor
+    nll: Tensor
+
+
+def token_answers(logits: Tensor, targets: Tensor) -> TokenAnswers:
+    """Sum up one batch.
 
     Args:
         logits: (M, V) at the answer tokens.
         targets: (M,).
-        bins: Of the ECE.
     """
     log_p = torch.log_softmax(logits.detach().double(), -1)
-    p = log_p.exp()
-    confidence, predicted = p.max(-1)
+    confidence, predicted = log_p.max(-1)
+    nll = -log_p.gather(-1, targets[:, None])[:, 0]
+    scores = brier(log_p.exp(), targets)
+    return TokenAnswers(confidence=confidence.exp(), correct=predicted == targets, brier=scores, nll=nll)
+
+
+def calibration(answers: Sequence[TokenAnswers], *, bins: int = 15) -> Calibration:
+    """All three of one data set.
+
+    Args:
+        answers: Its batches.
+        bins: Of the ECE.
+    """
+    confidence, correct, scores, nll = (
+        torch.cat([getattr(a, name) for a in answers]) for name in ("confidence", "correct", "brier", "nll")
+    )
     return Calibration(
-        ece=expected_calibration_error(confidence, predicted == targets, bins=bins),
-        brier=float(brier(p, targets).mean()),
-        nll=float(-log_p.gather(-1, targets[:, None]).mean()),
-        tokens=targets.numel(),
+        ece=expected_calibration_error(confidence, correct, bins=bins),
+        brier=float(scores.mean()),
+        nll=float(nll.mean()),
+        tokens=nll.numel(),
     )

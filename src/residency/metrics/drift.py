@@ -96,30 +96,25 @@ def dense_drift(update: Tensor) -> WeightDrift:
     return _drift(float(matrix.norm()), spectral_norm(matrix))
 
 
-def spectral_norm(matrix: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> float:
-    """‖W‖₂ by power iteration on WᵀW from a fixed start: a lower bound, within about 1e-3 where the spectrum is flat.
+def spectral_norm(matrix: Tensor, *, exact_up_to: int = 1024) -> float:
+    """‖W‖₂, the largest singular value.
 
-    A full decomposition of a (1536, 576) matrix costs a hundred times as much.
+    From the eigenvalues of the smaller Gram matrix, exact up to half of the digits, which is a fraction of the price of
+    a decomposition; for large matrices by subspace iteration from a fixed start, a lower bound within about 1 %.
 
     Args:
         matrix: (out, in).
-        iterations: At most this many products with WᵀW.
-        tolerance: Stop once the relative change is below.
+        exact_up_to: Largest smaller side of the exact way.
     """
     w = matrix.detach().double()
+    w = w if w.shape[0] <= w.shape[1] else w.T
+    if w.shape[0] <= exact_up_to:
+        return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(w @ w.T)[-1]))) if w.numel() else 0.0
     start = torch.Generator().manual_seed(0)
-    vector = torch.randn(w.shape[1], generator=start, dtype=torch.float64).to(w.device)
-    size = 0.0
-    for _ in range(iterations):
-        norm = vector.norm()
-        if norm == 0:
-            return 0.0
-        image = w @ (vector / norm)
-        previous, size = size, float(image.norm())
-        if size - previous <= tolerance * size:
-            break
-        vector = w.T @ image
-    return size
+    basis = torch.randn(w.shape[0], 16, generator=start, dtype=torch.float64).to(w.device)
+    for _ in range(20):
+        basis = torch.linalg.qr(w @ (w.T @ basis)).Q
+    return float(torch.linalg.svdvals(w.T @ basis)[0])
 
 
 # -- backbone ---------------------------------------------------------------------------------------------------------

@@ -53,6 +53,9 @@ class Mitigation(Callback):
     """Index of the first stage whose TRAINING it touches or must watch: 1 for what protects earlier domains, 0 for
     what has to see the first one as well. Studies share all stages before it."""
 
+    task_id_at_test: ClassVar[bool] = False
+    """Whether scoring a row needs to know its domain, see `Adapter.task_id_at_test`."""
+
     def __init__(self) -> None:
         self.name = type(self).__name__.lower()
         self.state: dict[str, State] = {}

@@ -39,7 +39,7 @@ def build_record(
         "seed": info.seed,
         "domains": data.order,
         "probes": list(data.probes),
-        "task_id_at_test": any(p.task_id_at_test for p in (module.adapter, *module.mitigations.values())),
+        "task_id_at_test": _uses_task_id(module),
         "scores": scores,
         "summary": summaries(scores, domains=len(data.order)),
         **judgement(scores, data=data, stages=stages),
@@ -52,6 +52,11 @@ def build_record(
             "licences": {name: domain.licence for name, domain in data.columns.items()},
         },
     }
+
+
+def _uses_task_id(module: ContinualModule) -> bool:
+    """Whether anything that takes part needs the domain of a row in order to score it."""
+    return module.adapter.task_id_at_test or any(m.task_id_at_test for m in module.mitigations.values())
 
 
 def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Their findings are in every stage's record (stage.json, `inside`) and, without p
 from residency.inspection.base import Look, Observer
 from residency.inspection.gradients import GradientNorms
 from residency.inspection.inspection import Inspection
+from residency.inspection.lm_eval import LmEval
 from residency.inspection.outputs import AnswerCalibration, KLToBase
 from residency.inspection.representations import RepresentationDrift
 from residency.inspection.weights import BackboneDrift, WeightDriftByLayer
@@ -17,6 +18,7 @@ __all__ = [
     "GradientNorms",
     "Inspection",
     "KLToBase",
+    "LmEval",
     "Look",
     "Observer",
     "RepresentationDrift",

@@ -64,10 +64,13 @@ def train_stage(
         What is stored: {"weights", "mitigations", "facts"}.
     """
     checkpoint = folder / "checkpoint.safetensors"
+    module.to(trainers.root_device)
     module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
     keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     resumed = checkpoint if checkpoint.is_file() else None
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
+    module.to(trainers.root_device)  # Lightning has brought it back to the CPU
+    module.finish_stage()
     facts = {
         "stage": stage.index + 1,
         "domain": stage.domain,

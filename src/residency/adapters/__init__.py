@@ -2,6 +2,7 @@
 
 from residency.adapters.base import Adapter
 from residency.adapters.full import Full
+from residency.adapters.osf import OSF
 from residency.adapters.peft import Peft
 
-__all__ = ["Adapter", "Full", "Peft"]
+__all__ = ["OSF", "Adapter", "Full", "Peft"]

@@ -122,7 +122,9 @@ class Peft(Adapter):
         return {"truncation": (lost / total) ** 0.5 if total else 0.0}
 
     def low_rank(self, model: nn.Module, state: Tensors) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """LoRA: s B and A of every layer, under the name of A."""
+        """LoRA: s B and A of every layer, under the name of A; not where the factors are blocks of a larger product."""
+        if "averageable" not in self.provides:
+            return {}
         return {a: (_scale(model, a) * state[b].float(), state[a].float()) for a, b in _pairs(state)}
 
     def adapted_weight(self, model: nn.Module, name: str) -> Tensor:

@@ -73,6 +73,8 @@ def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def _tokens(state: Tensor, batch: Batch) -> Tensor:
     """(n, D) of the positions that are no padding."""
+    # Virtual tokens, where an adapter puts some in front, are not among those that are compared.
+    state = state[:, -batch.input_ids.shape[1] :]
     flat = state.reshape(-1, state.shape[-1])
     if batch.attention_mask is not None:
         flat = flat[batch.attention_mask.reshape(-1).bool()]

@@ -112,7 +112,7 @@ class BackboneDrift(Observer):
         """Drift of the state after stage k; nothing before training."""
         if look.k == 0:
             return {}
-        live = {_plain(name): p for name, p in look.module.model.named_parameters()}
+        live = {plain: p for name, p in look.module.model.named_parameters() for plain in _plain(name)}
         moved = size = 0.0
         unmatched = 0
         for name, before in look.module.backbone.load().named_parameters():
@@ -128,9 +128,10 @@ class BackboneDrift(Observer):
         return {"percent": percent, "unmatched": unmatched}
 
 
-def _plain(name: str) -> str:
-    """The name a parameter had before PEFT wrapped the model."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+def _plain(name: str) -> tuple[str, str]:
+    """The name a parameter had before PEFT wrapped the model, as tuners do it and as virtual tokens do it."""
+    name = name.replace(".base_layer.", ".")
+    return name.removeprefix("base_model.model."), name.removeprefix("base_model.")
 
 
 def _updates(look: Look, k: int) -> Mapping[str, _Update]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,37 @@ def test_every_adapter_can_be_looked_into(adapter: str, llama: Path, tmp_path: P
     else:
         # The pretrained weights themselves move, or were rewritten at the start (PiSSA).
         assert found["backbone"]["unmatched"] == 0
+
+
+class _Routed:
+    """Serves rows one way or the other, as an adapter with a part per domain does."""
+
+    def __init__(self) -> None:
+        self.entered: list[str] = []
+
+    def serve(self, model: Any, column: str, examples: Any, prompt_nll: Any) -> Any:
+        assert prompt_nll(examples).shape == (len(examples),)
+        return [(self._part("even"), examples[::2]), (self._part("odd"), examples[1::2])]
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        self.entered.append(name)
+        yield
+
+
+def test_rows_are_read_as_scoring_serves_them(
+    lora_run: tuple[Path, dict[str, Any], ContinualModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, module = lora_run
+    look = Look(module=module, data=stream(folder), k=2, seed=0, states=dict)  # type: ignore[arg-type]
+    with torch.no_grad():
+        plain = [obs.after(look) for obs in (KLToBase(tokens=200), RepresentationDrift(tokens=60))]
+        routed = _Routed()
+        monkeypatch.setattr(module.adapter, "serve", routed.serve)
+        again = [obs.after(look) for obs in (KLToBase(tokens=200), RepresentationDrift(tokens=60))]
+    assert set(routed.entered) == {"even", "odd"}
+    assert again[0]["mean"] == pytest.approx(plain[0]["mean"], rel=1e-4)
+    assert again[1]["by_block"] == pytest.approx(plain[1]["by_block"], rel=1e-3)
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,6 @@ class Adapter(ABC):
 
     task_id_at_test: bool = False
     """Whether scoring a domain uses its name: such scores are no answer to "which domain is this?"."""
-
-    task_id_at_test: ClassVar[bool] = False
-    """Whether scoring a row needs to know its domain. Such a method forgets next to nothing by construction: every
-    table marks it."""
 
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:

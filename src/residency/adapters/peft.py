@@ -121,13 +121,13 @@ class Peft(Adapter):
             b.copy_(new_b)
         return {"truncation": (lost / total) ** 0.5 if total else 0.0}
 
-    def low_rank(self, model: nn.Module, state: Tensors) -> Mapping[str, tuple[Tensor, Tensor]]:
+    def low_rank(self, model: nn.Module, state: Tensors) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
         """LoRA: s B and A of every layer, under the name of A; not where the factors are blocks of a larger product."""
         if "averageable" not in self.provides:
             return {}
         return {a: (_scale(model, a) * state[b].float(), state[a].float()) for a, b in _pairs(state)}
 
-    def adapted_weight(self, model: nn.Module, name: str) -> Tensor:
+    def adapted_weight(self, model: nn.Module, name: str) -> torch.Tensor:
         """The weight of the layer whose A has this name."""
         from peft.utils.integrations import dequantize_module_weight
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from residency.batching import by_token_budget, make_batch
+from residency.evaluation import prompt_nll
 from residency.randomness import seed_of
 from residency.types import Batch, Example, Split, Stage, Tensors
 
@@ -78,8 +80,30 @@ class Look:
                 yield name, make_batch(group, layout=self.module.layout).to(self.module.device)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(M, V) at the supervised positions."""
+        """(M, V) at the supervised positions, of a model as it stands."""
         return self.module.backbone.logits(model, batch)
+
+    def served(self, column: str, batch: Batch, read: Callable[[Batch], Tensor]) -> Tensor:
+        """What is read of every example while the part of the adapter answers that scoring would choose for it.
+
+        Args:
+            column: Domain or probe of the batch.
+            batch: Some of its rows.
+            read: A batch -> a tensor whose first dimension follows the examples.
+
+        Returns:
+            As `read` of the whole batch.
+        """
+        module, device = self.module, self.module.device
+        groups = module.adapter.serve(module.model, column, batch.examples, partial(prompt_nll, module))
+        found: dict[str, Tensor] = {}
+        for context, examples in groups:
+            with context:
+                if len(examples) == batch.size:
+                    return read(batch)
+                for e in examples:
+                    found[e.row] = read(make_batch([e], layout=batch.layout).to(device))
+        return torch.cat([found[e.row] for e in batch.examples])
 
 
 class Observer:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from residency.inspection.base import Look, Observer
 from residency.metrics.calibration import TokenAnswers, calibration, token_answers
 from residency.metrics.drift import kl_from_top, top_log_probabilities
+from residency.types import Batch
 
 __all__ = ["AnswerCalibration", "KLToBase"]
 
@@ -44,7 +45,8 @@ class KLToBase(Observer):
                 ]
         parts: dict[str, list[Tensor]] = {}
         for (column, batch), (ids, log_p) in zip(look.batches(tokens=self.tokens), self._base, strict=True):
-            parts.setdefault(column, []).append(kl_from_top(ids, log_p, look.logits(look.module.model, batch)))
+            logits = look.served(column, batch, look.module.forward)
+            parts.setdefault(column, []).append(kl_from_top(ids, log_p, logits))
         columns = {name: float(torch.cat(values).mean()) for name, values in parts.items()}
         return {"columns": columns, "mean": sum(columns.values()) / len(columns)}
 
@@ -66,14 +68,14 @@ class AnswerCalibration(Observer):
     def after(self, look: Look) -> Mapping[str, Any]:
         """Calibration of the state after stage k, or before training."""
         if look.k:
-            parts = self._read(look, look.module.model)
+            parts = self._read(look, lambda column, batch: look.served(column, batch, look.module.forward))
         else:
             with look.pretrained() as model:
-                parts = self._read(look, model)
+                parts = self._read(look, lambda column, batch: look.logits(model, batch))
         return {"columns": {name: asdict(calibration(answers, bins=self.bins)) for name, answers in parts.items()}}
 
-    def _read(self, look: Look, model: nn.Module) -> dict[str, list[TokenAnswers]]:
+    def _read(self, look: Look, logits: Callable[[str, Batch], Tensor]) -> dict[str, list[TokenAnswers]]:
         parts: dict[str, list[TokenAnswers]] = {}
         for column, batch in look.batches(tokens=self.tokens):
-            parts.setdefault(column, []).append(token_answers(look.logits(model, batch), batch.targets))
+            parts.setdefault(column, []).append(token_answers(logits(column, batch), batch.targets))
         return parts

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,19 +37,23 @@ class RepresentationDrift(Observer):
             return {}
         if not self._base:
             with look.pretrained() as model:
-                self._base = self._states(look, model)
-        now = self._states(look, look.module.model)
+                self._base = self._states(look, lambda column, batch: _read(look, model, batch))
+        live = look.module.model
+        now = self._states(look, lambda column, batch: look.served(column, batch, partial(_read, look, live)))
         drift = [1.0 - linear_cka(then, state) for then, state in zip(self._base, now, strict=True)]
         return {"by_block": drift, "mean": sum(drift) / len(drift), "tokens": now[0].shape[0]}
 
-    def _states(self, look: Look, model: nn.Module) -> list[Tensor]:
+    def _states(self, look: Look, read: Callable[[str, Batch], Tensor]) -> list[Tensor]:
         """(tokens, D) per block, on the CPU."""
-        parts: list[list[Tensor]] = []
-        for _, batch in look.batches(tokens=self.tokens):
-            with _watched(model) as seen:
-                look.logits(model, batch)
-            parts.append([_tokens(state, batch) for state in seen])
-        return [torch.cat(pieces)[: self.tokens] for pieces in zip(*parts, strict=True)]
+        parts = [read(column, batch) for column, batch in look.batches(tokens=self.tokens)]
+        return list(torch.cat(parts)[: self.tokens].unbind(1))
+
+
+def _read(look: Look, model: nn.Module, batch: Batch) -> Tensor:
+    """(n, blocks, D) hidden states of one forward pass."""
+    with _watched(model) as seen:
+        look.logits(model, batch)
+    return torch.stack([_tokens(state, batch) for state in seen], 1)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from residency.adapters.bottleneck import Bottleneck
 from residency.adapters.freeze import Freeze
 from residency.adapters.full import Full
 from residency.adapters.galore import GaLore
+from residency.adapters.inc_lora import IncLoRA
 from residency.adapters.osf import OSF
 from residency.adapters.peft import Peft
 from residency.adapters.per_domain import PerDomain
@@ -18,6 +19,7 @@ __all__ = [
     "Freeze",
     "Full",
     "GaLore",
+    "IncLoRA",
     "Peft",
     "PerDomain",
     "ProgressivePrompts",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peft import LoraConfig, OSFConfig
 
 from peft_configs import CONFIGS, IDENTITY
-from residency.adapters import OSF, Adapter, Full, IncLoRA, Peft
+from residency.adapters import OSF, SLAO, Adapter, Full, IncLoRA, InfLoRA, Peft, PerDomain, ProgressivePrompts
 from residency.adapters.orthogonality import Orthogonality
 from residency.backbones import Quantisation
 from residency.domains import packaged
@@ -96,6 +96,11 @@ ADAPTERS: dict[str, AdapterRow] = {
     "o_lora": AdapterRow(
         make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01)), pairs=False
     ),
+    "inf_lora": AdapterRow(make=lambda: InfLoRA(config=_blocks(), energy=0.9)),
+    "slao": AdapterRow(make=lambda: SLAO(config=_blocks())),
+    "per_domain": AdapterRow(make=lambda: PerDomain(config=_blocks())),
+    "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=_blocks(), routing="nll"), pairs=False),
+    "progressive_prompts": AdapterRow(make=lambda: ProgressivePrompts(length=3), pairs=False),
     **{name: _peft(name) for name in CONFIGS},
 }
 

@@ -17,7 +17,12 @@ __all__ = ["build_record", "score_matrices", "summaries"]
 
 
 def build_record(
-    *, module: ContinualModule, data: StreamData, info: RunInfo, stages: Sequence[Mapping[str, Any]]
+    *,
+    module: ContinualModule,
+    data: StreamData,
+    info: RunInfo,
+    stages: Sequence[Mapping[str, Any]],
+    routing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What results.json holds.
 
@@ -26,6 +31,7 @@ def build_record(
         data: Domains and probes.
         info: Name, seed, sizes.
         stages: The records of row 0 and of every stage.
+        routing: Of an adapter with a part per domain (`residency.routing`).
     """
     columns = list(data.columns)
     scores = score_matrices([stage["means"] for stage in stages], columns)
@@ -37,9 +43,10 @@ def build_record(
         "seed": info.seed,
         "domains": data.order,
         "probes": list(data.probes),
-        "task_id_at_test": False,
+        "task_id_at_test": module.adapter.task_id_at_test,
         "scores": scores,
         "summary": summaries(scores, domains=len(data.order)),
+        **({"routing": dict(routing)} if routing else {}),
         "cost": _cost(stages, info),
         "provenance": {
             "versions": versions(),

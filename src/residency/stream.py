@@ -18,6 +18,7 @@ from residency.module import ContinualModule
 from residency.provenance import count_parameters, peak_memory_bytes
 from residency.record import RunFolder
 from residency.results import build_record
+from residency.routing import routing_record
 from residency.settings import StreamSettings, check_stream
 from residency.stages import check_devices, restore_stage, train_stage
 from residency.storage import append_line, load_tree
@@ -137,7 +138,9 @@ class _Run:
             restore_stage(self.module, self.folder.load_state(self.folders[len(self.records) - 1]))
         for stage in self.stages[len(self.records) - 1 :]:
             self._stage(stage, info)
-        record = build_record(module=self.module, data=self.data, info=info, stages=self.records)
+        self.module.to(self.trainers.root_device)
+        routing = routing_record(self.module, self.data, split=self.settings.split, settings=self.settings.evaluation)
+        record = build_record(module=self.module, data=self.data, info=info, stages=self.records, routing=routing)
         self.folder.complete(record)
         for view in self.views:
             view.finish(record)

@@ -3,7 +3,11 @@
 from residency.adapters.base import Adapter
 from residency.adapters.full import Full
 from residency.adapters.inc_lora import IncLoRA
+from residency.adapters.inf_lora import InfLoRA
 from residency.adapters.osf import OSF
 from residency.adapters.peft import Peft
+from residency.adapters.per_domain import PerDomain
+from residency.adapters.progressive_prompts import ProgressivePrompts
+from residency.adapters.slao import SLAO
 
-__all__ = ["OSF", "Adapter", "Full", "IncLoRA", "Peft"]
+__all__ = ["OSF", "SLAO", "Adapter", "Full", "IncLoRA", "InfLoRA", "Peft", "PerDomain", "ProgressivePrompts"]

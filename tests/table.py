@@ -14,12 +14,14 @@ from peft import LoraConfig, OSFConfig
 from peft_configs import CONFIGS, IDENTITY
 from residency.adapters import (
     OSF,
+    SLAO,
     Adapter,
     Bottleneck,
     Freeze,
     Full,
     GaLore,
     IncLoRA,
+    InfLoRA,
     Peft,
     PerDomain,
     ProgressivePrompts,
@@ -129,6 +131,8 @@ ADAPTERS: dict[str, AdapterRow] = {
     "o_lora": AdapterRow(
         make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01)), pairs=False
     ),
+    "inf_lora": AdapterRow(make=lambda: InfLoRA(config=_blocks(), energy=0.9)),
+    "slao": AdapterRow(make=lambda: SLAO(config=_blocks())),
     **{name: _peft(name) for name in CONFIGS},
 }
 

@@ -73,7 +73,7 @@ class IncLoRA(Adapter):
         use_blocks(model, block_names(model), trains=name)
 
     def loss_terms(self, model: nn.Module, stage: Stage) -> Mapping[str, Tensor]:
-        """The penalty: `orthogonality` (0 for the first block) and `shrinkage`, where their strengths are not 0."""
+        """O-LoRA's penalty: `orthogonality` (0 for the first block) and `shrinkage`, each if its strength is not 0."""
         terms: dict[str, Tensor] = {}
         if self.penalty is None:
             return terms
@@ -157,7 +157,7 @@ class IncLoRA(Adapter):
 def _newest_and_older(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Per LoRA layer: A of the newest block, live, and A of all older ones below each other, (0, in) if none."""
     live = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for blocks in factors(live).values():
         *old, newest = (live[blocks[name]["A"]] for name in sorted(blocks))
         found.append((newest, torch.cat([a.detach() for a in old]) if old else newest[:0].detach()))

@@ -1,4 +1,4 @@
-"""The penalty of O-LoRA (Wang et al. 2023): rows of a new block orthogonal to those of earlier ones. Pure functions."""
+"""The penalty of O-LoRA (Wang et al. 2023): rows of a new block orthogonal to those before. Pure functions."""
 
 from __future__ import annotations
 
@@ -51,4 +51,5 @@ def squared_cosine(new: Tensor, old: Tensor) -> Tensor:
         old: (q, in).
     """
     rows = [x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (new, old)]
-    return (rows[1] @ rows[0].T).square().mean()
+    cosines: Tensor = rows[1] @ rows[0].T
+    return cosines.square().mean()

@@ -206,9 +206,11 @@ class ContinualModule(LightningModule):
                 mitigation.on_domain_start(self, self.stage)
             self._started = True
 
-    def on_train_end(self) -> None:
-        """Finish the domain while devices and ranks are alive: mix weights, then let mitigations remember."""
+    def finish_stage(self) -> None:
+        """What follows training: mix weights, then let mitigations remember. On the device where the module is."""
         self.model.eval()
+        for mitigation in self.mitigations.values():
+            mitigation.move_state(self.device)
         self._transform_weights()
         with torch.enable_grad():
             for mitigation in self._active["on_domain_end"]:

@@ -30,6 +30,9 @@ class Adapter(ABC):
     provides: frozenset[Capability] = frozenset()
     """What mitigations may rely on; may be narrowed per instance."""
 
+    uses_stream_length: bool = False
+    """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
+
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
         """Prepare a pretrained model: add modules, freeze the rest. Idempotent. Draws from the global generator,

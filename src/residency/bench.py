@@ -179,7 +179,7 @@ class Bench:
     def adopt(self, k: int, tree: Mapping[str, Any]) -> None:
         """Take over what another run has trained as its k-th stage."""
         self.at = -1
-        adopt_training(self.module, self.data, self.stages[k - 1], tree)
+        adopt_training(self.module, self.data, self.stages[k - 1], tree, device=self.trainers.root_device)
         self.trained = k
 
     def finish(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:

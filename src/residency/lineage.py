@@ -34,12 +34,31 @@ if TYPE_CHECKING:
 __all__ = ["Lineage", "StageKeys", "digest"]
 
 # Of the Trainer's options, those that only watch. `logger` may be an object with a folder of its own.
-_WATCHING = ("logger", "enable_progress_bar", "enable_model_summary", "default_root_dir", "profiler", "max_steps")
-_WATCHING += ("max_epochs", "barebones", "enable_checkpointing")
+_WATCHING = {"logger", "enable_progress_bar", "enable_model_summary", "default_root_dir", "profiler", "max_steps"}
+_WATCHING |= {"max_epochs", "barebones", "enable_checkpointing"}
 # The code of this package that decides numbers; a change of it must never meet results of the old one.
-_CORE = ("adapters/base.py", "backbones/*.py", "objectives/*.py", "domains/*.py", "mitigations/base.py", "data.py")
-_CORE += ("batching.py", "checkpointing.py", "evaluation.py", "layout.py", "module.py", "per_example.py")
-_CORE += ("randomness.py", "scorers.py", "stages.py", "tensors.py", "trainers.py", "types.py")
+_CORE = [
+    "adapters/base.py",
+    "backbones/*.py",
+    "objectives/*.py",
+    "domains/*.py",
+    "mitigations/base.py",
+    "batching.py",
+    "checkpointing.py",
+    "data.py",
+    "evaluation.py",
+    "layout.py",
+    "module.py",
+    "observation.py",
+    "per_example.py",
+    "randomness.py",
+    "scorers.py",
+    "stages.py",
+    "tensors.py",
+    "trainers.py",
+    "types.py",
+]
+_LIBRARIES = ("builtins", "abc", "typing", "torch", "lightning")
 
 
 def digest(*parts: Any) -> str:
@@ -54,19 +73,18 @@ def _core_code() -> str:
     return digest([[str(file.relative_to(folder)), file.read_text(encoding="utf-8")] for file in files])
 
 
+def _code(kind: type) -> str:
+    """The source of a class and of what it inherits from: plug-ins are edited between studies."""
+    modules = [base.__module__ for base in kind.__mro__]
+    return digest([_source(name) for name in modules if name.partition(".")[0] not in _LIBRARIES])
+
+
 @cache
-def _code(kind: Any) -> str:
-    """The source of a class and of what it inherits from outside of the core: plug-ins are edited between studies."""
-    sources = []
-    for base in kind.__mro__:
-        module = sys.modules.get(base.__module__)
-        if base.__module__.partition(".")[0] in ("builtins", "abc", "torch", "lightning") or module is None:
-            continue
-        try:
-            sources.append(inspect.getsource(module))
-        except (OSError, TypeError):
-            sources.append(base.__qualname__)
-    return digest(sources)
+def _source(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):
+        return module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +149,7 @@ class Lineage:
         model, data = self.config["model"], self.config["data"]
         watched = {name: m for name, m in self._named() if m.touches_training(stage.index)}
         place = asdict(stage)
-        if not any(part.uses_stream_length for part in (self.module.adapter, *watched.values())):
+        if not (self.module.adapter.uses_stream_length or any(m.uses_stream_length for m in watched.values())):
             del place["stages"]
         parts = {
             "environment": self._environment,

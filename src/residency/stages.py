@@ -66,6 +66,7 @@ def train_stage(
         The facts: what the training cost.
     """
     checkpoint = folder / "checkpoint.safetensors"
+    module.to(trainers.root_device)
     module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
     keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     resumed = checkpoint if checkpoint.is_file() else None
@@ -80,7 +81,9 @@ def train_stage(
     }
 
 
-def adopt_training(module: ContinualModule, data: StreamData, stage: Stage, tree: Mapping[str, Any]) -> None:
+def adopt_training(
+    module: ContinualModule, data: StreamData, stage: Stage, tree: Mapping[str, Any], *, device: torch.device
+) -> None:
     """Bring a module to where `train_stage` would have brought it, by what that left behind in another run.
 
     Args:
@@ -88,7 +91,9 @@ def adopt_training(module: ContinualModule, data: StreamData, stage: Stage, tree
         data: Domains and batch size.
         stage: Which one.
         tree: {"weights", "mitigations": the states of those that took part in the training}.
+        device: Where to compute.
     """
+    module.to(device)
     module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
     # Whoever did not take part in the training has yet to see the weights from which it started.
     absent = [m for name, m in module.mitigations.items() if name not in tree["mitigations"]]
@@ -110,7 +115,7 @@ def finish_stage(module: ContinualModule, facts: Mapping[str, Any], *, device: t
     Returns:
         What is stored: {"weights", "mitigations", "facts"}.
     """
-    module.to(device)
+    module.to(device)  # Lightning has brought it back to the CPU
     module.finish_stage()
     more = {
         "mitigation_state_bytes": {name: m.state_bytes() for name, m in module.mitigations.items()},

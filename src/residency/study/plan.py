@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -86,13 +87,14 @@ def load_study(path: Path) -> Study:
     parser = ResidencyParser()
     parser.add_class_arguments(Study)
     try:
-        parsed = parser.parse_object(content)
+        parsed = parser.parse_object(copy.deepcopy(content))
     except Refusal as refusal:
         raise explain(refusal, ["sweep", "--config", str(path)], class_names()) from refusal
     folder = path.resolve().parent
+    # As written: the parser makes objects of its own from what looks like a class.
     axes = {
         _name(axis, path): {_name(value, path): _absolute(keys, folder, path) for value, keys in values.items()}
-        for axis, values in parsed.axes.items()
+        for axis, values in (content.get("axes") or {}).items()
     }
     own = {"axes": axes, "base": str(folder / parsed.base), "budget": _budget(parsed.budget, path)}
     if parsed.per_domain is not None:

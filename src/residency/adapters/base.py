@@ -59,6 +59,9 @@ class Adapter(ABC):
     """Whether parameters step inside the backward pass and no gradient outlives it: then nothing can be accumulated or
     clipped, and mitigations that read gradients or updates are refused."""
 
+    uses_stream_length: bool = False
+    """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
+
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
         """Prepare a pretrained model: add modules, freeze the rest. Idempotent. Draws from the global generator,

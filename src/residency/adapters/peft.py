@@ -164,8 +164,8 @@ class Peft(Adapter):
             raise missing_capability(self, "averageable")
 
 
-def wrap(model: nn.Module, config: PeftConfig) -> nn.Module:
-    """Attach a PEFT tuner; does nothing to a model that has one.
+def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.Module:
+    """Attach a PEFT tuner under a name; does nothing to a model that has one.
 
     Raises:
         UserError: The tuner does not fit the model, its layers or its quantisation.
@@ -182,7 +182,7 @@ def wrap(model: nn.Module, config: PeftConfig) -> nn.Module:
         torch.sparse.check_sparse_tensor_invariants.disable()
     try:
         with expected_remarks():
-            return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
+            return get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type, no-any-return]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
             f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",
@@ -209,8 +209,12 @@ def _on_dequantised_base(model: Any) -> nn.Module:
     """The same adapter on a copy of its base in full precision, by way of what `export` writes."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        base = model.get_base_model()
+        base.dequantize()
+        # transformers leaves these as they were, and PEFT would not let go of IA3's layers.
+        base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
         with expected_remarks():
-            return PeftModel.from_pretrained(model.unload().dequantize(), folder)  # type: ignore[no-any-return]
+            return PeftModel.from_pretrained(model.unload(), folder)  # type: ignore[no-any-return]
 
 
 def _pairs(state: Tensors) -> list[tuple[str, str]]:

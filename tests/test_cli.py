@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from command import Result, call, printed_config, read_json, tiny_config, write_yaml
-from residency import adapters, backbones, domains, mitigations, objectives
+from residency import adapters, backbones, domains, inspection, mitigations, objectives
 from residency.class_names import class_names
 from residency.domains import packaged
 
@@ -179,7 +179,8 @@ CLASSES = [(key, name) for key, names in class_names().items() for name in names
 
 def test_every_component_has_a_short_name() -> None:
     names = dict.fromkeys(class_names())
-    assert list(names) == ["model.backbone", "model.adapter", "model.objective", "model.mitigations", *DATA]
+    parts = ["model.backbone", "model.adapter", "model.objective", "model.mitigations", *DATA, "inspection"]
+    assert list(names) == parts
     assert {"Full", "Peft", "SFT", "CausalLM", "EWC", "Replay", "WeightMixing", "Jsonl"} <= {n for _, n in CLASSES}
 
 
@@ -187,9 +188,8 @@ def test_every_component_has_a_short_name() -> None:
 def test_help_of_a_class(key: str, name: str) -> None:
     result = call("fit", f"--{key}.help", name)
     assert (result.code, result.err) == (0, "")
-    part = next(
-        vars(m)[name] for m in (adapters, backbones, domains, mitigations, objectives, packaged) if name in vars(m)
-    )
+    modules = (adapters, backbones, domains, mitigations, objectives, packaged, inspection)
+    part = next(vars(m)[name] for m in modules if name in vars(m))
     assert inspect.getdoc(part).splitlines()[0] in result.out, "the help shows the class's own words"
     for argument in inspect.signature(part).parameters:
         assert argument in ("options", "self") or f"--{key}.{argument}" in result.out

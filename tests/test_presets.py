@@ -25,6 +25,7 @@ KEYS = {
     "objective": "model.objective",
     "mitigation": "model.mitigations.x",
     "domain": "data.domains.x",
+    "inspection": "inspection.x",
 }
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from residency.errors import UserError
+from residency.metrics.cost import optimizer_state_bytes
 from residency.storage import load_tree, save_tree
 from residency.types import Batch, Stage
 
@@ -82,6 +83,7 @@ class History(Callback):
         self.every_n_steps = every_n_steps
         self.offset = offset
         self.write = write
+        self.optimizer_state_bytes = 0
         self.totals = {"seconds": 0.0, "tokens": 0, "steps": 0}
         self._window: dict[str, float] = {}
         self._micro = 0
@@ -111,6 +113,10 @@ class History(Callback):
             if due and trainer.is_global_zero:
                 self.write(self._line(trainer, step))
             self._window, self._micro = {}, 0
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """What the optimizer kept is gone with the Trainer."""
+        self.optimizer_state_bytes = sum(optimizer_state_bytes(o) for o in trainer.optimizers)
 
     def _add(self, metrics: Mapping[str, torch.Tensor], step: int) -> None:
         self._micro += 1

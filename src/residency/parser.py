@@ -20,7 +20,7 @@ from residency.written import read_yaml
 
 __all__ = ["ResidencyParser", "expand_presets"]
 
-_NAMED_PART = re.compile(r"--(model\.mitigations|data\.domains|data\.probes)\.[^.=]+")
+_NAMED_PART = re.compile(r"--(model\.mitigations|data\.domains|data\.probes|inspection)\.[^.=]+")
 _CLASS_HELP = re.compile(r"Help for \S+=([\w.]+)")
 
 

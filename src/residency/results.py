@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from residency.data import StreamData
+from residency.judgement import judgement
+from residency.metrics.cost import training_flops
 from residency.metrics.matrix import summary
 from residency.module import ContinualModule
 from residency.provenance import versions
@@ -37,9 +39,10 @@ def build_record(
         "seed": info.seed,
         "domains": data.order,
         "probes": list(data.probes),
-        "task_id_at_test": module.adapter.task_id_at_test,
+        "task_id_at_test": _uses_task_id(module),
         "scores": scores,
         "summary": summaries(scores, domains=len(data.order)),
+        **judgement(scores, data=data, stages=stages),
         "cost": _cost(stages, info),
         "provenance": {
             "versions": versions(),
@@ -51,11 +54,16 @@ def build_record(
     }
 
 
+def _uses_task_id(module: ContinualModule) -> bool:
+    """Whether anything that takes part needs the domain of a row in order to score it."""
+    return module.adapter.task_id_at_test or any(m.task_id_at_test for m in module.mitigations.values())
+
+
 def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
     trained = stages[1:]
     seconds = sum(stage["train_seconds"] for stage in trained)
-    # What another run of the study has already paid for is not this run's cost.
-    scoring = sum(stage["evaluation_seconds"] for stage in stages if not stage.get("shared"))
+    # What the run would cost alone, also where it shared a stage with others: runs are compared by it.
+    scoring = sum(stage["evaluation_seconds"] for stage in stages)
     tokens = sum(stage["train_tokens"] for stage in trained)
     return {
         "seconds": seconds + scoring,
@@ -67,6 +75,8 @@ def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
         "trainable_parameters": info.trainable,
         "total_parameters": info.total,
         "mitigation_state_bytes": trained[-1]["mitigation_state_bytes"],
+        "optimizer_state_bytes": max(stage.get("optimizer_state_bytes", 0) for stage in trained),
+        "training_flops": training_flops(total=info.total, trainable=info.trainable, tokens=tokens),
     }
 
 

@@ -121,6 +121,20 @@ class Peft(Adapter):
             b.copy_(new_b)
         return {"truncation": (lost / total) ** 0.5 if total else 0.0}
 
+    def low_rank(self, model: nn.Module, state: Tensors) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        """LoRA: s B and A of every layer, under the name of A; not where the factors are blocks of a larger product."""
+        if "averageable" not in self.provides:
+            return {}
+        return {a: (_scale(model, a) * state[b].float(), state[a].float()) for a, b in _pairs(state)}
+
+    def adapted_weight(self, model: nn.Module, name: str) -> torch.Tensor:
+        """The weight of the layer whose A has this name."""
+        from peft.utils.integrations import dequantize_module_weight
+
+        marker = next(a for a, _ in _PAIRS if a in name)
+        layer: Any = model.get_submodule(name.split(marker)[0])
+        return dequantize_module_weight(layer.get_base_layer()).detach()  # type: ignore[no-any-return]
+
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Adapters off: bit for bit the pretrained (or the quantised) model."""
         if "reference" not in self.provides:

@@ -1,5 +1,12 @@
-"""Metrics of a run: pure functions. `matrix` has the cited definitions, `variants` the others by name."""
+"""Metrics of a run: pure functions. `matrix` has the cited definitions, `variants` the others by name.
 
+Imported by their own names, because scipy and torch take time to load: `statistics`, `bootstrap`, `example_level` and
+`comparison` (how far numbers can be trusted), `drift`, `gradients`, `calibration` and `cost` (what changed inside).
+"""
+
+from residency.metrics.anytime import learning_curve_area, stability_gap
+from residency.metrics.general import AbilityDeltas, ability_deltas, preference_delta
+from residency.metrics.learning_check import learning_gain, plasticity_warnings
 from residency.metrics.matrix import (
     anytime_average,
     average,
@@ -37,6 +44,8 @@ from residency.metrics.variants import (
 )
 
 __all__ = [
+    "AbilityDeltas",
+    "ability_deltas",
     "anytime_average",
     "average",
     "average_triangle",
@@ -58,13 +67,18 @@ __all__ = [
     "fwt_vs_single",
     "intransigence",
     "learning",
+    "learning_curve_area",
+    "learning_gain",
     "min_accuracy",
     "missing_cells",
     "perplexity_forgetting",
     "plasticity",
+    "plasticity_warnings",
+    "preference_delta",
     "relative_forgetting",
     "remembering",
     "stability",
+    "stability_gap",
     "stability_plasticity",
     "summary",
     "worst_case_accuracy",

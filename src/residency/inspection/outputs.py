@@ -1,0 +1,81 @@
+"""How the model's answers have changed: KL to the base (E14) and calibration (E20) at the answer tokens of probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from residency.inspection.base import Look, Observer
+from residency.metrics.calibration import TokenAnswers, calibration, token_answers
+from residency.metrics.drift import kl_from_top, top_log_probabilities
+from residency.types import Batch
+
+__all__ = ["AnswerCalibration", "KLToBase"]
+
+
+class KLToBase(Observer):
+    """E14: forward KL(π_0‖π_t) in nats per answer token, on fixed rows of every domain and probe.
+
+    Records {column: nats}, and `mean` over columns. Of the base's distribution the likeliest tokens and one bucket for
+    the rest are kept, so the value is a lower bound, exact where `top` covers the vocabulary.
+
+    Args:
+        tokens: Of all columns together, prompts included.
+        top: Tokens per position that are kept of the base.
+    """
+
+    def __init__(self, *, tokens: int = 2048, top: int = 256) -> None:
+        self.tokens = tokens
+        self.top = top
+        self._base: list[tuple[Tensor, Tensor]] = []
+
+    def after(self, look: Look) -> Mapping[str, Any]:
+        """Drift of the state after stage k; nothing before training, where it is 0."""
+        if look.k == 0:
+            return {}
+        if not self._base:
+            with look.pretrained() as model:
+                self._base = [
+                    top_log_probabilities(look.logits(model, batch), k=self.top)
+                    for _, batch in look.batches(tokens=self.tokens)
+                ]
+        parts: dict[str, list[Tensor]] = {}
+        for (column, batch), (ids, log_p) in zip(look.batches(tokens=self.tokens), self._base, strict=True):
+            logits = look.served(column, batch, look.module.forward)
+            parts.setdefault(column, []).append(kl_from_top(ids, log_p, logits))
+        columns = {name: float(torch.cat(values).mean()) for name, values in parts.items()}
+        return {"columns": columns, "mean": sum(columns.values()) / len(columns)}
+
+
+class AnswerCalibration(Observer):
+    """E20: expected calibration error (15 bins of equal mass), Brier score and NLL at answer tokens, per column.
+
+    Records {column: {ece, brier, nll, tokens}}, before training too: the change over the stream is what counts.
+
+    Args:
+        tokens: Of all columns together, prompts included.
+        bins: Of the ECE.
+    """
+
+    def __init__(self, *, tokens: int = 4096, bins: int = 15) -> None:
+        self.tokens = tokens
+        self.bins = bins
+
+    def after(self, look: Look) -> Mapping[str, Any]:
+        """Calibration of the state after stage k, or before training."""
+        if look.k:
+            parts = self._read(look, lambda column, batch: look.served(column, batch, look.module.forward))
+        else:
+            with look.pretrained() as model:
+                parts = self._read(look, lambda column, batch: look.logits(model, batch))
+        return {"columns": {name: asdict(calibration(answers, bins=self.bins)) for name, answers in parts.items()}}
+
+    def _read(self, look: Look, logits: Callable[[str, Batch], Tensor]) -> dict[str, list[TokenAnswers]]:
+        parts: dict[str, list[TokenAnswers]] = {}
+        for column, batch in look.batches(tokens=self.tokens):
+            parts.setdefault(column, []).append(token_answers(logits(column, batch), batch.targets))
+        return parts

@@ -12,7 +12,18 @@ from typing import Any, Literal
 from peft import OSFConfig
 
 from peft_configs import CONFIGS, IDENTITY
-from residency.adapters import OSF, Adapter, Bottleneck, Freeze, Full, GaLore, Peft, SinkhornResidual
+from residency.adapters import (
+    OSF,
+    Adapter,
+    Bottleneck,
+    Freeze,
+    Full,
+    GaLore,
+    Peft,
+    PerDomain,
+    ProgressivePrompts,
+    SinkhornResidual,
+)
 from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
@@ -87,12 +98,25 @@ ADAPTERS: dict[str, AdapterRow] = {
         identity="close",
         loads_with="transformers",
     ),
+    "per_domain": AdapterRow(make=lambda: PerDomain(config=CONFIGS["lora"]())),
+    "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=CONFIGS["ia3"](), routing="nll")),
+    "progressive_prompts": AdapterRow(make=lambda: ProgressivePrompts(length=3), identity="none"),
+    "progressive_prompts_mlp": AdapterRow(
+        make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none", pairs=False
+    ),
     "freeze": AdapterRow(make=lambda: Freeze(bottom=1, freeze=["norm"]), loads_with="transformers", pairs=False),
-    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers"),
+    # To a mitigation GaLore is full fine-tuning: the same named tensors with the same capabilities.
+    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers", pairs=False),
     "galore_layerwise": AdapterRow(
         make=lambda: GaLore(rank=4, gap=3, layerwise=True),
         loads_with="transformers",
         trainer={"gradient_clip_val": None},
+        pairs=False,
+    ),
+    "sinkhorn_modular": AdapterRow(
+        make=lambda: SinkhornResidual(inner=PerDomain(config=CONFIGS["lora"]()), mixing="unconstrained", rank=2),
+        loads_with="residency",
+        still=("residency_mixing",),
         pairs=False,
     ),
     "bottleneck": AdapterRow(make=lambda: Bottleneck(placement="houlsby", reduction=8), loads_with="residency"),

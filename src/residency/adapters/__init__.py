@@ -7,6 +7,19 @@ from residency.adapters.full import Full
 from residency.adapters.galore import GaLore
 from residency.adapters.osf import OSF
 from residency.adapters.peft import Peft
+from residency.adapters.per_domain import PerDomain
+from residency.adapters.progressive_prompts import ProgressivePrompts
 from residency.adapters.sinkhorn import SinkhornResidual
 
-__all__ = ["OSF", "Adapter", "Bottleneck", "Freeze", "Full", "GaLore", "Peft", "SinkhornResidual"]
+__all__ = [
+    "OSF",
+    "Adapter",
+    "Bottleneck",
+    "Freeze",
+    "Full",
+    "GaLore",
+    "Peft",
+    "PerDomain",
+    "ProgressivePrompts",
+    "SinkhornResidual",
+]

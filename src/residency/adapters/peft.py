@@ -150,8 +150,8 @@ class Peft(Adapter):
             raise missing_capability(self, "averageable")
 
 
-def wrap(model: nn.Module, config: PeftConfig) -> nn.Module:
-    """Attach a PEFT tuner; does nothing to a model that has one.
+def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.Module:
+    """Attach a PEFT tuner under a name; does nothing to a model that has one.
 
     Raises:
         UserError: The tuner does not fit the model, its layers or its quantisation.
@@ -168,7 +168,7 @@ def wrap(model: nn.Module, config: PeftConfig) -> nn.Module:
         torch.sparse.check_sparse_tensor_invariants.disable()
     try:
         with expected_remarks():
-            return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
+            return get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type, no-any-return]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
             f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",

@@ -9,21 +9,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft import OSFConfig
+from peft import LoraConfig, OSFConfig
 
 from peft_configs import CONFIGS, IDENTITY
 from residency.adapters import (
     OSF,
+    SLAO,
     Adapter,
     Bottleneck,
     Freeze,
     Full,
     GaLore,
+    IncLoRA,
+    InfLoRA,
     Peft,
     PerDomain,
     ProgressivePrompts,
     SinkhornResidual,
 )
+from residency.adapters.orthogonality import Orthogonality
 from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
@@ -89,6 +93,10 @@ def _peft(name: str) -> AdapterRow:
     )
 
 
+def _blocks(**options: Any) -> LoraConfig:
+    return LoraConfig(target_modules=["q_proj", "v_proj"], r=3, lora_alpha=6, **options)
+
+
 ADAPTERS: dict[str, AdapterRow] = {
     "full": AdapterRow(make=Full, loads_with="transformers"),
     "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0), pairs=False),
@@ -126,6 +134,12 @@ ADAPTERS: dict[str, AdapterRow] = {
         # A gate that is pushed below zero stays closed, and nothing behind it has a gradient.
         still=("residency_mixing",),
     ),
+    "inc_lora": AdapterRow(make=lambda: IncLoRA(config=_blocks())),
+    "o_lora": AdapterRow(
+        make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01)), pairs=False
+    ),
+    "inf_lora": AdapterRow(make=lambda: InfLoRA(config=_blocks(), energy=0.9)),
+    "slao": AdapterRow(make=lambda: SLAO(config=_blocks())),
     **{name: _peft(name) for name in CONFIGS},
 }
 

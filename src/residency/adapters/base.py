@@ -15,7 +15,16 @@ from torch.optim import Optimizer
 from residency.errors import UserError
 from residency.types import Batch, Capability, Example, Stage, Tensors
 
-__all__ = ["Adapter", "Observe", "OptimizerFactory", "PromptNLL", "Served", "changes", "missing_capability"]
+__all__ = [
+    "Adapter",
+    "Observe",
+    "OptimizerFactory",
+    "PromptNLL",
+    "Served",
+    "changes",
+    "copy_state",
+    "missing_capability",
+]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
@@ -50,6 +59,9 @@ class Adapter(ABC):
     """Whether parameters step inside the backward pass and no gradient outlives it: then nothing can be accumulated or
     clipped, and mitigations that read gradients or updates are refused."""
 
+    uses_stream_length: bool = False
+    """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
+
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
         """Prepare a pretrained model: add modules, freeze the rest. Idempotent. Draws from the global generator,
@@ -75,17 +87,7 @@ class Adapter(ABC):
         Raises:
             UserError: Names or shapes differ, so the state belongs to another adapter or backbone.
         """
-        live = self.trainable(model)
-        if wrong := sorted(
-            {*live} ^ {*state} | {n for n in {*live} & {*state} if live[n].shape != state[n].shape},
-        ):
-            raise UserError(
-                f"a stored state does not fit {type(self).__name__}: {len(wrong)} tensors differ, first {wrong[0]!r}",
-                why="it was written with another adapter, rank, target or backbone",
-                fix="use the config that lies beside the state (config.yaml), or another --run_dir",
-            )
-        for name, tensor in live.items():
-            tensor.copy_(state[name])
+        copy_state(self.trainable(model), state, owner=type(self).__name__)
 
     # -- over a stream ------------------------------------------------------------------------------------------
 
@@ -173,6 +175,24 @@ class Adapter(ABC):
     @abstractmethod
     def export(self, model: nn.Module, path: Path) -> None:
         """Write what plain `transformers` or `peft` loads (with `exportable`)."""
+
+
+def copy_state(live: Tensors, state: Tensors, *, owner: str) -> None:
+    """Copy stored tensors into live ones of the same names and shapes, bit for bit.
+
+    Raises:
+        UserError: Names or shapes differ, so the state belongs to another adapter or backbone.
+    """
+    wrong = sorted({*live} ^ {*state} | {n for n in {*live} & {*state} if live[n].shape != state[n].shape})
+    if wrong:
+        raise UserError(
+            f"a stored state does not fit {owner}: {len(wrong)} tensors differ, first {wrong[0]!r}",
+            why="it was written with another adapter, rank, target or backbone",
+            fix="use the config that lies beside the state (config.yaml), or another --run_dir",
+        )
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(state[name])
 
 
 def changes(adapter: Adapter, method: str) -> bool:

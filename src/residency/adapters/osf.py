@@ -11,9 +11,8 @@ from peft import OSFConfig
 from peft.tuners.osf import OSFLayer
 from torch import Tensor, nn
 
-from residency.adapters.base import Adapter, Observe
+from residency.adapters.base import Adapter, Observe, copy_state
 from residency.adapters.peft import wrap
-from residency.errors import UserError
 from residency.tensors import Computed
 from residency.types import Stage, Tensors
 
@@ -41,6 +40,8 @@ class OSF(Adapter):
             Adam updates made from projected gradients leave the subspace (spec/adapters 1.2).
         schedule: `constant`, or `growing`: preserve the share (t - 1) / T in domain t of T, at least rank 1.
     """
+
+    uses_stream_length = True
 
     provides = frozenset({"averageable", "mergeable", "exportable"})
 
@@ -97,7 +98,7 @@ class OSF(Adapter):
             rank = 0 if stored is None else min(layer.in_features, layer.out_features) - len(stored)
             if rank > 0 and rank != layer.effective_rank[_ADAPTER]:
                 self._split(layer, rank)
-        _copy_into(_owned(model), state, owner=type(self).__name__)
+        copy_state(_owned(model), state, owner=type(self).__name__)
 
     @torch.no_grad()
     def transform_update(self, model: nn.Module, before: Tensors, after: Tensors) -> Tensors:
@@ -180,15 +181,3 @@ def _whole(tensors: Tensors, path: str) -> Tensor:
         for form in (_LIVE + "{}_low", f"_osf_{{}}_low_init.{_ADAPTER}")
     )
     return tensors[f"{path}.{_BASE}"] + ((now[0] * now[1]) @ now[2] - (then[0] * then[1]) @ then[2])
-
-
-def _copy_into(live: Tensors, state: Tensors, *, owner: str) -> None:
-    wrong = sorted({*live} ^ {*state} | {n for n in {*live} & {*state} if live[n].shape != state[n].shape})
-    if wrong:
-        raise UserError(
-            f"a stored state does not fit {owner}: {len(wrong)} tensors differ, first {wrong[0]!r}",
-            why="it was written with another adapter, rank, target or backbone",
-            fix="use the config that lies beside the state (config.yaml), or another --run_dir",
-        )
-    for name, tensor in live.items():
-        tensor.copy_(state[name])

@@ -113,11 +113,18 @@ ADAPTERS: dict[str, AdapterRow] = {
         make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none", pairs=False
     ),
     "freeze": AdapterRow(make=lambda: Freeze(bottom=1, freeze=["norm"]), loads_with="transformers", pairs=False),
-    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers"),
+    # To a mitigation GaLore is full fine-tuning: the same named tensors with the same capabilities.
+    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers", pairs=False),
     "galore_layerwise": AdapterRow(
         make=lambda: GaLore(rank=4, gap=3, layerwise=True),
         loads_with="transformers",
         trainer={"gradient_clip_val": None},
+        pairs=False,
+    ),
+    "sinkhorn_modular": AdapterRow(
+        make=lambda: SinkhornResidual(inner=PerDomain(config=CONFIGS["lora"]()), mixing="unconstrained", rank=2),
+        loads_with="residency",
+        still=("residency_mixing",),
         pairs=False,
     ),
     "bottleneck": AdapterRow(make=lambda: Bottleneck(placement="houlsby", reduction=8), loads_with="residency"),

@@ -22,7 +22,7 @@ from residency.adapters.own_format import attach_exported
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
 from residency.exporting import check_request, difference, merged_model
-from residency.model_card import text
+from residency.model_card import model_card, text
 from residency.storage import load_tree
 from running import make_module
 
@@ -125,6 +125,14 @@ def test_rounding_has_a_tax(run: Path) -> None:
     assert rounded > 10 * exact
     folder = next((run / "export").glob("2-*-merged"))
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_a_card_says_who_was_told_the_domain(run: Path) -> None:
+    facts = read_json(Path(residency.export(run, stage=1, overwrite=True)["path"]) / "residency.json")
+    assert not facts["task_id_at_test"]
+    told = "with the name of each domain known"
+    assert told not in model_card(facts)
+    assert told in model_card({**facts, "task_id_at_test": True})
 
 
 def test_the_card(run: Path) -> None:

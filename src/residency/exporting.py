@@ -68,7 +68,7 @@ def export_saved(
     Raises:
         UserError: The stage is not complete, the adapter cannot do it, or the folder is in use.
     """
-    kind = type(module.adapter).__name__
+    kind, told = type(module.adapter).__name__, module.adapter.task_id_at_test
     check_request(module.adapter, stage, merge=merge, dtype=dtype)
     check_stream(data)
     chosen = load_stage(module, data, folder, stage=stage, seed=settings.seed)
@@ -96,6 +96,7 @@ def export_saved(
             "adapter": kind,
             "format": written_format(temporary),
             "merged": merge,
+            "task_id_at_test": told,
             "split": settings.split,
             "scores": scores,
             "base_scores": _base(folder),

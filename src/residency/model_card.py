@@ -16,6 +16,8 @@ __all__ = ["model_card", "text"]
 # Licences that a hub knows by these names; everything else is "other", and is spelled out below.
 _HUB_LICENCES = frozenset({"apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0"})
 
+_TOLD = "These scores were taken with the name of each domain known, which decided which part of the adapter answered."
+
 _LOAD_ADAPTER = """\
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,6 +67,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "## Use",
         {"peft": _LOAD_ADAPTER, "transformers": _LOAD_MODEL, "residency": _LOAD_OWN}[facts["format"]],
         f"## Scores on {text(facts['split'])} rows",
+        *([_TOLD] if facts["task_id_at_test"] else []),
         *_scores(facts),
         "## Licences of the data",
         _table(["domain", "licence"], [[text(n), text(licence)] for n, licence in facts["licences"].items()]),

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from residency.adapters import Adapter, GaLore, Peft, SinkhornResidual
-from residency.adapters.base import Observe, PromptNLL, Served
+from residency.adapters import Adapter, Full, GaLore, Peft, PerDomain, SinkhornResidual
 from residency.adapters.mixing import (
     Mixing,
     birkhoff,
@@ -32,7 +28,6 @@ from residency.backbones import CausalLM, Quantisation
 from residency.errors import UserError
 from residency.evaluation import EvaluationSettings, evaluate, means
 from residency.storage import load_tree
-from residency.types import Example, Stage, Tensors
 from running import domains, train
 
 IDS = torch.arange(20, 44).view(2, 12)
@@ -54,53 +49,9 @@ def disturb(model: nn.Module) -> nn.Module:
     return model
 
 
-class FreshLoRA(Adapter):
+def fresh_lora() -> PerDomain:
     """The arm `frozen`: a LoRA of its own for every domain, chosen by name when it is scored."""
-
-    task_id_at_test = True
-    provides = frozenset({"reference"})
-
-    def __init__(self) -> None:
-        self.config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        self.known: dict[str, str] = {}
-
-    def attach(self, model: nn.Module) -> nn.Module:
-        return model if isinstance(model, PeftModel) else get_peft_model(model, copy.deepcopy(self.config))
-
-    def begin_stage(self, model: Any, stage: Stage, observe: Observe) -> None:
-        name = f"d{stage.index}"
-        if name not in model.peft_config:
-            model.add_adapter(name, copy.deepcopy(self.config))
-        model.set_adapter(name)
-        self.known[stage.domain] = name
-
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
-
-    def load_state(self, model: nn.Module, state: Tensors) -> None:
-        live = self.state(model)
-        assert {*live} == {*state}
-        for name in live:
-            live[name].copy_(state[name])
-
-    def reference(self, model: Any) -> Any:
-        return model.disable_adapter()
-
-    def serve(self, model: Any, column: str, examples: Sequence[Example], prompt_nll: PromptNLL) -> Iterable[Served]:
-        return [(self._speaks(model, column), examples)]
-
-    @contextmanager
-    def _speaks(self, model: Any, column: str) -> Iterator[None]:
-        active = model.active_adapter
-        if column in self.known:
-            model.base_model.set_adapter(self.known[column])
-        try:
-            yield
-        finally:
-            model.set_adapter(active)
-
-    def export(self, model: nn.Module, path: Path) -> None:
-        raise NotImplementedError
+    return PerDomain(config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), compare=False)
 
 
 # -- mixing matrices ------------------------------------------------------------------------------------------------
@@ -253,9 +204,9 @@ def matrix(record: dict[str, Any]) -> list[list[float]]:
 def arms(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any], Any]]:
     """Frozen, modular, and modular whose structure does not move."""
     made: dict[str, Adapter] = {
-        "frozen": FreshLoRA(),
-        "modular": SinkhornResidual(inner=FreshLoRA(), rank=2, structural_lr_ratio=1.0, gate_lr_ratio=10.0),
-        "still": SinkhornResidual(inner=FreshLoRA(), rank=2, structural_lr_ratio=0.0),
+        "frozen": fresh_lora(),
+        "modular": SinkhornResidual(inner=fresh_lora(), rank=2, structural_lr_ratio=1.0, gate_lr_ratio=10.0),
+        "still": SinkhornResidual(inner=fresh_lora(), rank=2, structural_lr_ratio=0.0),
     }
     found = {}
     for name, adapter in made.items():
@@ -269,7 +220,7 @@ def test_frozen_base_and_fresh_lora_do_not_drift(arms: dict[str, Any]) -> None:
     frozen, modular = matrix(arms["frozen"][1]), matrix(arms["modular"][1])
     assert frozen[2][0] == frozen[1][0]
     assert modular[2][0] != modular[1][0]
-    assert SinkhornResidual(inner=FreshLoRA()).task_id_at_test
+    assert SinkhornResidual(inner=fresh_lora()).task_id_at_test
     assert not SinkhornResidual(inner=lora(r=2)).task_id_at_test
 
 
@@ -286,7 +237,7 @@ def test_drift_is_that_of_the_saved_adapter_under_the_final_mixing(arms: dict[st
     """(f): what stage 2 scores on domain a is adapter a, as stage 1 saved it, under the mixing of stage 2."""
     folder, record, module = arms["modular"]
     first, last = (load_tree(folder / "stages" / s / "state.safetensors")["weights"] for s in ("1-a", "2-b"))
-    saved = {name: t for name, t in first.items() if ".d0." in name}
+    saved = {name: t for name, t in first.items() if ".domain1." in name}
     assert saved
     assert all(torch.equal(saved[name], last[name]) for name in saved), "the old adapter did not move"
     mixing = {name for name in first if "residency_mixing" in name}
@@ -306,7 +257,7 @@ def test_shared_arm_averages_updates_and_mixing(llama: Path) -> None:
     adapter = SinkhornResidual(inner=lora(r=2, target_modules="all-linear"), rank=2)
     model = disturb(adapter.attach(CausalLM(path=str(llama)).load()))
     assert adapter.provides == {"fixed_coordinates", "averageable", "reference"}
-    assert SinkhornResidual(inner=FreshLoRA()).provides == {"reference"}
+    assert SinkhornResidual(inner=fresh_lora()).provides == {"reference"}
     before = logits(model)
     state = {name: t.clone() for name, t in adapter.state(model).items()}
     weights = adapter.weights(model, state)
@@ -338,8 +289,8 @@ def test_what_cannot_work_is_refused(llama: Path, tmp_path: Path) -> None:
         SinkhornResidual(rank=16).attach(base)
     with pytest.raises(UserError, match="GaLore steps inside the backward pass"):
         SinkhornResidual(inner=GaLore(layerwise=True))
-    adapter = SinkhornResidual(inner=FreshLoRA(), rank=2)
-    with pytest.raises(UserError, match="export of SinkhornResidual around FreshLoRA"):
+    adapter = SinkhornResidual(inner=Full(), rank=2)
+    with pytest.raises(UserError, match="export of SinkhornResidual around Full"):
         adapter.export(adapter.attach(base), tmp_path)
     narrow, wide = (SinkhornResidual(rank=r) for r in (2, 3))
     state = narrow.state(narrow.attach(CausalLM(path=str(llama)).load()))

@@ -7,10 +7,10 @@ a block the mixing sits, both learning rates, and the data. No claim is made tha
 Which question the arms answer:
 
     naive           one LoRA through all domains            configs/adapter/lora.yaml, no mixing
-    frozen          a fresh LoRA per domain, frozen base     a per-domain adapter, no mixing
-    modular         frozen + mixing that goes on learning    SinkhornResidual(inner=per-domain adapter)
-    shared          one LoRA + mixing                        SinkhornResidual(inner=Peft)
-    unconstrained   modular, matrix free                     SinkhornResidual(mixing="unconstrained", inner=...)
+    frozen          a fresh LoRA per domain, frozen base     configs/adapter/per_domain.yaml, no mixing
+    modular         frozen + mixing that goes on learning    configs/adapter/sinkhorn_modular.yaml
+    shared          one LoRA + mixing                        configs/adapter/sinkhorn_shared.yaml
+    unconstrained   modular, matrix free                     configs/adapter/sinkhorn_unconstrained.yaml
 
 Zero drift is a property of *frozen* already, so what the mixing adds is modular minus frozen; and what its constraint
 adds is modular minus unconstrained. Give all arms the same clipping (see `residency.metrics.stability`).
@@ -31,6 +31,7 @@ from residency.adapters.base import Adapter, Observe, OptimizerFactory, PromptNL
 from residency.adapters.mixing import MIXER, Mixer, Mixing, add_mixer, residual
 from residency.adapters.own_format import INNER, write_exported
 from residency.adapters.peft import Peft
+from residency.adapters.per_domain import PerDomain
 from residency.adapters.structure import blocks
 from residency.errors import UserError
 from residency.tensors import Computed
@@ -63,6 +64,7 @@ class _Frozen(Adapter):
         pass
 
 
+# Longer than a file of this house should be, because every hook of the contract is handed on to the inner adapter.
 class SinkhornResidual(Adapter):
     """A gated mixing of virtual streams behind every block, beside another adapter or alone.
 
@@ -214,6 +216,17 @@ class SinkhornResidual(Adapter):
         """Of the inner adapter."""
         return self.inner.serve(model, column, examples, prompt_nll)
 
+    def extra_scores(
+        self,
+        model: nn.Module,
+        column: str,
+        examples: Sequence[Example],
+        completion_nll: PromptNLL,
+        prompt_nll: PromptNLL,
+    ) -> Mapping[str, Tensor]:
+        """Of the inner adapter."""
+        return self.inner.extra_scores(model, column, examples, completion_nll, prompt_nll)
+
     # -- states and files ---------------------------------------------------------------------------------------
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -273,21 +286,22 @@ class SinkhornResidual(Adapter):
                     mixer.enabled = True
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """A folder that `residency.adapters.own_format.attach_exported` loads, a PEFT adapter in it as PEFT writes it.
+        """A folder that `residency.adapters.own_format.attach_exported` loads, a PEFT adapter in it as PEFT writes it
+        (the newest, if every domain has its own).
 
         Raises:
-            UserError: The inner adapter is neither a plain PEFT adapter nor absent.
+            UserError: The inner adapter is not one of PEFT.
         """
-        if not isinstance(self.inner, Peft | _Frozen):
+        if not isinstance(self.inner, Peft | PerDomain | _Frozen):
             raise UserError(
                 f"export of {type(self).__name__} around {type(self.inner).__name__}",
-                why="nothing but a plain PEFT adapter can lie beside the mixing in an exported folder",
+                why="nothing but an adapter of PEFT can lie beside the mixing in an exported folder",
                 fix="go on with `residency predict`, `test` or `validate` on the run itself",
             )
         ratios = {"structural_lr_ratio": self.structural_lr_ratio, "gate_lr_ratio": self.gate_lr_ratio}
         options = {**self.shape, "train_projections": self.train_projections, **ratios}
         write_exported(path, self, options, {name: p.detach() for name, p in _own(model).items()})
-        if isinstance(self.inner, Peft):
+        if isinstance(self.inner, Peft | PerDomain):
             self.inner.export(model, path / INNER)
 
 

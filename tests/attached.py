@@ -53,7 +53,7 @@ def learn(model: nn.Module, *, steps: int = 4, lr: float = 2e-2, optimizer: type
         loss = nn.functional.cross_entropy(_forward(model, batch), batch.targets)
         loss.backward()
         stepper.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def mixed(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:

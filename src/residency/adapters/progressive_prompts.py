@@ -82,10 +82,10 @@ class ProgressivePrompts(Adapter):
         Raises:
             UserError: Names or shapes differ.
         """
-        wanted = {found[1] for name in state if (found := _PROMPT.match(name))}
-        for name in wanted - {*model.prompts}:
-            _add(model, int(name), self.length)
-        for name in {*model.prompts} - wanted if wanted else ():
+        count = 1 + max((int(found[1]) for name in state if (found := _PROMPT.match(name))), default=0)
+        for index in range(count):
+            _add(model, index, self.length)
+        for name in [name for name in model.prompts if int(name) >= count]:
             del model.prompts[name]
         live = {f"prompts.{name}": p for name, p in model.prompts.items()}
         prompts = {name: tensor for name, tensor in state.items() if not LEARNT.match(name)}

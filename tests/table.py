@@ -12,7 +12,21 @@ from typing import Any, Literal
 from peft import LoraConfig, OSFConfig
 
 from peft_configs import CONFIGS, IDENTITY
-from residency.adapters import OSF, SLAO, Adapter, Full, IncLoRA, InfLoRA, Peft, PerDomain, ProgressivePrompts
+from residency.adapters import (
+    OSF,
+    SLAO,
+    Adapter,
+    Bottleneck,
+    Freeze,
+    Full,
+    GaLore,
+    IncLoRA,
+    InfLoRA,
+    Peft,
+    PerDomain,
+    ProgressivePrompts,
+    SinkhornResidual,
+)
 from residency.adapters.orthogonality import Orthogonality
 from residency.backbones import Quantisation
 from residency.domains import packaged
@@ -45,7 +59,7 @@ class AdapterRow:
 
     make: Callable[[], Adapter]
     identity: Literal["exact", "close", "none"] = "exact"
-    loads_with: Literal["peft", "transformers"] = "peft"
+    loads_with: Literal["peft", "transformers", "residency"] = "peft"
     average: float = 1e-5
     merge: float = 2e-4
     still: tuple[str, ...] = ()
@@ -92,15 +106,33 @@ ADAPTERS: dict[str, AdapterRow] = {
         identity="close",
         loads_with="transformers",
     ),
+    "per_domain": AdapterRow(make=lambda: PerDomain(config=CONFIGS["lora"]())),
+    "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=CONFIGS["ia3"](), routing="nll")),
+    "progressive_prompts": AdapterRow(make=lambda: ProgressivePrompts(length=3), identity="none"),
+    "progressive_prompts_mlp": AdapterRow(
+        make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none", pairs=False
+    ),
+    "freeze": AdapterRow(make=lambda: Freeze(bottom=1, freeze=["norm"]), loads_with="transformers", pairs=False),
+    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers"),
+    "galore_layerwise": AdapterRow(
+        make=lambda: GaLore(rank=4, gap=3, layerwise=True),
+        loads_with="transformers",
+        trainer={"gradient_clip_val": None},
+        pairs=False,
+    ),
+    "bottleneck": AdapterRow(make=lambda: Bottleneck(placement="houlsby", reduction=8), loads_with="residency"),
+    "sinkhorn": AdapterRow(
+        make=lambda: SinkhornResidual(inner=Peft(config=CONFIGS["lora"]()), rank=2, structural_lr_ratio=1.0),
+        loads_with="residency",
+        # A gate that is pushed below zero stays closed, and nothing behind it has a gradient.
+        still=("residency_mixing",),
+    ),
     "inc_lora": AdapterRow(make=lambda: IncLoRA(config=_blocks())),
     "o_lora": AdapterRow(
         make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01)), pairs=False
     ),
     "inf_lora": AdapterRow(make=lambda: InfLoRA(config=_blocks(), energy=0.9)),
     "slao": AdapterRow(make=lambda: SLAO(config=_blocks())),
-    "per_domain": AdapterRow(make=lambda: PerDomain(config=_blocks())),
-    "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=_blocks(), routing="nll"), pairs=False),
-    "progressive_prompts": AdapterRow(make=lambda: ProgressivePrompts(length=3), pairs=False),
     **{name: _peft(name) for name in CONFIGS},
 }
 

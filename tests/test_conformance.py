@@ -241,13 +241,18 @@ def test_export_loads_with_the_plain_library(name: str, llama: Path, plain: Any,
     from transformers import AutoModelForCausalLM
 
     trained = plain(name).module
-    if "exportable" not in trained.adapter.provides:
+    if "exportable" not in trained.adapter.provides and ADAPTERS[name].loads_with != "residency":
         with pytest.raises(UserError, match="exportable"):
             trained.adapter.export(trained.model, tmp_path / "export")
         return
     trained.adapter.export(trained.model, tmp_path / "export")
     if ADAPTERS[name].loads_with == "transformers":
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    elif ADAPTERS[name].loads_with == "residency":
+        from residency.adapters.own_format import attach_exported
+
+        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        loaded: Any = attach_exported(base, tmp_path / "export")[1]
     else:
         from peft import PeftModel
 

@@ -17,12 +17,7 @@ __all__ = ["build_record", "score_matrices", "summaries"]
 
 
 def build_record(
-    *,
-    module: ContinualModule,
-    data: StreamData,
-    info: RunInfo,
-    stages: Sequence[Mapping[str, Any]],
-    routing: Mapping[str, Any] | None = None,
+    *, module: ContinualModule, data: StreamData, info: RunInfo, stages: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What results.json holds.
 
@@ -31,7 +26,6 @@ def build_record(
         data: Domains and probes.
         info: Name, seed, sizes.
         stages: The records of row 0 and of every stage.
-        routing: Of an adapter with a part per domain (`residency.routing`).
     """
     columns = list(data.columns)
     scores = score_matrices([stage["means"] for stage in stages], columns)
@@ -46,7 +40,6 @@ def build_record(
         "task_id_at_test": module.adapter.task_id_at_test,
         "scores": scores,
         "summary": summaries(scores, domains=len(data.order)),
-        **({"routing": dict(routing)} if routing else {}),
         "cost": _cost(stages, info),
         "provenance": {
             "versions": versions(),
@@ -61,8 +54,8 @@ def build_record(
 def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
     trained = stages[1:]
     seconds = sum(stage["train_seconds"] for stage in trained)
-    # What another run of the study has already paid for is not this run's cost.
-    scoring = sum(stage["evaluation_seconds"] for stage in stages if not stage.get("shared"))
+    # What the run would cost alone, also where it shared a stage with others: runs are compared by it.
+    scoring = sum(stage["evaluation_seconds"] for stage in stages)
     tokens = sum(stage["train_tokens"] for stage in trained)
     return {
         "seconds": seconds + scoring,

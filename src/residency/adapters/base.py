@@ -55,6 +55,13 @@ class Adapter(ABC):
     task_id_at_test: bool = False
     """Whether scoring a domain uses its name: such scores are no answer to "which domain is this?"."""
 
+    steps_in_backward: bool = False
+    """Whether parameters step inside the backward pass and no gradient outlives it: then nothing can be accumulated or
+    clipped, and mitigations that read gradients or updates are refused."""
+
+    uses_stream_length: bool = False
+    """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
+
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
         """Prepare a pretrained model: add modules, freeze the rest. Idempotent. Draws from the global generator,
@@ -119,10 +126,22 @@ class Adapter(ABC):
         """
         return [(nullcontext(), examples)]
 
-    def routes(self, model: nn.Module) -> Mapping[str, AbstractContextManager[Any]]:
-        """Parts that could each answer any row alone, by the domain that each has learnt; none by default.
+    def extra_scores(
+        self,
+        model: nn.Module,
+        column: str,
+        examples: Sequence[Example],
+        completion_nll: PromptNLL,
+        prompt_nll: PromptNLL,
+    ) -> Mapping[str, Tensor]:
+        """What else is worth scoring on a column, apart from how `serve` answers it: {scorer: (B,) values}.
 
-        Where there are some, the record says how well they can be told apart (`residency.routing`).
+        Args:
+            model: The attached model.
+            column: Domain or probe.
+            examples: Its rows.
+            completion_nll: Examples -> (B,) nats per completion token under the model as it stands.
+            prompt_nll: The same of the prompts.
         """
         return {}
 

@@ -61,6 +61,7 @@ class InfLoRA(Adapter):
         UserError: The LoRA is not a sum on a frozen base, or an energy is not in (0, 1].
     """
 
+    uses_stream_length = True
     provides = frozenset({"averageable", "reference", "mergeable", "exportable"})
 
     def __init__(self, *, config: LoraConfig, energy: float = 0.95, energy_at_end: float = 1.0) -> None:

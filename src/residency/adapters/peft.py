@@ -195,8 +195,12 @@ def _on_dequantised_base(model: Any) -> nn.Module:
     """The same adapter on a copy of its base in full precision, by way of what `export` writes."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        base = model.get_base_model()
+        base.dequantize()
+        # transformers leaves these as they were, and PEFT would not let go of IA3's layers.
+        base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
         with expected_remarks():
-            return PeftModel.from_pretrained(model.unload().dequantize(), folder)  # type: ignore[no-any-return]
+            return PeftModel.from_pretrained(model.unload(), folder)  # type: ignore[no-any-return]
 
 
 def _pairs(state: Tensors) -> list[tuple[str, str]]:

@@ -31,6 +31,8 @@ _FULL_PRECISION_ONLY = frozenset(
     | {"TINYLORA", "UNILORA"}
 )
 _FULL_PRECISION_INITS = (*_BASE_CHANGING, "orthogonal", "mica")
+# BD-LoRA becomes plain LoRA there, without a word.
+_FULL_PRECISION_OPTIONS = ("velora_config", "use_bdlora")
 
 _LORA = "configs/adapter/lora.yaml"
 _TASK_ID = "its forward must be told which task every row belongs to, and rows here do not say"
@@ -119,13 +121,12 @@ def check_quantised(config: PeftConfig) -> None:
         UserError: Naming what does.
     """
     init = _init(config)
-    if kind_of(config) not in _FULL_PRECISION_ONLY and not init.startswith(_FULL_PRECISION_INITS):
-        if getattr(config, "velora_config", None) is None:
-            return
-        init = "velora"
-    what = f" with init {init}" if init else ""
+    option = next((name for name in _FULL_PRECISION_OPTIONS if getattr(config, name, None)), "")
+    if not option and kind_of(config) not in _FULL_PRECISION_ONLY and not init.startswith(_FULL_PRECISION_INITS):
+        return
+    what = option or (f"init_lora_weights {init}" if init else "")
     raise UserError(
-        f"{type(config).__name__}{what} on a quantised backbone",
+        f"{type(config).__name__}{what and f' with {what}'} on a quantised backbone",
         why="it computes with the base's weights as numbers, and they are stored as 4-bit or 8-bit codes",
         fix="set model.backbone.quantisation to null, or use configs/adapter/lora.yaml, dora.yaml or oft.yaml on it",
     )

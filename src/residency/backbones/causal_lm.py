@@ -21,7 +21,7 @@ from residency.backbones.fingerprint import tokenizer_fingerprint, weights_finge
 from residency.errors import UserError
 from residency.types import Batch
 
-__all__ = ["CausalLM", "Quantisation"]
+__all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
 
 PACKAGED = "packaged"
 
@@ -120,7 +120,7 @@ class CausalLM(Backbone):
         options: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
         if self.quantisation is not None:
             options |= {"quantization_config": _bitsandbytes(self.quantisation), "device_map": _device_map()}
-        with _quiet_loading():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(self.folder, config=config, **options)
         if model._supports_attention_backend:
             model.set_attn_implementation(packed_attention.NAME)
@@ -194,7 +194,8 @@ class CausalLM(Backbone):
                 "remark": "de-quantised 4-bit copy (GGUF Q4), not the original weights",
             }
         remark = f"bitsandbytes {self.quantisation.kind}" if self.quantisation else ""
-        return {"name": self.path, "licence": "see the model's card", "remark": remark}
+        described = {"name": self.path, "licence": "see the model's card", "remark": remark}
+        return described if self.revision is None else {**described, "revision": self.revision}
 
 
 def _keeps_logits(model: nn.Module) -> bool:
@@ -229,8 +230,8 @@ def _forbid_repacking(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-class _quiet_loading:
-    """Hide transformers' progress bars while a model loads: the user sees our own display."""
+class quiet_transformers:
+    """Hide transformers' progress bars: the user sees our own display."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

@@ -88,7 +88,8 @@ def remember(memory: Memory | None, covariance: Tensor, *, threshold: float) -> 
     # The free directions in the order of how much of this domain's energy they hold, least first.
     energy, axes = torch.linalg.eigh(free.T @ c @ free)
     left = energy.clamp_min(0).cumsum(0)
-    keep = int((left <= (1 - threshold) * total).sum()) if total > 0 else len(left)
+    # The margin is for rounding: 1 - 0.8 is not 0.2.
+    keep = int((left <= (1 - threshold + 1e-12) * total).sum()) if total > 0 else len(left)
     if keep == free.shape[1] and memory is not None:
         return memory
     still_free = free @ axes[:, :keep]

@@ -161,7 +161,7 @@ def _vega() -> str:
     import vl_convert
 
     bundle = vl_convert.javascript_bundle(vl_version=GRAMMAR)
-    return f"(() => {{\n{bundle}\n}})();".replace("</", "<\\/")
+    return f"(() => {{\n{bundle}\n}})();".replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _text(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from residency.report.charts.theme import color_of, inline, number_format
+from residency.report.charts.theme import axis_scale, color_of, inline, number_format
 
 __all__ = ["grid", "sensitivity"]
 
@@ -64,8 +64,7 @@ def sensitivity(rows: Sequence[Row], *, setting: str, unit: str, higher: bool) -
     groups = list(dict.fromkeys(row["group"] for row in rows))
     color, shape = color_of(groups, chosen=None, baseline=None)
     xs = [row["x"] for row in rows]
-    log = min(xs) > 0 and max(xs) / min(xs) > 20
-    x = alt.X("x:Q", title=setting, scale=alt.Scale(type="log" if log else "linear", zero=False, nice=log))
+    x = alt.X("x:Q", title=setting, scale=axis_scale(xs), axis=alt.Axis(values=sorted(set(xs)), format="~g"))
     better = "higher is better" if higher else "lower is better"
     titles = {"average": f"score at the end ({better})", "learning": f"right after learning ({better})"}
     panels = []
@@ -77,7 +76,7 @@ def sensitivity(rows: Sequence[Row], *, setting: str, unit: str, higher: bool) -
         shade = alt.Color("group:N", scale=color, legend=legend)
         base = alt.Chart(inline(own)).encode(x=x, y=y, color=shade)
         layers = [
-            base.mark_rule(opacity=0.6).encode(y=f"{metric} low:Q", y2=f"{metric} high:Q"),
+            *([base.mark_rule(opacity=0.6).encode(y=f"{metric} low:Q", y2=f"{metric} high:Q")] if _ranged(own, metric) else []),
             base.mark_line(strokeWidth=2),
             base.mark_point(size=80, filled=True, opacity=1).encode(
                 shape=alt.Shape("group:N", scale=shape, legend=legend), tooltip=tooltip
@@ -85,3 +84,7 @@ def sensitivity(rows: Sequence[Row], *, setting: str, unit: str, higher: bool) -
         ]
         panels.append(alt.LayerChart(layer=layers, width=250, height=200))
     return alt.hconcat(*panels)
+
+
+def _ranged(rows: Sequence[Row], metric: str) -> bool:
+    return any(row.get(f"{metric} low") is not None for row in rows)

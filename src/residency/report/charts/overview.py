@@ -102,14 +102,19 @@ def plane(
     line = alt.Chart(inline([{**row, "order": i} for i, row in enumerate(front)]))
     layers: list[Any] = [
         line.mark_line(strokeDash=[4, 4], strokeWidth=1.5, color=BASELINE).encode(x=x, y=y, order="order:Q"),
-        base.mark_rule(opacity=0.7).encode(x="learning low:Q", x2="learning high:Q", color=shade),
-        base.mark_rule(opacity=0.7).encode(y="forgetting low:Q", y2="forgetting high:Q", color=shade),
+        *(base.mark_rule(opacity=0.7).encode(color=shade, **bar) for bar in _bars(rows)),
         base.mark_point(size=150, opacity=1, filled=True).encode(color=shade, shape=shape, tooltip=tooltip),
     ]
     named = [row for row in data if len(data) <= labels or row["front"] or row["method"] in (chosen, baseline)]
     text = alt.Chart(inline(named)).encode(x=x, y=y, text="method:N")
     layers.append(text.mark_text(align="left", dx=12, dy=-9, fontSize=13))
     return alt.LayerChart(layer=layers, width=_WIDTH, height=340)
+
+
+def _bars(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Encodings of the interval bars that have a number."""
+    sides = {"learning": ("x", "x2"), "forgetting": ("y", "y2")}
+    return [{a: f"{m} low:Q", b: f"{m} high:Q"} for m, (a, b) in sides.items() if _any(rows, f"{m} low")]
 
 
 def _tones(names: Sequence[str], chosen: str | None, baseline: str | None) -> dict[str, str]:
@@ -140,16 +145,23 @@ def forest(rows: Sequence[Row], *, against: str) -> alt.FacetChart:
     keys = ("method", "better by", "seeds low", "seeds high", "bootstrap low", "bootstrap high", "verdict")
     tooltip = [alt.Tooltip(f"{k}:{'N' if k in ('method', 'verdict') else 'Q'}") for k in keys]
     shape = alt.Shape("side:N", scale=alt.Scale(domain=shown, range=["circle", "square", "diamond"][: len(shown)]))
-    layer = alt.layer(
-        alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0)),
-        base.mark_rule(strokeWidth=1.5).encode(x="seeds low:Q", x2="seeds high:Q"),
-        base.mark_rule(strokeWidth=5, opacity=0.45).encode(x="bootstrap low:Q", x2="bootstrap high:Q"),
-        base.mark_point(size=90, filled=True, opacity=1).encode(x=x, shape=shape, tooltip=tooltip),
-    ).properties(width=215, height=max(90, 30 * len(names)))
+    layers = [alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))]
+    # A layer without a single number would have an infinite scale.
+    if _any(rows, "seeds low"):
+        layers.append(base.mark_rule(strokeWidth=1.5).encode(x="seeds low:Q", x2="seeds high:Q"))
+    if _any(rows, "bootstrap low"):
+        thick = base.mark_rule(strokeWidth=5, opacity=0.45)
+        layers.append(thick.encode(x="bootstrap low:Q", x2="bootstrap high:Q"))
+    layers.append(base.mark_point(size=90, filled=True, opacity=1).encode(x=x, shape=shape, tooltip=tooltip))
+    layer = alt.layer(*layers).properties(width=215, height=max(90, 30 * len(names)))
     header = alt.Header(title=None)
     facet = alt.Facet("panel:N", sort=list(titles.values()), header=header)
     chart: alt.FacetChart = layer.facet(facet, data=inline(data), columns=3)
     return chart
+
+
+def _any(rows: Sequence[Row], key: str) -> bool:
+    return any(row.get(key) is not None for row in rows)
 
 
 def _side(row: Row) -> str:

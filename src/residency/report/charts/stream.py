@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from residency.report.charts.theme import color_of, inline, number_format, spread
+from residency.report.charts.theme import axis_scale, color_of, inline, number_format
 
 __all__ = ["by_domain", "over_the_stream", "training_loss"]
 
@@ -46,7 +46,7 @@ def over_the_stream(
     axis = alt.Axis(labelAngle=-30 if max(map(len, stages), default=0) > 8 else 0, labelLimit=110)
     x = alt.X("at:O", sort=list(dict.fromkeys(stages)), title="after learning", axis=axis)
     better = "higher is better" if higher else "lower is better"
-    scale = alt.Scale(type=spread([row["score"] for row in known]), zero=False, nice=False, padding=8)
+    scale = axis_scale([row["score"] for row in known])
     y = alt.Y("score:Q", title=f"{unit} ({better})", scale=scale, axis=alt.Axis(tickCount=5, format="~g", titleLimit=220))
     digits = number_format([row["score"] for row in known])
     tooltip = [alt.Tooltip("method:N"), alt.Tooltip("at:N", title="after"), alt.Tooltip("score:Q", format=digits)]
@@ -84,7 +84,7 @@ def by_domain(
     digits = number_format([row[k] for row in rows for k in ("learned", "end")])
     y = alt.Y("method:N", sort=names, title=None, axis=alt.Axis(labelLimit=180))
     better = "higher is better →" if higher else "← lower is better"
-    x = alt.X("end:Q", title=f"{unit} ({better})", scale=alt.Scale(zero=False, padding=14, type=spread([r["end"] for r in rows])))
+    x = alt.X("end:Q", title=f"{unit} ({better})", scale=axis_scale([row[k] for row in rows for k in ("end", "learned")], padding=14))
     shade = alt.Color("method:N", scale=color, legend=None)
     tooltip = [alt.Tooltip("method:N"), *(alt.Tooltip(f"{k}:Q", format=digits) for k in ("before", "learned", "end"))]
     base = alt.Chart().encode(y=y, color=shade, tooltip=tooltip)
@@ -111,7 +111,7 @@ def training_loss(rows: Sequence[Row], *, chosen: str | None, baseline: str | No
     starts: dict[int, int] = {}
     for row in rows:
         starts[row["stage"]] = min(row["stream_step"], starts.get(row["stage"], row["stream_step"]))
-    scale = alt.Scale(type=spread([row["loss"] for row in rows]), zero=False, nice=False, padding=6)
+    scale = axis_scale([row["loss"] for row in rows], padding=6)
     x = alt.X("stream_step:Q", title="step of the stream (dashed: the next domain begins)", axis=alt.Axis(tickMinStep=1))
     y = alt.Y("loss:Q", title="training loss, nats per token", scale=scale, axis=alt.Axis(tickCount=5, format="~g"))
     # One line per stage: between two domains nothing was measured.

@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-__all__ = ["BASELINE", "CHOSEN", "SHAPES", "Figure", "color_of", "config", "inline", "number_format", "spread"]
+__all__ = ["BASELINE", "CHOSEN", "SHAPES", "Figure", "axis_scale", "color_of", "config", "inline", "number_format"]
 
 # Okabe and Ito without black and yellow, slightly lifted so that each has 3:1 contrast on white and on near-black.
 CHOSEN, BASELINE = "#1f83c4", "#808a93"
@@ -91,10 +91,12 @@ def color_of(names: Sequence[str], *, chosen: str | None, baseline: str | None) 
     return alt.Scale(domain=list(names), range=colors), alt.Scale(domain=list(names), range=shapes)
 
 
-def spread(values: Sequence[float | None]) -> str:
-    """`log` where positive numbers span a large ratio, else `linear`."""
+def axis_scale(values: Sequence[float | None], *, padding: int = 8) -> alt.Scale:
+    """A scale that need not begin at 0: logarithmic where positive numbers span a large ratio."""
     known = [v for v in values if v is not None]
-    return "log" if known and min(known) > 0 and max(known) / min(known) > 6 else "linear"
+    if known and min(known) > 0 and max(known) / min(known) > 6:
+        return alt.Scale(type="log", nice=False, padding=padding)
+    return alt.Scale(zero=False, nice=False, padding=padding)
 
 
 def number_format(values: Sequence[float | None]) -> str:

@@ -2,7 +2,7 @@
 
 The unit of every test is the **seed**: one value per seed (and order), paired between methods by seed, order and data
 split. Examples of one evaluation set are no independent repetitions of training: they are a second level, in
-`residency.metrics.bootstrap` and `residency.metrics.example_level`. Comparisons in words: `residency.metrics.comparison`.
+`residency.metrics.bootstrap` and `residency.metrics.example_level`. Verdicts in words: `residency.metrics.comparison`.
 
 NaN in, NaN out: a missing value is never dropped here. Decide what to leave out before, and say so.
 Not imported by `residency.metrics`, because scipy.stats takes a second to load.
@@ -87,6 +87,11 @@ def vector(values: npt.ArrayLike, name: str = "values") -> FloatArray:
     if found.ndim != 1:
         raise ValueError(f"{name} has shape {found.shape}, and a test needs one number per seed: average domains first")
     return found
+
+
+def _varies(d: FloatArray) -> bool:
+    """Whether values differ by more than rounding; a ratio to their spread means something only then."""
+    return not np.ptp(d) <= 1e-12 * np.abs(d).max()
 
 
 def t_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
@@ -183,7 +188,7 @@ def paired_t(differences: npt.ArrayLike) -> tuple[float, float]:
     d = vector(differences, "differences")
     if d.size < 2 or np.isnan(d).any():
         return math.nan, math.nan
-    if np.ptp(d) == 0:
+    if not _varies(d):
         return (1.0 if d[0] == 0 else math.nan), math.nan
     normal = float(scipy.stats.shapiro(d).pvalue) if d.size > 2 else math.nan
     return float(scipy.stats.ttest_1samp(d, 0.0).pvalue), normal
@@ -208,7 +213,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def effect_size(differences: npt.ArrayLike) -> float:
     """d_z = mean(d)/sd(d) of paired differences (Cohen 1988); NaN for fewer than 2 or without spread."""
     d = vector(differences, "differences")
-    return float(d.mean() / d.std(ddof=1)) if d.size > 1 and np.ptp(d) > 0 else math.nan
+    return float(d.mean() / d.std(ddof=1)) if d.size > 1 and _varies(d) else math.nan
 
 
 def order_sensitivity(average: Sequence[npt.ArrayLike]) -> float:

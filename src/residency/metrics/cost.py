@@ -1,0 +1,48 @@
+"""What a result cost (E21). Pure functions of counts; the counts are collected by the stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from residency.tensors import size_in_bytes
+
+__all__ = ["optimizer_state_bytes", "overhead", "tokens_per_second", "training_flops"]
+
+
+def training_flops(*, total: int, trainable: int, tokens: int, recomputed: bool = False) -> float:
+    """FLOPs of training: (4 N + 2 N_trainable) · D, which is the usual 6ND when everything is trained.
+
+    Per token and parameter 2 FLOPs forward and 2 for the gradient of the activations; 2 more for the gradient of a
+    weight, which a frozen one does not need. Attention scores and the optimizer's own step are left out, as in
+    Kaplan et al. 2020; parameters of an input embedding count, although they are only looked up.
+
+    Args:
+        total: N, parameters, 4-bit ones counted unpacked.
+        trainable: N_trainable.
+        tokens: D, non-pad training tokens.
+        recomputed: Whether gradient checkpointing runs the forward pass twice (2 N more).
+
+    >>> training_flops(total=10, trainable=10, tokens=3)
+    180.0
+    """
+    return float((4 + 2 * recomputed) * total + 2 * trainable) * tokens
+
+
+def tokens_per_second(*, tokens: int, seconds: float) -> float:
+    """Non-pad tokens per second; NaN without a clock."""
+    return tokens / seconds if seconds > 0 else math.nan
+
+
+def overhead(*, seconds: float, plain_seconds: float) -> float:
+    """What a mitigation adds to the plain run's time, as a share: 0.5 = half as long again. NaN without a clock."""
+    return seconds / plain_seconds - 1.0 if plain_seconds > 0 else math.nan
+
+
+def optimizer_state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of everything an optimizer keeps between steps: moments, projections; 8-bit states count as they are."""
+    state: Mapping[Any, Any] = optimizer.state
+    return sum(size_in_bytes(dict(entry)) for entry in state.values())

@@ -16,6 +16,7 @@ from residency.metrics.comparison import Comparison, seeds_needed
 from residency.report.arms import Arm
 from residency.report.evidence import Contrast, overall, shared_values
 from residency.report.material import Material
+from residency.report.reference_runs import reference_rows
 from residency.report.tables import AS_MUCH, FLOOR, finite, printable
 
 __all__ = ["Advice", "Fact", "advise", "called", "size"]
@@ -78,7 +79,7 @@ class _Case:
         return self.ranked[0]
 
     def of(self, value: str) -> list[Arm]:
-        return [arm for arm in self.arms if arm.role == "train" and arm.value == value and arm.done]
+        return [arm for arm in self.arms if arm.value == value and arm.done]
 
     @property
     def arm(self) -> Arm:
@@ -109,7 +110,7 @@ class _Case:
 
 def advise(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> Advice:
     """The summary of a study or of some runs."""
-    trained = [arm for arm in arms if arm.role == "train"]
+    trained = [arm for arm in arms]
     honest = [arm for arm in trained if not arm.oracle] or trained
     means: dict[str, dict[str, float]] = {}
     for metric in ("average", "learning", "forgetting"):
@@ -168,6 +169,16 @@ def _single(case: _Case, limits: tuple[str, ...]) -> Advice:
     )
 
 
+def _bound(case: _Case) -> Iterator[str]:
+    """What is left to gain, if a reference tells."""
+    rows = {row["kind"]: row["average"] for row in reference_rows(case.material, case.arms)}
+    for kind, words in (("joint", "Trained on all domains at once"), ("independent", "Trained on each domain alone")):
+        if kind in rows:
+            digits = 3 if abs(rows[kind]) <= 1 else 2
+            yield f"{words} the model reaches {rows[kind]:.{digits}f}: no method for streams needs to be better than that."
+            return
+
+
 def _recommend(case: _Case, limits: tuple[str, ...]) -> Advice:
     best, base = case.name(case.best), case.name(case.base)
     tied = [v for v in case.ranked[1:] if case.ahead(v) is not True]
@@ -181,7 +192,9 @@ def _recommend(case: _Case, limits: tuple[str, ...]) -> Advice:
         lead = f"{best} ends best on average, but its lead over {base} may be chance."
     else:
         headline = f"Take {best}"
-        lead = f"It ends best: after the last domain, on average over all domains, it is at {_against(case, 'average')}."
+        lead = (
+            f"It ends best: after the last domain, on average over all domains, it is at {_against(case, 'average')}."
+        )
     if forgot is not None and forgot <= FLOOR:
         lead += f" Mind that {base} does not forget here, so there was nothing to prevent."
     return Advice(
@@ -295,6 +308,7 @@ def _reasons(case: _Case, tied: Sequence[str]) -> Iterator[str]:
         second = f"{case.name(rest[0])} ({case.number('average', rest[0])})"
         yield f"The next best is {second}; the difference to {best} is larger than the noise of the test rows."
     yield from _traps(case)
+    yield from _bound(case)
 
 
 def _keeps(case: _Case, best: str, base: str) -> Iterator[str]:
@@ -347,6 +361,9 @@ def _limits(material: Material, trained: Sequence[Arm], ranked: Sequence[str], u
         yield "One order of domains: another order may rank the methods differently."
     if not any(arm.done and arm.done[0].record.get("probes") for arm in done):
         yield "No probe was scored: what happened to abilities outside these domains is not known."
+    kinds = {entry.reference for entry in material.done}
+    if not kinds & {"joint", "independent"} and done:
+        yield "Neither joint nor single-domain training was run: how good it could get at best is not known."
     other = _other_winner(material, trained, ranked)
     if other:
         yield other
@@ -357,9 +374,18 @@ def _limits(material: Material, trained: Sequence[Arm], ranked: Sequence[str], u
     if missing:
         names = _list([f"{printable(e.record['cell'])} ({printable(e.record['status'])})" for e in missing])
         yield f"{len(missing)} of {len(material.entries)} cells are not in these numbers: {names}."
+    yield from _warnings(material, done, ranked)
     gaps = sorted({printable(arm.name) for arm in done for e in arm.done if _gaps(e.record, material.scorer)})
     if gaps:
         yield f"Scores are missing inside the matrices of {_list(gaps)}; numbers that need them are left out."
+
+
+def _warnings(material: Material, done: Sequence[Arm], ranked: Sequence[str]) -> Iterator[str]:
+    """What the record of the best one says must be read beside its scores."""
+    for arm in done:
+        if ranked and arm.value == ranked[0]:
+            texts = (arm.done[0].record.get("warnings") or {}).get(material.scorer) or []
+            yield from (f"{printable(arm.name)}: {printable(text, 300)}" for text in texts)
 
 
 def _gaps(record: object, scorer: str) -> bool:
@@ -385,7 +411,7 @@ def _other_winner(material: Material, trained: Sequence[Arm], ranked: Sequence[s
     names = {name for arm in trained for e in arm.done for name in e.record["scores"]} - {material.scorer}
     said = []
     for name in sorted(names):
-        arms = [Arm(place=a.place, subject=a.subject, scorer=name, role=a.role, entries=a.entries) for a in trained]
+        arms = [Arm(place=a.place, subject=a.subject, scorer=name, entries=a.entries) for a in trained]
         table = shared_values([arm for arm in arms if not arm.oracle], "average")
         if len(table) > 1 and ranked:
             best = max(table, key=lambda v: fmean(table[v]))

@@ -26,14 +26,12 @@ class Arm:
         place: (axis, value) of every axis but the seed.
         subject: The axis whose values are compared.
         scorer: What the numbers are about.
-        role: `train` or `reference`.
         entries: Its cells, done or not.
     """
 
     place: Place
     subject: str
     scorer: str
-    role: str = "train"
     entries: list[Entry] = field(default_factory=list)
 
     @property
@@ -102,15 +100,12 @@ class Arm:
         matrix = entry.record["scores"][self.scorer]["R"]
         return [score_at(matrix, k, j) for j in range(len(entry.record["domains"]))]
 
-    def cost(self, *names: str) -> float | None:
-        """Mean cost over seeds under the first of these names that is known; a cost in parts is their sum."""
-        for name in names:
-            found = ((e.record.get("cost") or {}).get(name) for e in self.entries if e.done)
-            parts = (sum(filter(_number, c.values())) if isinstance(c, Mapping) else c for c in found)
-            known = [value for c in parts if (value := finite(c)) is not None]
-            if known:
-                return fmean(known)
-        return None
+    def cost(self, name: str) -> float | None:
+        """Mean cost over seeds; a cost in parts is their sum."""
+        found = ((e.record.get("cost") or {}).get(name) for e in self.entries if e.done)
+        parts = (sum(filter(_number, c.values())) if isinstance(c, Mapping) else c for c in found)
+        known = [value for c in parts if (value := finite(c)) is not None]
+        return fmean(known) if known else None
 
     def notes(self) -> list[str]:
         """What must be known before comparing."""
@@ -133,22 +128,16 @@ def _cell(entry: Entry) -> str:
 
 
 def arms_of(material: Material, scorer: str | None = None) -> list[Arm]:
-    """The arms in order of appearance, references last."""
-    arms: dict[tuple[str, Place], Arm] = {}
+    """The arms in order of appearance; references are no arms, see `residency.report.reference_runs`."""
+    arms: dict[Place, Arm] = {}
     for entry in material.entries:
+        if entry.reference is not None:
+            continue
         axes = {k: v for k, v in entry.record["axes"].items() if k != "seed"}
         place = tuple((printable(k), "none" if v is None else printable(v)) for k, v in axes.items())
-        if entry.role == "reference":
-            place = (("reference", printable(_reference(entry))), *((k, v) for k, v in place if k != material.subject))
-        key = (entry.role, place)
-        new = Arm(place=place, subject=material.subject, scorer=scorer or material.scorer, role=entry.role)
-        arms.setdefault(key, new).entries.append(entry)
-    return sorted(arms.values(), key=lambda arm: arm.role == "reference")
-
-
-def _reference(entry: Entry) -> str:
-    """What kind of reference a cell is."""
-    return str(entry.record.get("reference") or entry.record["axes"].get("reference") or entry.record.get("cell"))
+        new = Arm(place=place, subject=material.subject, scorer=scorer or material.scorer)
+        arms.setdefault(place, new).entries.append(entry)
+    return list(arms.values())
 
 
 def per_stage(arm: Arm) -> list[dict[str, Any]]:
@@ -191,6 +180,9 @@ def matrices(arms: Iterable[Arm], first: str) -> list[dict[str, Any]]:
 def mean_matrix(matrices: Sequence[Sequence[Sequence[Any]]]) -> list[list[float | None]]:
     """Mean of matrices cell by cell, to 6 digits; a cell that one of them lacks is missing."""
     return [
-        [None if None in (known := [finite(v) for v in cells]) else float(f"{fmean(known):.6g}") for cells in zip(*rows, strict=False)]  # type: ignore[type-var, arg-type]
+        [
+            None if None in (known := [finite(v) for v in cells]) else float(f"{fmean(known):.6g}")
+            for cells in zip(*rows, strict=False)
+        ]  # type: ignore[type-var, arg-type]
         for rows in zip(*matrices, strict=False)
     ]

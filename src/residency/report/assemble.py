@@ -24,7 +24,7 @@ from residency.report.frames import Frames, frames_of
 from residency.report.grids import Grid, comparisons_grid, domains_grid, methods_grid, plain_grid
 from residency.report.material import Material, read_material
 from residency.report.origin import configs, missing, provenance
-from residency.report.published import published_grid
+from residency.report.published import Published, published
 from residency.report.tables import printable
 
 __all__ = ["Report", "build"]
@@ -81,7 +81,7 @@ def build(
     """
     several = [paths] if isinstance(paths, str | Path) else list(paths)
     material = read_material(several, scorer=scorer, baseline=baseline)
-    published = published_grid(references)
+    beside = published(references)
     report = Report.of(material)
     folder = Path(output) if output is not None else material.home
     drawn = {figure.id: draw(figure) for figure in report.figures if figure.chart is not None}
@@ -92,19 +92,19 @@ def build(
         save_table(folder / "tables", name, frame)
     # The page last: whoever sees it sees the files that it links.
     page = folder / "index.html"
-    place(page, _page(report, drawn, published))
+    place(page, _page(report, drawn, beside))
     return page
 
 
-def _page(report: Report, drawn: dict[str, str], published: Grid | None) -> str:
+def _page(report: Report, drawn: dict[str, str], beside: Sequence[Published]) -> str:
     material, advice, frames = report.material, report.advice, report.frames
     first, *rest = [_shown(figure, drawn.get(figure.id)) for figure in report.figures]
     rows = frames.methods.to_dicts() if frames.methods.height else []
-    trained = next((arm for arm in report.arms if arm.role == "train" and arm.done), None)
+    trained = next((arm for arm in report.arms if arm.done), None)
     higher = trained.higher_is_better if trained else True
     entry = trained.done[0].record["scores"][material.scorer] if trained else {}
     unit = printable(entry.get("unit") or "unknown unit")
-    chosen = next((a.name for a in report.arms if a.value == advice.choice and a.role == "train"), None)
+    chosen = next((a.name for a in report.arms if a.value == advice.choice), None)
     vega, script = _vega(), _text("report.js")
     explorer, note = _explorer(report)
     context = {
@@ -123,7 +123,7 @@ def _page(report: Report, drawn: dict[str, str], published: Grid | None) -> str:
         "domains": _with_json(domains_grid(frames.domains.to_dicts())),
         "missing": _with_json(missing(material)),
         "count": len(material.entries),
-        "published": published and _with_json(published),
+        "published": [{**vars(one), "grid": _with_json(one.grid)} for one in beside],
         "provenance": [_with_json(grid) for grid in provenance(material, report.arms)],
         "tables": list(frames.items()),
         "explorer": explorer and Markup(as_json(explorer)),
@@ -135,7 +135,7 @@ def _page(report: Report, drawn: dict[str, str], published: Grid | None) -> str:
         "vega": Markup(vega),
         # Only these two scripts run, whatever a name from data may contain.
         "hashes": Markup(" ".join(f"'sha256-{_hash(text)}'" for text in (vega, script))),
-        "parts": _parts(report, published),
+        "parts": _parts(report, beside),
     }
     shown, left = configs(report.arms)
     context |= {"configs": shown, "configs_left": left}
@@ -188,7 +188,7 @@ def _version() -> str:
 
 def _question(report: Report) -> str:
     axis = report.material.subject
-    values = {arm.value for arm in report.arms if arm.role == "train"}
+    values = {arm.value for arm in report.arms}
     if len(values) < 2:
         return "What was learnt, and what was forgotten?"
     orders = {tuple(map(printable, entry.record["domains"])) for entry in report.material.done}
@@ -207,7 +207,7 @@ def _setting(report: Report) -> str:
     stream = f"learns {domains}" if len(orders) == 1 else f"{len(orders)} orders of domains"
     backbone = done[0].record.get("provenance", {}).get("backbone") or {}
     name = next((str(backbone[k]) for k in ("name", "path", "model") if backbone.get(k)), "one model")
-    trained = [arm for arm in report.arms if arm.role == "train"]
+    trained = [arm for arm in report.arms]
     seeds = max(len(arm.done) for arm in trained) if trained else 0
     methods = f"{len(trained)} method{'s' * (len(trained) != 1)}"
     stem = printable(Path(name).name, 50)
@@ -215,7 +215,9 @@ def _setting(report: Report) -> str:
 
 
 def _methods_note(report: Report, unit: str, higher: bool) -> str:
-    kinds = set(report.frames.methods["interval"].drop_nulls()) if "interval" in report.frames.methods.columns else set()
+    kinds = (
+        set(report.frames.methods["interval"].drop_nulls()) if "interval" in report.frames.methods.columns else set()
+    )
     over = {"seeds (t)": "over seeds (Student's t)", "test rows": "over test rows only, not over seeds"}
     intervals = f" Intervals are 95 %, {' or '.join(over[k] for k in sorted(kinds))}." if kinds else ""
     scorer = printable(report.material.scorer)
@@ -227,9 +229,9 @@ def _methods_note(report: Report, unit: str, higher: bool) -> str:
     )
 
 
-def _parts(report: Report, published: Grid | None) -> list[tuple[str, str]]:
+def _parts(report: Report, beside: Sequence[Published]) -> list[tuple[str, str]]:
     wanted = [("summary", "Summary"), ("methods", "Table"), ("plane", "Trade-off"), ("forest", "Differences")]
-    wanted += [("published", "Published")] * (published is not None)
+    wanted += [("published", "Published")] * bool(beside)
     wanted += [("stream", "Stream"), ("domains", "Domains"), ("matrices", "Matrices"), ("costs", "Costs")]
     wanted += [("missing", "Missing"), ("provenance", "Provenance"), ("files", "Files"), ("words", "Words")]
     ids = {figure.id for figure in report.figures} | {

@@ -69,7 +69,7 @@ def contrasts(arms: Sequence[Arm], baseline: str, *, resampled: int = 40) -> lis
         resampled: For how many arms examples are resampled at most (time grows with their number).
     """
     found: list[Contrast] = []
-    trained = [arm for arm in arms if arm.role == "train" and arm.done]
+    trained = [arm for arm in arms if arm.done]
     for context in dict.fromkeys(arm.context for arm in trained):
         here = [arm for arm in trained if arm.context == context]
         base = next((arm for arm in here if arm.value == baseline), None)
@@ -118,9 +118,8 @@ def shared_values(arms: Sequence[Arm], metric: str) -> dict[str, list[float]]:
     """Value of the compared axis -> one utility per seed, over the settings that all of them have."""
     blocks: dict[str, dict[tuple[Place, Any], float]] = {}
     for arm in arms:
-        if arm.role == "train":
-            own = {(arm.context, seed): v for seed, v in arm.utility(metric).items()}
-            blocks.setdefault(arm.value, {}).update(own)
+        own = {(arm.context, seed): v for seed, v in arm.utility(metric).items()}
+        blocks.setdefault(arm.value, {}).update(own)
     blocks = {value: own for value, own in blocks.items() if own}
     # A value that has done less than half of what most have would shrink everybody's evidence: it is left out.
     most = max((len(own) for own in blocks.values()), default=0)

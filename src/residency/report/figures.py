@@ -10,7 +10,7 @@ import altair as alt
 
 from residency.report.advice import Advice
 from residency.report.arms import Arm, mean_matrix
-from residency.report.charts import axes, costs, overview, stream
+from residency.report.charts import axes, costs, drift, overview, stream
 from residency.report.charts.theme import Figure
 from residency.report.frames import Frames
 from residency.report.heatmap import comparison
@@ -30,22 +30,19 @@ class _Board:
 
     def __init__(self, material: Material, arms: Sequence[Arm], frames: Frames, advice: Advice) -> None:
         self.material, self.arms, self.frames = material, arms, frames
-        trained = [arm for arm in arms if arm.role == "train" and arm.done]
+        trained = [arm for arm in arms if arm.done]
         first = trained[0] if trained else None
         self.higher = first.higher_is_better if first else True
         entry = first.done[0].record["scores"][material.scorer] if first else {}
+        self.short = printable(material.scorer, 30)
         self.unit = f"{printable(material.scorer)}, {printable(entry.get('unit') or 'unknown unit', 40)}"
         rows = frames.methods.to_dicts() if frames.methods.height else []
-        known = [row for row in rows if row.get("average") is not None and row["method"] not in self._references(rows)]
+        known = [row for row in rows if row.get("average") is not None and row["role"] != "reference"]
         sign = -1 if self.higher else 1
         self.ranked: list[Row] = sorted(known, key=lambda row: sign * row["average"])
         self.references = [row for row in rows if row["role"] == "reference" and row.get("average") is not None]
         self.chosen = next((r["method"] for r in self.ranked if _value(arms, r["method"]) == advice.choice), None)
         self.baseline = next((row["method"] for row in self.ranked if row["baseline"]), None)
-
-    @staticmethod
-    def _references(rows: Sequence[Row]) -> set[str]:
-        return {row["method"] for row in rows if row["role"] == "reference"}
 
     def best(self, count: int) -> list[Row]:
         """The best rows, the baseline always among them."""
@@ -68,7 +65,7 @@ class _Board:
 
 
 def _value(arms: Sequence[Arm], name: str) -> str | None:
-    return next((arm.value for arm in arms if arm.name == name and arm.role == "train"), None)
+    return next((arm.value for arm in arms if arm.name == name), None)
 
 
 def figures_of(material: Material, arms: Sequence[Arm], frames: Frames, advice: Advice) -> list[Figure]:
@@ -91,7 +88,9 @@ def _kept(board: _Board) -> Iterator[Figure]:
         # A base model that knows nothing of the domains would squeeze all methods into a corner: it is told instead.
         values = [row[k] for row in rows for k in ("learning", "average")]
         near = [r for r in board.references if _near(r["average"], values)]
-        caption += "".join(f" {r['method'].capitalize()}: {r['average']:.2f}." for r in board.references if r not in near)
+        caption += "".join(
+            f" {r['method'].capitalize()}: {r['average']:.2f}." for r in board.references if r not in near
+        )
         chart = overview.learned_and_kept(rows, references=near, **options)
     absent = "No cell is complete."
     yield _figure("learned-and-kept", "Learnt, and kept", caption + board.cut(_ROWS), chart, absent)
@@ -134,11 +133,13 @@ def _stream(board: _Board) -> Iterator[Figure]:
     rows = [row for row in _scores(board, names) if row["score"] is not None]
     columns = list(dict.fromkeys(row["column"] for row in rows))
     rows = [row for row in rows if row["column"] in columns[:_DOMAINS]]
-    caption = "One panel per domain; the dashed line marks the stage that taught it. After it, every rise is forgetting."
+    caption = (
+        "One panel per domain; the dashed line marks the stage that taught it. After it, every rise is forgetting."
+    )
     caption = caption.replace("rise", "fall") if board.higher else caption
     chart = None
     if rows:
-        chart = stream.over_the_stream(rows, unit=board.unit, higher=board.higher, **board.style)
+        chart = stream.over_the_stream(rows, unit=board.short, higher=board.higher, **board.style)
     absent = "No scores after any stage."
     yield _figure("stream", "Scores over the stream", caption + board.cut(_LINES), chart, absent)
 
@@ -158,13 +159,13 @@ def _domains(board: _Board) -> Iterator[Figure]:
     shown = list(dict.fromkeys(row["domain"] for row in rows))[:_DOMAINS]
     rows = sorted((r for r in rows if r["domain"] in shown), key=lambda r: names.index(r["method"]))
     caption = "○ right after the domain was learnt · ● at the end of the stream."
-    chart = stream.by_domain(rows, unit=board.unit, higher=board.higher, **board.style) if rows else None
+    chart = stream.by_domain(rows, unit=board.short, higher=board.higher, **board.style) if rows else None
     yield _figure("domains", "Domain by domain", caption + board.cut(_ROWS), chart, "No domain has both scores.")
 
 
 def _heat(board: _Board) -> Iterator[Figure]:
     names = board.names(_MATRICES)
-    by_name = {arm.name: arm for arm in board.arms if arm.role == "train"}
+    by_name = {arm.name: arm for arm in board.arms}
     scorers = [board.material.scorer]
     scorers += [s for s in _scorers(board) if s not in scorers]
     for scorer in scorers:
@@ -199,8 +200,8 @@ def _mean_record(arm: Arm, scorer: str) -> Row | None:
 
 
 def _grid(board: _Board) -> Iterator[Figure]:
-    names = list(dict.fromkeys(axis for arm in board.arms if arm.role == "train" for axis, _ in arm.place))
-    counts = {n: len({dict(arm.place).get(n) for arm in board.arms if arm.role == "train"}) for n in names}
+    names = list(dict.fromkeys(axis for arm in board.arms for axis, _ in arm.place))
+    counts = {n: len({dict(arm.place).get(n) for arm in board.arms}) for n in names}
     wide = sorted((n for n in names if counts[n] > 1), key=lambda n: n != board.material.subject)
     absent = "Only one axis was varied, so there is no grid."
     if len(wide) < 2:
@@ -211,7 +212,7 @@ def _grid(board: _Board) -> Iterator[Figure]:
         cells: dict[tuple[str, str], list[float]] = {}
         for arm in board.arms:
             place, value = dict(arm.place), arm.mean(metric)
-            if arm.role == "train" and value is not None:
+            if value is not None:
                 key = (place.get(first, "-"), place.get(second, "-"))
                 cells.setdefault(key, []).append(value)
         rows = [{"row": r, "column": c, "value": fmean(v)} for (r, c), v in cells.items()]
@@ -246,14 +247,24 @@ def _sensitivity(board: _Board) -> Iterator[Figure]:
 
 
 def _drift(board: _Board) -> Iterator[Figure]:
-    absent = "Drift inside the model was not measured in these runs."
-    yield _figure("drift", "What changed inside the model", "", None, absent)
+    names = board.names(_LINES)
+    rows = [row for arm in board.arms if arm.name in names for row in drift.findings(arm)]
+    rows.sort(key=lambda row: (names.index(row["method"]), row["stage"]))
+    caption = "Since before training, after every stage, averaged over seeds." + board.cut(_LINES)
+    chart = drift.over_stages(rows, **board.style) if rows else None
+    absent = "Nobody looked inside the model in these runs; --inspection.weights and its like switch that on."
+    yield _figure("drift", "What changed inside the model", caption, chart, absent)
+    layers = [row for arm in board.arms if arm.name in names for row in drift.blocks(arm)]
+    layers.sort(key=lambda row: names.index(row["method"]))
+    if layers:
+        caption = "At the end of the stream, block by block from the input to the output."
+        yield _figure("drift-blocks", "Where it changed", caption, drift.by_block(layers, **board.style), "")
 
 
 def _loss(board: _Board) -> Iterator[Figure]:
     rows: list[Row] = []
     for name in board.names(_LINES):
-        arm = next(arm for arm in board.arms if arm.name == name and arm.role == "train")
+        arm = next(arm for arm in board.arms if arm.name == name)
         rows += _thinned(name, arm.done[0].history())
     caption = "The task's part of the training loss, one seed per method." + board.cut(_LINES)
     chart = stream.training_loss(rows, **board.style) if rows else None
@@ -265,7 +276,12 @@ def _thinned(name: str, lines: Sequence[Row], points: int = 240) -> list[Row]:
     step = max(1, len(known) // points)
     kept = known[::step]
     return [
-        {"method": name, "stream_step": line["stream_step"], "stage": line["stage"], "loss": line.get("loss/task", line.get("loss"))}
+        {
+            "method": name,
+            "stream_step": line["stream_step"],
+            "stage": line["stage"],
+            "loss": line.get("loss/task", line.get("loss")),
+        }
         for line in kept
         if "stream_step" in line and "stage" in line
     ]

@@ -92,7 +92,10 @@ def _csv(frame: pl.DataFrame) -> str:
     """CSV whose text cells no spreadsheet takes for a formula."""
     text = [pl.col(c) for c, kind in frame.schema.items() if kind == pl.String]
     guarded = frame.with_columns(
-        pl.when(column.str.contains(r"^[=+\-@\t\r]")).then(pl.concat_str(pl.lit("'"), column)).otherwise(column).name.keep()
+        pl.when(column.str.contains(r"^[=+\-@\t\r]"))
+        .then(pl.concat_str(pl.lit("'"), column))
+        .otherwise(column)
+        .name.keep()
         for column in text
     )
     return guarded.write_csv()

@@ -12,6 +12,7 @@ import polars as pl
 from residency.report.arms import Arm, per_stage
 from residency.report.evidence import METRICS, Contrast, example_interval
 from residency.report.material import Material
+from residency.report.reference_runs import reference_rows
 from residency.report.tables import finite, printable
 
 __all__ = ["Frames", "frames_of"]
@@ -65,34 +66,31 @@ def _frame(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
 
 def _methods(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
     against = {(c.name, c.metric): c for c in contrasts}
-    axes = list(dict.fromkeys(axis for arm in arms if arm.role == "train" for axis, _ in arm.place))
+    axes = list(dict.fromkeys(axis for arm in arms for axis, _ in arm.place))
     rows = []
     for number, arm in enumerate(arms):
-        place = dict(arm.place) if arm.role == "train" else {}
-        row: dict[str, Any] = {"method": arm.name, "role": arm.role}
+        place = dict(arm.place)
+        row: dict[str, Any] = {"method": arm.name, "role": "train"}
         row |= {f"axis: {axis}": place.get(axis) for axis in axes if len(axes) > 1}
-        row |= {"baseline": arm.role == "train" and arm.value == material.baseline, "seeds": len(arm.done)}
+        row |= {"baseline": arm.value == material.baseline, "seeds": len(arm.done)}
         for metric in METRICS:
             low, high, kind = _interval(arm, metric, resample=number < _RESAMPLED)
-            row |= {metric: arm.mean(metric), f"{metric} low": low, f"{metric} high": high, f"{metric} sd": arm.sd(metric)}
+            row |= {
+                metric: arm.mean(metric),
+                f"{metric} low": low,
+                f"{metric} high": high,
+                f"{metric} sd": arm.sd(metric),
+            }
             row.setdefault("interval", kind)
         row |= {name: arm.mean(name) for name in ("bwt", "fwt", "anytime_average", "relative_forgetting")}
-        contrast = against.get((arm.name, "average")) if arm.role == "train" else None
+        contrast = against.get((arm.name, "average"))
         row["better by"] = contrast.seeds.difference if contrast else None
         row["p"] = contrast.seeds.p_adjusted if contrast and contrast.seeds.n > 1 else None
         row["outcome"] = contrast.seeds.outcome if contrast else None
         row |= _probes(arm)
         row |= {"seconds": arm.cost("seconds"), "state bytes": arm.cost("mitigation_state_bytes")}
         rows.append(row | {"told the domain": arm.oracle, "note": "; ".join(arm.notes())})
-    return rows + _base_row(arms)
-
-
-def _base_row(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """The model before any training, as a method of its own: row 0 of everybody's matrix."""
-    first = next((arm for arm in arms if arm.role == "train" and arm.done), None)
-    base = first.base() if first else None
-    row = {"method": "base model, untrained", "role": "reference", "baseline": False, "average": base}
-    return [] if base is None else [row]
+    return [*rows, *({k: v for k, v in row.items() if k != "kind"} for row in reference_rows(material, arms))]
 
 
 def _interval(arm: Arm, metric: str, *, resample: bool) -> tuple[float | None, float | None, str | None]:
@@ -150,7 +148,7 @@ def _comparison(c: Contrast) -> dict[str, Any]:
 def _domains(arm: Arm) -> list[dict[str, Any]]:
     cells: dict[str, dict[str, Any]] = {}
     for row in per_stage(arm):
-        own = cells.setdefault(row["column"], {"method": arm.name, "role": arm.role, "domain": row["column"]})
+        own = cells.setdefault(row["column"], {"method": arm.name, "domain": row["column"]})
         own["probe"] = row["probe"]
         if row["stage"] == 0:
             own["before"] = row["score"]
@@ -168,7 +166,6 @@ def _domains(arm: Arm) -> list[dict[str, Any]]:
 def _costs(arm: Arm) -> dict[str, Any]:
     return {
         "method": arm.name,
-        "role": arm.role,
         "seconds": arm.cost("seconds"),
         "training seconds": arm.cost("train_seconds"),
         "scoring seconds": arm.cost("evaluation_seconds"),
@@ -176,10 +173,10 @@ def _costs(arm: Arm) -> dict[str, Any]:
         "tokens per second": arm.cost("tokens_per_second"),
         "peak memory bytes": arm.cost("peak_memory_bytes"),
         "extra state bytes": arm.cost("mitigation_state_bytes"),
-        "optimizer bytes": arm.cost("optimizer_bytes"),
+        "optimizer bytes": arm.cost("optimizer_state_bytes"),
         "trainable parameters": arm.cost("trainable_parameters"),
         "total parameters": arm.cost("total_parameters"),
-        "FLOPs": arm.cost("flops", "train_flops"),
+        "FLOPs": arm.cost("training_flops"),
     }
 
 

@@ -102,7 +102,10 @@ def methods_grid(rows: Sequence[Mapping[str, Any]], *, chosen: str | None, less:
         Column("BWT", True, "score at the end minus score when just learnt; below 0 is bad"),
         *(optional[key] for key in extra),
     ]
-    made = [Row([*_first(row, axes, digits), *(_extra(row, k, digits) for k in extra)], _kind(row, chosen)) for row in ordered]
+    made = [
+        Row([*_first(row, axes, digits), *(_extra(row, k, digits) for k in extra)], _kind(row, chosen))
+        for row in ordered
+    ]
     return Grid(id="methods", title="All methods", columns=columns, rows=made)
 
 

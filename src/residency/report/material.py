@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,18 @@ class Entry:
     Args:
         record: What results.json holds; of a cell that is not done only cell, status, axes and seed.
         folder: The run's folder.
-        role: `reference` for runs a study adds to compare with (joint, independent ...), else `train`.
+        reference: Kind of a run that a study adds to compare with (frozen, independent, joint, per_domain); `None` for
+            a cell of the axes.
     """
 
     record: Record
     folder: Path
-    role: str = "train"
+    reference: str | None = None
+
+    @property
+    def role(self) -> str:
+        """`reference` or `train`."""
+        return "train" if self.reference is None else "reference"
 
     @property
     def done(self) -> bool:
@@ -97,9 +103,7 @@ class Material:
         return [entry for entry in self.entries if entry.done]
 
 
-def read_material(
-    paths: Sequence[str | Path], *, scorer: str | None = None, baseline: str | None = None
-) -> Material:
+def read_material(paths: Sequence[str | Path], *, scorer: str | None = None, baseline: str | None = None) -> Material:
     """Read runs and studies.
 
     Args:
@@ -179,11 +183,9 @@ def _entry(folder: Path, cell: Mapping[str, Any], more: Mapping[str, str] | None
     else:
         status = printable(cell.get("status") or _failure(folder))
         record = {"cell": cell["id"], "status": status, "axes": axes, "seed": cell.get("seed")}
-    reference = record.get("reference") or cell.get("reference") or axes.get("reference")
-    if reference:
-        record["axes"].pop("reference", None)
-    role = "reference" if reference or record.get("role") == "reference" or cell.get("role") == "reference" else "train"
-    return Entry(record=record, folder=folder, role=role)
+    # The axis says which domain as well ("independent medical"); the kind is its first word.
+    told = str(record["axes"].pop("reference", None) or "").partition(" ")[0]
+    return Entry(record=record, folder=folder, reference=cell.get("reference") or told or None)
 
 
 def _failure(folder: Path) -> str:
@@ -198,16 +200,16 @@ def _failure(folder: Path) -> str:
 def _told_apart(entries: Sequence[Entry]) -> list[Entry]:
     """Cells with names of their own, and axes also where no study gave any."""
     names = Counter(str(entry.record.get("cell")) for entry in entries)
-    bare = [entry for entry in entries if not entry.record["axes"]]
+    bare = [entry for entry in entries if not entry.record["axes"] and entry.reference is None]
     axes = dict(zip(map(id, bare), _derived(bare), strict=True)) if len(bare) > 1 else {}
     found = []
     for entry in entries:
         record = {**entry.record, "axes": axes.get(id(entry), entry.record["axes"])}
         if names[str(record.get("cell"))] > 1:
             record["cell"] = entry.folder.resolve().name
-        if not record["axes"]:
+        if not record["axes"] and entry.reference is None:
             record["axes"] = {"run": record["cell"]}
-        found.append(Entry(record=record, folder=entry.folder, role=entry.role))
+        found.append(replace(entry, record=record))
     return found
 
 

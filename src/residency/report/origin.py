@@ -52,7 +52,14 @@ def _cell(record: Mapping[str, Any], role: str) -> dict[str, Any]:
     axes = ", ".join(f"{printable(k)}: {printable(v)}" for k, v in record["axes"].items())
     order = " → ".join(printable(name, 30) for name in record.get("domains") or [])
     status = printable(record.get("status"))
-    return {"cell": record["cell"], "status": status, "seed": record.get("seed"), "axes": axes, "order": order, "role": role}
+    return {
+        "cell": record["cell"],
+        "status": status,
+        "seed": record.get("seed"),
+        "axes": axes,
+        "order": order,
+        "role": role,
+    }
 
 
 def _varying(material: Material, part: str) -> list[dict[str, Any]]:
@@ -62,7 +69,11 @@ def _varying(material: Material, part: str) -> list[dict[str, Any]]:
         for key, value in ((entry.record.get("provenance") or {}).get(part) or {}).items():
             found.setdefault(key, {})[printable(value)] = None
     return [
-        {"what": key, "value": ", ".join(values), "same everywhere": "yes" if len(values) == 1 else "no: compare with care"}
+        {
+            "what": key,
+            "value": ", ".join(values),
+            "same everywhere": "yes" if len(values) == 1 else "no: compare with care",
+        }
         for key, values in found.items()
     ]
 
@@ -73,7 +84,9 @@ def _data(material: Material) -> list[dict[str, Any]]:
         origin = entry.record.get("provenance") or {}
         prints, licences = origin.get("fingerprints") or {}, origin.get("licences") or {}
         model = origin.get("backbone") or {}
-        described = ", ".join(f"{k}: {_text(v)}" for k, v in model.items()) if isinstance(model, Mapping) else _text(model)
+        described = (
+            ", ".join(f"{k}: {_text(v)}" for k, v in model.items()) if isinstance(model, Mapping) else _text(model)
+        )
         mark = _short(prints.get("backbone"))
         rows[("model", described, mark)] = {"what": "model", "name": described, "licence": None, "fingerprint": mark}
         data = prints.get("data") or {}

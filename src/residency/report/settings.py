@@ -43,7 +43,7 @@ def numeric_settings(arms: Sequence[Arm]) -> dict[str, list[tuple[str, float, st
 
     A group holds methods whose configs differ in this setting only.
     """
-    trained = [arm for arm in arms if arm.role == "train" and arm.done]
+    trained = [arm for arm in arms if arm.done]
     flat = flat_configs(trained)
     found: dict[str, list[tuple[str, float, str]]] = {}
     keys = dict.fromkeys(k for own in flat.values() for k, v in own.items() if type(v) in (int, float) and k != "seed")

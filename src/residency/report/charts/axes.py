@@ -16,7 +16,9 @@ Row = dict[str, Any]
 _RAMP = ["#f3f7fb", "#c9ddf0", "#8fc1de", "#4a98c9", "#1d6cb1", "#08306b"]
 
 
-def grid(rows: Sequence[Row], *, first: str, second: str, metric: str, unit: str, less_is_better: bool) -> alt.LayerChart:
+def grid(
+    rows: Sequence[Row], *, first: str, second: str, metric: str, unit: str, less_is_better: bool
+) -> alt.LayerChart:
     """Two axes of a study against each other; the darker the better, each cell with its number.
 
     Args:
@@ -43,7 +45,11 @@ def grid(rows: Sequence[Row], *, first: str, second: str, metric: str, unit: str
     scale = alt.Scale(domain=[low, high], range=ramp)
     legend = alt.Legend(title=f"{metric}", gradientLength=140, format=".3~g")
     base = alt.Chart(inline(data)).encode(x=x, y=y)
-    tooltip = [alt.Tooltip("row:N", title=first), alt.Tooltip("column:N", title=second), alt.Tooltip("text:N", title=unit)]
+    tooltip = [
+        alt.Tooltip("row:N", title=first),
+        alt.Tooltip("column:N", title=second),
+        alt.Tooltip("text:N", title=unit),
+    ]
     layers = [
         base.mark_rect().encode(color=alt.Color("value:Q", scale=scale, legend=legend), tooltip=tooltip),
         base.mark_text(fontSize=13).encode(text="text:N", color=alt.Color("ink:N", scale=None)),
@@ -76,7 +82,11 @@ def sensitivity(rows: Sequence[Row], *, setting: str, unit: str, higher: bool) -
         shade = alt.Color("group:N", scale=color, legend=legend)
         base = alt.Chart(inline(own)).encode(x=x, y=y, color=shade)
         layers = [
-            *([base.mark_rule(opacity=0.6).encode(y=f"{metric} low:Q", y2=f"{metric} high:Q")] if _ranged(own, metric) else []),
+            *(
+                [base.mark_rule(opacity=0.6).encode(y=f"{metric} low:Q", y2=f"{metric} high:Q")]
+                if _ranged(own, metric)
+                else []
+            ),
             base.mark_line(strokeWidth=2),
             base.mark_point(size=80, filled=True, opacity=1).encode(
                 shape=alt.Shape("group:N", scale=shape, legend=legend), tooltip=tooltip

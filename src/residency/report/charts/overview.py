@@ -49,7 +49,11 @@ def learned_and_kept(
     for row in references:
         line = alt.Chart(inline([row])).encode(x="average:Q")
         layers.append(line.mark_rule(strokeDash=[5, 4], strokeWidth=1.5))
-        layers.append(line.mark_text(align="left", dx=5, dy=6, fontSize=12, baseline="top").encode(text="method:N", y=alt.value(0)))
+        layers.append(
+            line.mark_text(align="left", dx=5, dy=6, fontSize=12, baseline="top").encode(
+                text="method:N", y=alt.value(0)
+            )
+        )
     return alt.LayerChart(layer=layers, width=_WIDTH, height=max(110, 50 * len(rows)))
 
 
@@ -88,7 +92,9 @@ def plane(
     digits = number_format([row[k] for row in rows for k in ("learning", "forgetting")])
     x_title = f"score right after learning, {unit}   (learns more →)"
     x = alt.X("learning:Q", title=x_title, scale=alt.Scale(zero=False, reverse=not higher, padding=40))
-    y = alt.Y("forgetting:Q", title="forgetting   (forgets less ↑)", scale=alt.Scale(reverse=True, zero=False, padding=24))
+    y = alt.Y(
+        "forgetting:Q", title="forgetting   (forgets less ↑)", scale=alt.Scale(reverse=True, zero=False, padding=24)
+    )
     base = alt.Chart(inline(data)).encode(x=x, y=y)
     shade = alt.Color("shade:N", scale=None)
     shape = alt.Shape(

@@ -47,7 +47,9 @@ def over_the_stream(
     x = alt.X("at:O", sort=list(dict.fromkeys(stages)), title="after learning", axis=axis)
     better = "higher is better" if higher else "lower is better"
     scale = axis_scale([row["score"] for row in known])
-    y = alt.Y("score:Q", title=f"{unit} ({better})", scale=scale, axis=alt.Axis(tickCount=5, format="~g", titleLimit=220))
+    y = alt.Y(
+        "score:Q", title=f"{unit} ({better})", scale=scale, axis=alt.Axis(tickCount=5, format="~g", titleLimit=220)
+    )
     digits = number_format([row["score"] for row in known])
     tooltip = [alt.Tooltip("method:N"), alt.Tooltip("at:N", title="after"), alt.Tooltip("score:Q", format=digits)]
     base = alt.Chart().encode(x=x, y=y)
@@ -84,7 +86,11 @@ def by_domain(
     digits = number_format([row[k] for row in rows for k in ("learned", "end")])
     y = alt.Y("method:N", sort=names, title=None, axis=alt.Axis(labelLimit=180))
     better = "higher is better →" if higher else "← lower is better"
-    x = alt.X("end:Q", title=f"{unit} ({better})", scale=axis_scale([row[k] for row in rows for k in ("end", "learned")], padding=14))
+    x = alt.X(
+        "end:Q",
+        title=f"{unit} ({better})",
+        scale=axis_scale([row[k] for row in rows for k in ("end", "learned")], padding=14),
+    )
     shade = alt.Color("method:N", scale=color, legend=None)
     tooltip = [alt.Tooltip("method:N"), *(alt.Tooltip(f"{k}:Q", format=digits) for k in ("before", "learned", "end"))]
     base = alt.Chart().encode(y=y, color=shade, tooltip=tooltip)
@@ -112,9 +118,13 @@ def training_loss(rows: Sequence[Row], *, chosen: str | None, baseline: str | No
     for row in rows:
         starts[row["stage"]] = min(row["stream_step"], starts.get(row["stage"], row["stream_step"]))
     scale = axis_scale([row["loss"] for row in rows], padding=6)
-    x = alt.X("stream_step:Q", title="step of the stream (dashed: the next domain begins)", axis=alt.Axis(tickMinStep=1))
+    x = alt.X(
+        "stream_step:Q", title="step of the stream (dashed: the next domain begins)", axis=alt.Axis(tickMinStep=1)
+    )
     y = alt.Y("loss:Q", title="training loss, nats per token", scale=scale, axis=alt.Axis(tickCount=5, format="~g"))
     # One line per stage: between two domains nothing was measured.
     line = alt.Chart(inline(rows)).mark_line(strokeWidth=1.8).encode(x=x, y=y, color=color, detail="stage:N")
     rules = alt.Chart(inline([{"stream_step": s} for k, s in starts.items() if k > 1]))
-    return alt.layer(rules.mark_rule(strokeDash=[4, 4], opacity=0.8).encode(x=x), line).properties(width=780, height=220)
+    return alt.layer(rules.mark_rule(strokeDash=[4, 4], opacity=0.8).encode(x=x), line).properties(
+        width=780, height=220
+    )

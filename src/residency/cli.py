@@ -16,6 +16,7 @@ from residency.class_names import class_names
 from residency.console import ConsoleView, show_complete, show_predictions, show_scores
 from residency.data import StreamData
 from residency.errors import UserError
+from residency.loggers import LoggerView
 from residency.mistakes import Refusal, explain
 from residency.module import ContinualModule
 from residency.parser import ResidencyParser, expand_presets
@@ -236,7 +237,7 @@ class ResidencyCLI(LightningCLI):
 
     def _views(self) -> list[View]:
         tracker = Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
-        return [ConsoleView(folder=self.folder.path), tracker]
+        return [ConsoleView(folder=self.folder.path), tracker, LoggerView()]
 
 
 def parse(args: list[str]) -> ResidencyCLI:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,7 +14,7 @@ from residency.metrics.statistics import Interval, t_interval
 from residency.report.material import Entry, Material
 from residency.report.tables import finite, printable, score_at
 
-__all__ = ["Arm", "arms_of", "matrices", "mean_matrix", "per_stage"]
+__all__ = ["Arm", "arms_of", "matrices", "mean_matrix"]
 
 Place = tuple[tuple[str, str], ...]
 
@@ -107,6 +108,24 @@ class Arm:
         known = [value for c in parts if (value := finite(c)) is not None]
         return fmean(known) if known else None
 
+    @cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """Mean score of every column after every stage: stage, after, column, probe, learned, score, n."""
+        cells: dict[tuple[int, str], list[float]] = {}
+        place: dict[tuple[int, str], dict[str, Any]] = {}
+        for entry in self.done:
+            domains, probes = list(entry.record["domains"]), list(entry.record.get("probes") or [])
+            matrix = entry.record["scores"][self.scorer]["R"]
+            for k, j in product(range(len(matrix)), range(len(domains) + len(probes))):
+                column, probe = [*domains, *probes][j], j >= len(domains)
+                value, key = score_at(matrix, k, j), (k, column)
+                if key not in place:
+                    after = "base" if k == 0 else domains[k - 1] if k <= len(domains) else f"stage {k}"
+                    facts = {"stage": k, "after": after, "column": column, "probe": probe}
+                    place[key] = facts | {"learned": not probe and k == j + 1}
+                cells.setdefault(key, []).extend([] if value is None else [value])
+        return [{**place[key], "score": fmean(v) if v else None, "n": len(v)} for key, v in cells.items()]
+
     def notes(self) -> list[str]:
         """What must be known before comparing."""
         notes = [f"{_cell(e)}: {printable(e.record.get('status'))}" for e in self.entries if not e.done]
@@ -138,26 +157,6 @@ def arms_of(material: Material, scorer: str | None = None) -> list[Arm]:
         new = Arm(place=place, subject=material.subject, scorer=scorer or material.scorer)
         arms.setdefault(place, new).entries.append(entry)
     return list(arms.values())
-
-
-def per_stage(arm: Arm) -> list[dict[str, Any]]:
-    """Mean score of every column after every stage: stage, after, column, probe, learned, score, n."""
-    cells: dict[tuple[int, str], list[float]] = {}
-    place: dict[tuple[int, str], dict[str, Any]] = {}
-    for entry in arm.done:
-        domains, probes = list(entry.record["domains"]), list(entry.record.get("probes") or [])
-        matrix = entry.record["scores"][arm.scorer]["R"]
-        for k in range(len(matrix)):
-            for j, column in enumerate([*domains, *probes]):
-                value, probe = score_at(matrix, k, j), j >= len(domains)
-                key = (k, column)
-                after = "base" if k == 0 else domains[k - 1] if k <= len(domains) else f"stage {k}"
-                facts = {"stage": k, "after": after, "column": column, "probe": probe}
-                place.setdefault(key, facts | {"learned": not probe and k == j + 1})
-                cells.setdefault(key, [])
-                if value is not None:
-                    cells[key].append(value)
-    return [{**place[key], "score": fmean(v) if v else None, "n": len(v)} for key, v in cells.items()]
 
 
 def matrices(arms: Iterable[Arm], first: str) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +32,9 @@ __all__ = ["Report", "build"]
 _MARKS = {"shown": "●", "indicated": "◐", "open": "○", "none": "○"}
 _PAGE = Path(__file__).parent / "page"
 # Numbers of score matrices that the page carries for its matrix viewer.
-_NUMBERS = 150_000
+_NUMBERS = 120_000
+# Rows of a table that the page carries; the files have all.
+_ROWS = 1200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ def build(
     references: Iterable[str] = (),
     scorer: str | None = None,
     baseline: str | None = None,
+    wandb_project: str | None = None,
 ) -> Path:
     """Write a report: `index.html`, self-contained, with `tables/` and `figures/` beside it.
 
@@ -72,6 +75,7 @@ def build(
         references: Names of published tables to print beside, never as a pass mark.
         scorer: What the comparison is about; the study's by default.
         baseline: What methods are compared with; the study's by default.
+        wandb_project: Make one W&B run of the report in this project; `None` = none.
 
     Returns:
         The page.
@@ -88,15 +92,20 @@ def build(
     for figure in report.figures:
         if figure.id in drawn:
             save_figure(folder / "figures", figure, drawn[figure.id])
-    for name, frame in report.frames.items().items():
-        save_table(folder / "tables", name, frame)
+    tables = {name: save_table(folder / "tables", name, frame) for name, frame in report.frames.items().items()}
     # The page last: whoever sees it sees the files that it links.
     page = folder / "index.html"
-    place(page, _page(report, drawn, beside))
+    place(page, _page(report, drawn, beside, tables))
+    if wandb_project is not None:
+        from residency.report.track import track_report
+
+        track_report(page, material, report.advice, report.frames.items(), project=wandb_project)
     return page
 
 
-def _page(report: Report, drawn: dict[str, str], beside: Sequence[Published]) -> str:
+def _page(
+    report: Report, drawn: dict[str, str], beside: Sequence[Published], tables: Mapping[str, Sequence[str]]
+) -> str:
     material, advice, frames = report.material, report.advice, report.frames
     first, *rest = [_shown(figure, drawn.get(figure.id)) for figure in report.figures]
     rows = frames.methods.to_dicts() if frames.methods.height else []
@@ -125,7 +134,7 @@ def _page(report: Report, drawn: dict[str, str], beside: Sequence[Published]) ->
         "count": len(material.entries),
         "published": [{**vars(one), "grid": _with_json(one.grid)} for one in beside],
         "provenance": [_with_json(grid) for grid in provenance(material, report.arms)],
-        "tables": list(frames.items()),
+        "tables": tables,
         "explorer": explorer and Markup(as_json(explorer)),
         "explorer_note": note,
         "words": _words(),
@@ -143,8 +152,9 @@ def _page(report: Report, drawn: dict[str, str], beside: Sequence[Published]) ->
 
 
 def _with_json(grid: Grid) -> dict[str, Any]:
-    many = len(grid.rows) > grid.shown
-    return {**vars(grid), "json": Markup(as_json(grid.data())) if many else ""}
+    left, kept = len(grid.rows) - _ROWS, replace(grid, rows=grid.rows[:_ROWS])
+    data = Markup(as_json(kept.data())) if len(kept.rows) > grid.shown else ""
+    return {**vars(kept), "json": data, "left": max(0, left)}
 
 
 def _shown(figure: Figure, svg: str | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ __all__ = ["figures_of"]
 
 Row = dict[str, Any]
 # More than this in one picture is no picture; the tables have everything.
-_LINES, _ROWS, _POINTS, _MATRICES, _DOMAINS = 8, 14, 600, 6, 12
+_LINES, _ROWS, _POINTS, _MATRICES, _DOMAINS, _NUMBERS = 8, 14, 600, 6, 12, 260
 
 
 class _Board:
@@ -164,7 +164,8 @@ def _domains(board: _Board) -> Iterator[Figure]:
 
 
 def _heat(board: _Board) -> Iterator[Figure]:
-    names = board.names(_MATRICES)
+    count = _room(board)
+    names = board.names(count)
     by_name = {arm.name: arm for arm in board.arms}
     scorers = [board.material.scorer]
     scorers += [s for s in _scorers(board) if s not in scorers]
@@ -176,8 +177,14 @@ def _heat(board: _Board) -> Iterator[Figure]:
         seeds = " Means over seeds." if any(len(by_name[name].done) > 1 for name in names) else ""
         title = f"Score matrices: {printable(scorer)}"
         number = "" if scorer == scorers[0] else f"-{scorers.index(scorer)}"
-        cut = board.cut(_MATRICES)
+        cut = board.cut(count)
         yield _figure(f"matrices{number}", title, caption + seeds + cut, chart, "No matrix is known.")
+
+
+def _room(board: _Board) -> int:
+    """How many matrices fit into one picture; the page's viewer has all of them."""
+    sizes = [len(e.record["domains"]) + len(e.record.get("probes") or []) for arm in board.arms for e in arm.done[:1]]
+    return max(2, min(_MATRICES, _NUMBERS // (max(sizes, default=1) + 1) ** 2))
 
 
 def _scorers(board: _Board) -> list[str]:

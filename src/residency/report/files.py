@@ -24,6 +24,7 @@ _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciic
 _TEX |= {char: f"\\{char}" for char in "&%$#_{}"}
 _TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "→": r"$\rightarrow$", "±": r"$\pm$"}
 Drawn = str
+_PRINTED = 400  # rows of a table in LaTeX
 
 
 def place(path: Path, content: bytes | str) -> None:
@@ -52,7 +53,8 @@ def draw(figure: Figure) -> Drawn:
     """The SVG of a figure on white, without a network."""
     import vl_convert
 
-    spec = figure.spec | {"config": config(background="white")}
+    # As a picture it has one text for screen readers, its caption; one per mark would double its size.
+    spec = figure.spec | {"config": config(background="white") | {"aria": False}}
     # No address is allowed: what a chart shows is in the chart.
     svg: str = vl_convert.vegalite_to_svg(spec, vl_version=GRAMMAR, allowed_base_urls=[])
     return svg
@@ -77,15 +79,18 @@ def save_figure(folder: Path, figure: Figure, svg: Drawn) -> None:
     place(folder / f"{figure.id}.vl.json", json.dumps(definition, ensure_ascii=False))
 
 
-def save_table(folder: Path, name: str, frame: pl.DataFrame) -> None:
-    """`<name>.csv`, `.parquet` and `.tex`."""
+def save_table(folder: Path, name: str, frame: pl.DataFrame) -> tuple[str, ...]:
+    """`<name>.csv`, `.parquet` and, of what fits into a paper, `.tex`; the endings that were written."""
     from io import BytesIO
 
     parquet = BytesIO()
     frame.write_parquet(parquet)
     place(folder / f"{name}.parquet", parquet.getvalue())
     place(folder / f"{name}.csv", _csv(frame))
+    if frame.height > _PRINTED:
+        return "csv", "parquet"
     place(folder / f"{name}.tex", latex(frame, name=name))
+    return "csv", "parquet", "tex"
 
 
 def _csv(frame: pl.DataFrame) -> str:

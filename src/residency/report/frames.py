@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from residency.report.arms import Arm, per_stage
+from residency.report.arms import Arm
 from residency.report.evidence import METRICS, Contrast, example_interval
 from residency.report.material import Material
 from residency.report.reference_runs import reference_rows
@@ -49,7 +49,7 @@ class Frames:
 
 def frames_of(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> Frames:
     """All tables of a report."""
-    scores = [{"method": arm.name, **row} for arm in arms for row in per_stage(arm)]
+    scores = [{"method": arm.name, **row} for arm in arms for row in arm.stages]
     return Frames(
         methods=_frame(_methods(material, arms, contrasts)),
         comparisons=_frame([_comparison(c) for c in contrasts]),
@@ -110,7 +110,7 @@ def _probes(arm: Arm) -> dict[str, Any]:
     """General ability since the base model, as utilities: the mean over probes, and the worst, which a mean hides."""
     start: dict[str, float] = {}
     end: dict[str, float] = {}
-    for row in per_stage(arm):
+    for row in arm.stages:
         if row["probe"] and row["score"] is not None:
             if row["stage"] == 0:
                 start[row["column"]] = row["score"]
@@ -147,7 +147,7 @@ def _comparison(c: Contrast) -> dict[str, Any]:
 
 def _domains(arm: Arm) -> list[dict[str, Any]]:
     cells: dict[str, dict[str, Any]] = {}
-    for row in per_stage(arm):
+    for row in arm.stages:
         own = cells.setdefault(row["column"], {"method": arm.name, "domain": row["column"]})
         own["probe"] = row["probe"]
         if row["stage"] == 0:

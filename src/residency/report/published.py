@@ -45,6 +45,6 @@ def _one(name: str, number: int) -> Published:
             Cell(printable(row.source, 200), None, printable(row.remark, 200)),
         ]
         cells.append(Cell(PROVENANCE.get(row.provenance, row.provenance)))
-        rows.append(Row(cells, "reference"))
+        rows.append(Row(cells))
     grid = Grid(id=f"published-{number + 1}", title=printable(found.title, 200), columns=columns, rows=rows)
     return Published(title=printable(found.title, 200), warnings=found.warnings, grid=grid)

@@ -88,7 +88,9 @@ def plane(
     front = pareto(rows, higher=higher)
     on_front = [row["method"] for row in front]
     tones = _tones([row["method"] for row in rows], chosen, baseline)
-    data = [{**row, "shade": tones[row["method"]], "front": row["method"] in on_front} for row in rows]
+    marked = {chosen, baseline, *on_front} if len(rows) > labels else set(tones)
+    data = [_point(row, bars=row["method"] in marked) for row in rows]
+    data = [row | {"shade": tones[row["method"]], "front": row["method"] in on_front} for row in data]
     digits = number_format([row[k] for row in rows for k in ("learning", "forgetting")])
     x_title = f"score right after learning, {unit}   (learns more →)"
     x = alt.X("learning:Q", title=x_title, scale=alt.Scale(zero=False, reverse=not higher, padding=40))
@@ -105,16 +107,23 @@ def plane(
         ),
     )
     tooltip = [alt.Tooltip("method:N"), *(alt.Tooltip(f"{k}:Q", format=digits) for k in ("learning", "forgetting"))]
-    line = alt.Chart(inline([{**row, "order": i} for i, row in enumerate(front)]))
+    line = alt.Chart(inline([_point(row, bars=False) | {"order": i} for i, row in enumerate(front)]))
     layers: list[Any] = [
         line.mark_line(strokeDash=[4, 4], strokeWidth=1.5, color=BASELINE).encode(x=x, y=y, order="order:Q"),
         *(base.mark_rule(opacity=0.7).encode(color=shade, **bar) for bar in _bars(rows)),
         base.mark_point(size=150, opacity=1, filled=True).encode(color=shade, shape=shape, tooltip=tooltip),
     ]
-    named = [row for row in data if len(data) <= labels or row["front"] or row["method"] in (chosen, baseline)]
+    named = [row for row in data if row["method"] in marked]
     text = alt.Chart(inline(named)).encode(x=x, y=y, text="method:N")
     layers.append(text.mark_text(align="left", dx=12, dy=-9, fontSize=13))
     return alt.LayerChart(layer=layers, width=_WIDTH, height=340)
+
+
+def _point(row: Row, *, bars: bool) -> Row:
+    """What the plane needs of a row; a cloud of points shows its intervals in the table only."""
+    keys = ["learning", "forgetting"]
+    keys += [f"{key} {end}" for key in keys for end in ("low", "high")] if bars else []
+    return {"method": row["method"], **{key: row.get(key) for key in keys}}
 
 
 def _bars(rows: Sequence[Row]) -> list[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,8 +93,8 @@ class Arm:
     def base(self) -> float | None:
         """Mean score of the domains before any training."""
         rows = [self._row(entry, 0) for entry in self.done]
-        known = [fmean(row) for row in rows if row and None not in row]  # type: ignore[type-var]
-        return fmean(known) if known else None  # type: ignore[type-var]
+        known = [fmean(row) for row in rows if row and None not in row]  # type: ignore[type-var, arg-type]
+        return fmean(known) if known else None  # type: ignore[type-var, arg-type]
 
     def _row(self, entry: Entry, k: int) -> list[float | None]:
         matrix = entry.record["scores"][self.scorer]["R"]
@@ -178,10 +177,9 @@ def matrices(arms: Iterable[Arm], first: str) -> list[dict[str, Any]]:
 
 def mean_matrix(matrices: Sequence[Sequence[Sequence[Any]]]) -> list[list[float | None]]:
     """Mean of matrices cell by cell, to 6 digits; a cell that one of them lacks is missing."""
-    return [
-        [
-            None if None in (known := [finite(v) for v in cells]) else float(f"{fmean(known):.6g}")
-            for cells in zip(*rows, strict=False)
-        ]  # type: ignore[type-var, arg-type]
-        for rows in zip(*matrices, strict=False)
-    ]
+    return [[_mean(cells) for cells in zip(*rows, strict=False)] for rows in zip(*matrices, strict=False)]
+
+
+def _mean(cells: Sequence[Any]) -> float | None:
+    known = [number for value in cells if (number := finite(value)) is not None]
+    return float(f"{fmean(known):.6g}") if len(known) == len(cells) else None

@@ -14,25 +14,26 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from residency.report.advice import Advice, advise, called
-from residency.report.arms import Arm, arms_of, matrices
+from residency.report.advice import Advice, advise
+from residency.report.arms import Arm, arms_of
+from residency.report.case import called
 from residency.report.charts.theme import Figure, config
 from residency.report.evidence import contrasts
 from residency.report.figures import figures_of
 from residency.report.files import GRAMMAR, as_json, data_address, draw, place, save_figure, save_table
 from residency.report.frames import Frames, frames_of
-from residency.report.grids import Grid, comparisons_grid, domains_grid, methods_grid, plain_grid
+from residency.report.glossary import WORDS
+from residency.report.grids import Grid, comparisons_grid, domains_grid, methods_grid
 from residency.report.material import Material, read_material
 from residency.report.origin import configs, missing, provenance
 from residency.report.published import Published, published
 from residency.report.tables import printable
+from residency.report.viewer import viewer_data
 
 __all__ = ["Report", "build"]
 
 _MARKS = {"shown": "●", "indicated": "◐", "open": "○", "none": "○"}
 _PAGE = Path(__file__).parent / "page"
-# Numbers of score matrices that the page carries for its matrix viewer.
-_NUMBERS = 120_000
 # Rows of a table that the page carries; the files have all.
 _ROWS = 1200
 
@@ -115,7 +116,7 @@ def _page(
     unit = printable(entry.get("unit") or "unknown unit")
     chosen = next((a.name for a in report.arms if a.value == advice.choice), None)
     vega, script = _vega(), _text("report.js")
-    explorer, note = _explorer(report)
+    explorer, note = viewer_data(report.arms, material.scorer, first=advice.choice)
     context = {
         "title": material.title,
         "setting": _setting(report),
@@ -137,7 +138,7 @@ def _page(
         "tables": tables,
         "explorer": explorer and Markup(as_json(explorer)),
         "explorer_note": note,
-        "words": _words(),
+        "words": WORDS,
         "themes": Markup(as_json({"light": config(), "dark": config(dark=True)})),
         "css": Markup(_text("report.css")),
         "js": Markup(script),
@@ -170,7 +171,7 @@ def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as vl-convert ships them, in a scope of their own."""
     import vl_convert
 
-    bundle = vl_convert.javascript_bundle(vl_version=GRAMMAR)
+    bundle = vl_convert.javascript_bundle(vl_version=GRAMMAR)  # type: ignore[call-arg]
     return f"(() => {{\n{bundle}\n}})();".replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
@@ -217,7 +218,7 @@ def _setting(report: Report) -> str:
     stream = f"learns {domains}" if len(orders) == 1 else f"{len(orders)} orders of domains"
     backbone = done[0].record.get("provenance", {}).get("backbone") or {}
     name = next((str(backbone[k]) for k in ("name", "path", "model") if backbone.get(k)), "one model")
-    trained = [arm for arm in report.arms]
+    trained = report.arms
     seeds = max(len(arm.done) for arm in trained) if trained else 0
     methods = f"{len(trained)} method{'s' * (len(trained) != 1)}"
     stem = printable(Path(name).name, 50)
@@ -248,42 +249,3 @@ def _parts(report: Report, beside: Sequence[Published]) -> list[tuple[str, str]]
         "summary", "methods", "published", "missing", "provenance", "files", "words",
     }  # fmt: skip
     return [(id, name) for id, name in wanted if id in ids]
-
-
-def _explorer(report: Report) -> tuple[dict[str, Any] | None, str]:
-    """All score matrices for the page's viewer, the recommended method first; bounded."""
-    found = matrices(report.arms, report.material.scorer)
-    if not found:
-        return None, ""
-    best = report.advice.choice
-    found.sort(key=lambda m: m["value"] != best)
-    size, kept = 0, []
-    for matrix in found:
-        size += sum(len(row) for R in matrix["R"].values() for row in R)
-        if kept and size > _NUMBERS:
-            break
-        kept.append({key: matrix[key] for key in ("name", "columns", "domains", "R")})
-    scorers = []
-    for name in dict.fromkeys(name for matrix in kept for name in matrix["R"]):
-        values = [v for m in kept for row in m["R"].get(name, []) for v in row if v is not None] or [0.0, 1.0]
-        low, high, higher = min(values), max(values), next(m["higher"][name] for m in found if name in m["higher"])
-        log = not higher and low > 0 and high / low > 4
-        digits = 3 if max(abs(low), abs(high)) <= 1 else 2
-        scorers.append({"name": name, "low": low, "high": high, "higher": higher, "log": log, "digits": digits})
-    left = len(found) - len(kept)
-    note = f"{left} more methods are in tables/scores.parquet." if left else ""
-    return {"methods": kept, "scorers": scorers}, note
-
-
-def _words() -> list[tuple[str, str]]:
-    return [
-        ("stage", "Training on one domain, starting from what the stage before left."),
-        ("score at the end", "Average over all domains after the last stage (ACC). It is what was learnt plus what was kept."),
-        ("just learnt", "Each domain's score right after its own stage, averaged (LA, learning accuracy): plasticity."),
-        ("forgetting", "Best score since a domain was learnt minus its score at the end, averaged over all but the last domain (Chaudhry et al. 2018). Above 0 is bad."),
-        ("BWT", "Backward transfer: score at the end minus score when just learnt (Lopez-Paz and Ranzato 2017). Below 0 is bad. A model that learnt little has a good BWT for nothing, so it is always read beside just learnt."),
-        ("nll", "Negative log-likelihood: how surprised the model is by the right answer, in nats per token. 0 is certain; one nat less means 2.7 times the probability per token."),
-        ("mitigation", "Whatever protects earlier knowledge while a new domain is learnt: replaying old rows, penalties on important weights, mixing of weights."),
-        ("95 % interval", "Over seeds where there are two or more; of a single seed only over its test rows, which says nothing about other seeds."),
-        ("exact sign-flip test", "Of n seeds the smallest two-sided p is 2/2ⁿ: five seeds cannot reach .05."),
-    ]  # fmt: skip

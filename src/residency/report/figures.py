@@ -10,6 +10,7 @@ import altair as alt
 
 from residency.report.advice import Advice
 from residency.report.arms import Arm, mean_matrix
+from residency.report.board import Board
 from residency.report.charts import axes, costs, drift, overview, stream
 from residency.report.charts.theme import Figure
 from residency.report.frames import Frames
@@ -25,52 +26,9 @@ Row = dict[str, Any]
 _LINES, _ROWS, _POINTS, _MATRICES, _DOMAINS, _NUMBERS = 8, 14, 600, 6, 12, 260
 
 
-class _Board:
-    """What the figures share: rows of the tables, best first, and whom to highlight."""
-
-    def __init__(self, material: Material, arms: Sequence[Arm], frames: Frames, advice: Advice) -> None:
-        self.material, self.arms, self.frames = material, arms, frames
-        trained = [arm for arm in arms if arm.done]
-        first = trained[0] if trained else None
-        self.higher = first.higher_is_better if first else True
-        entry = first.done[0].record["scores"][material.scorer] if first else {}
-        self.short = printable(material.scorer, 30)
-        self.unit = f"{printable(material.scorer)}, {printable(entry.get('unit') or 'unknown unit', 40)}"
-        rows = frames.methods.to_dicts() if frames.methods.height else []
-        known = [row for row in rows if row.get("average") is not None and row["role"] != "reference"]
-        sign = -1 if self.higher else 1
-        self.ranked: list[Row] = sorted(known, key=lambda row: sign * row["average"])
-        self.references = [row for row in rows if row["role"] == "reference" and row.get("average") is not None]
-        self.chosen = next((r["method"] for r in self.ranked if _value(arms, r["method"]) == advice.choice), None)
-        self.baseline = next((row["method"] for row in self.ranked if row["baseline"]), None)
-
-    def best(self, count: int) -> list[Row]:
-        """The best rows, the baseline always among them."""
-        shown = self.ranked[:count]
-        if self.baseline and self.baseline not in [row["method"] for row in shown]:
-            shown = [*shown[:-1], *(row for row in self.ranked if row["method"] == self.baseline)]
-        return shown
-
-    def names(self, count: int) -> list[str]:
-        return [row["method"] for row in self.best(count)]
-
-    def cut(self, count: int) -> str:
-        """What is not in the picture."""
-        left = len(self.ranked) - count
-        return f" Shown: the best {count} of {len(self.ranked)}, and the baseline." if left > 0 else ""
-
-    @property
-    def style(self) -> dict[str, str | None]:
-        return {"chosen": self.chosen, "baseline": self.baseline}
-
-
-def _value(arms: Sequence[Arm], name: str) -> str | None:
-    return next((arm.value for arm in arms if arm.name == name), None)
-
-
 def figures_of(material: Material, arms: Sequence[Arm], frames: Frames, advice: Advice) -> list[Figure]:
     """All figures of a report in reading order."""
-    board = _Board(material, arms, frames, advice)
+    board = Board(material, arms, frames, advice)
     makers = (_kept, _plane, _forest, _stream, _domains, _heat, _grid, _sensitivity, _drift, _loss, _costs)
     return [figure for make in makers for figure in make(board)]
 
@@ -79,19 +37,20 @@ def _figure(id: str, title: str, caption: str, chart: alt.TopLevelMixin | None, 
     return Figure(id=id, title=title, caption=caption, chart=chart, absent="" if chart is not None else absent)
 
 
-def _kept(board: _Board) -> Iterator[Figure]:
+def _kept(board: Board) -> Iterator[Figure]:
     rows = [row for row in board.best(_ROWS) if row.get("learning") is not None]
     caption = "○ right after each domain was learnt · ● after the last one. The line between is what was forgotten."
     chart = None
     if rows:
-        options = {"chosen": board.chosen, "unit": board.unit, "higher": board.higher}
         # A base model that knows nothing of the domains would squeeze all methods into a corner: it is told instead.
         values = [row[k] for row in rows for k in ("learning", "average")]
         near = [r for r in board.references if _near(r["average"], values)]
         caption += "".join(
             f" {r['method'].capitalize()}: {r['average']:.2f}." for r in board.references if r not in near
         )
-        chart = overview.learned_and_kept(rows, references=near, **options)
+        chart = overview.learned_and_kept(
+            rows, references=near, chosen=board.chosen, unit=board.unit, higher=board.higher
+        )
     absent = "No cell is complete."
     yield _figure("learned-and-kept", "Learnt, and kept", caption + board.cut(_ROWS), chart, absent)
 
@@ -102,20 +61,20 @@ def _near(value: float, values: Sequence[float]) -> bool:
     return low - reach <= value <= high + reach
 
 
-def _plane(board: _Board) -> Iterator[Figure]:
+def _plane(board: Board) -> Iterator[Figure]:
     rows = [r for r in board.ranked[:_POINTS] if r.get("learning") is not None and r.get("forgetting") is not None]
     caption = (
-        "Top right is best: learnt much, forgot little. Whoever is not on the dashed line is beaten in both by another. "
+        "Top right is best: learnt much, forgot little. Who is off the dashed line is beaten in both by another. "
         "Bars are 95 % intervals."
     )
     chart = None
     if len(rows) > 1:
-        chart = overview.plane(rows, unit=board.unit, higher=board.higher, **board.style)
+        chart = overview.plane(rows, unit=board.unit, higher=board.higher, chosen=board.chosen, baseline=board.baseline)
     absent = "Stability against plasticity needs two methods and two domains."
     yield _figure("plane", "Stability against plasticity", caption, chart, absent)
 
 
-def _forest(board: _Board) -> Iterator[Figure]:
+def _forest(board: Board) -> Iterator[Figure]:
     names = board.names(_ROWS)
     rows = [r for r in board.frames.comparisons.to_dicts() if r["method"] in names]
     rows.sort(key=lambda row: names.index(row["method"]))
@@ -128,7 +87,7 @@ def _forest(board: _Board) -> Iterator[Figure]:
     yield _figure("forest", "Differences to the baseline", caption + board.cut(_ROWS), chart, absent)
 
 
-def _stream(board: _Board) -> Iterator[Figure]:
+def _stream(board: Board) -> Iterator[Figure]:
     names = board.names(_LINES)
     rows = [row for row in _scores(board, names) if row["score"] is not None]
     columns = list(dict.fromkeys(row["column"] for row in rows))
@@ -144,12 +103,12 @@ def _stream(board: _Board) -> Iterator[Figure]:
     yield _figure("stream", "Scores over the stream", caption + board.cut(_LINES), chart, absent)
 
 
-def _scores(board: _Board, names: Sequence[str]) -> list[Row]:
+def _scores(board: Board, names: Sequence[str]) -> list[Row]:
     rows = [row for row in board.frames.scores.to_dicts() if row["method"] in names] if names else []
     return sorted(rows, key=lambda row: (names.index(row["method"]), row["stage"]))
 
 
-def _domains(board: _Board) -> Iterator[Figure]:
+def _domains(board: Board) -> Iterator[Figure]:
     names = board.names(_ROWS)
     rows = [
         row
@@ -163,7 +122,7 @@ def _domains(board: _Board) -> Iterator[Figure]:
     yield _figure("domains", "Domain by domain", caption + board.cut(_ROWS), chart, "No domain has both scores.")
 
 
-def _heat(board: _Board) -> Iterator[Figure]:
+def _heat(board: Board) -> Iterator[Figure]:
     count = _room(board)
     names = board.names(count)
     by_name = {arm.name: arm for arm in board.arms}
@@ -181,13 +140,13 @@ def _heat(board: _Board) -> Iterator[Figure]:
         yield _figure(f"matrices{number}", title, caption + seeds + cut, chart, "No matrix is known.")
 
 
-def _room(board: _Board) -> int:
+def _room(board: Board) -> int:
     """How many matrices fit into one picture; the page's viewer has all of them."""
     sizes = [len(e.record["domains"]) + len(e.record.get("probes") or []) for arm in board.arms for e in arm.done[:1]]
     return max(2, min(_MATRICES, _NUMBERS // (max(sizes, default=1) + 1) ** 2))
 
 
-def _scorers(board: _Board) -> list[str]:
+def _scorers(board: Board) -> list[str]:
     names: dict[str, None] = {}
     for arm in board.arms:
         for entry in arm.done:
@@ -206,7 +165,7 @@ def _mean_record(arm: Arm, scorer: str) -> Row | None:
     return {**own[0], "cell": arm.name, "scores": scores, "status": "done"}
 
 
-def _grid(board: _Board) -> Iterator[Figure]:
+def _grid(board: Board) -> Iterator[Figure]:
     names = list(dict.fromkeys(axis for arm in board.arms for axis, _ in arm.place))
     counts = {n: len({dict(arm.place).get(n) for arm in board.arms}) for n in names}
     wide = sorted((n for n in names if counts[n] > 1), key=lambda n: n != board.material.subject)
@@ -234,7 +193,7 @@ def _grid(board: _Board) -> Iterator[Figure]:
         yield _figure(f"grid-{metric}", f"Ablation grid: {title}", caption, chart, absent)
 
 
-def _sensitivity(board: _Board) -> Iterator[Figure]:
+def _sensitivity(board: Board) -> Iterator[Figure]:
     found = numeric_settings(board.arms)
     by_name = {row["method"]: row for row in board.ranked}
     for number, (setting, points) in enumerate(found.items()):
@@ -253,7 +212,7 @@ def _sensitivity(board: _Board) -> Iterator[Figure]:
         yield _figure("sensitivity", "Sensitivity", "", None, absent)
 
 
-def _drift(board: _Board) -> Iterator[Figure]:
+def _drift(board: Board) -> Iterator[Figure]:
     names = board.names(_LINES)
     rows = [row for arm in board.arms if arm.name in names for row in drift.findings(arm)]
     rows.sort(key=lambda row: (names.index(row["method"]), row["stage"]))
@@ -268,7 +227,7 @@ def _drift(board: _Board) -> Iterator[Figure]:
         yield _figure("drift-blocks", "Where it changed", caption, drift.by_block(layers, **board.style), "")
 
 
-def _loss(board: _Board) -> Iterator[Figure]:
+def _loss(board: Board) -> Iterator[Figure]:
     rows: list[Row] = []
     for name in board.names(_LINES):
         arm = next(arm for arm in board.arms if arm.name == name)
@@ -294,7 +253,7 @@ def _thinned(name: str, lines: Sequence[Row], points: int = 240) -> list[Row]:
     ]
 
 
-def _costs(board: _Board) -> Iterator[Figure]:
+def _costs(board: Board) -> Iterator[Figure]:
     names = board.names(_ROWS)
     rows = [row for row in (board.frames.costs.to_dicts() if names else []) if row["method"] in names]
     rows.sort(key=lambda row: names.index(row["method"]))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from residency.report.advice import size
+from residency.report.reasons import size
 from residency.report.tables import finite, printable
 
 __all__ = ["Cell", "Column", "Grid", "Row", "comparisons_grid", "domains_grid", "methods_grid", "plain_grid"]

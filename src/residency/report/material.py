@@ -51,7 +51,7 @@ class Entry:
     def config(self) -> dict[str, Any]:
         """The resolved config; empty if there is none."""
         try:
-            content = yaml.load((self.folder / "config.yaml").read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+            content = yaml.load((self.folder / "config.yaml").read_text(encoding="utf-8"), Loader=_Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             return {}
         return content if isinstance(content, dict) else {}

@@ -11,7 +11,7 @@ import polars as pl
 from residency.report.advice import Advice
 from residency.report.material import Material
 from residency.report.tables import finite, printable
-from residency.tracking import WandbSettings, WandbView
+from residency.tracking import Scalar, WandbSettings, WandbView
 
 __all__ = ["track_report"]
 
@@ -24,7 +24,7 @@ def track_report(
     """Log a report: job type `report`, in the group of the study; offline unless WANDB_MODE says otherwise.
 
     Keys: `report/<table>` for every table, `report/page`, and in the summary `report/choice`, `report/evidence`,
-    `report/cells`, `report/missing` and `final/<scorer>/<metric>` of the choice.
+    `report/headline`, `report/count`, `report/missing` and `final/<scorer>/<metric>` of the choice.
 
     Args:
         page: The page, already written; W&B writes beside it unless WANDB_DIR is set.
@@ -34,7 +34,7 @@ def track_report(
         project: W&B project.
     """
     settings = WandbSettings(project=project, group=material.title, job_type="report", tags=["report"])
-    config = {
+    config: dict[str, Scalar] = {
         "scorer": material.scorer,
         "subject": material.subject,
         "baseline": material.baseline,
@@ -45,11 +45,11 @@ def track_report(
         settings=settings, run_dir=page.parent, name=f"{material.title} report", flat_config=config, domains=domains
     )
     view.start()
-    facts = {
+    facts: dict[str, Scalar] = {
         "report/choice": advice.choice or "none",
         "report/evidence": advice.evidence,
         "report/headline": advice.headline,
-        "report/cells": len(material.entries),
+        "report/count": len(material.entries),
         "report/missing": len(material.entries) - len(material.done),
         **_choice(material, advice, tables),
     }
@@ -64,8 +64,11 @@ def _choice(material: Material, advice: Advice, tables: Mapping[str, pl.DataFram
     """Metrics of the recommended method's first row, under the names that cells have."""
     if advice.choice is None or "methods" not in tables:
         return {}
-    found = (row for row in tables["methods"].to_dicts() if str(row["method"]).split(" · ")[0] == printable(advice.choice, 40))
+    found = (
+        row
+        for row in tables["methods"].to_dicts()
+        if str(row["method"]).split(" · ")[0] == printable(advice.choice, 40)
+    )
     row = next(found, {})
     metrics = {name: finite(row.get(name)) for name in ("average", "learning", "forgetting", "bwt", "fwt")}
     return {f"final/{material.scorer}/{name}": value for name, value in metrics.items() if value is not None}
-

@@ -125,6 +125,5 @@ def training_loss(rows: Sequence[Row], *, chosen: str | None, baseline: str | No
     # One line per stage: between two domains nothing was measured.
     line = alt.Chart(inline(rows)).mark_line(strokeWidth=1.8).encode(x=x, y=y, color=color, detail="stage:N")
     rules = alt.Chart(inline([{"stream_step": s} for k, s in starts.items() if k > 1]))
-    return alt.layer(rules.mark_rule(strokeDash=[4, 4], opacity=0.8).encode(x=x), line).properties(
-        width=780, height=220
-    )
+    marks = rules.mark_rule(strokeDash=[4, 4], opacity=0.8).encode(x=x)
+    return alt.LayerChart(layer=[marks, line], width=780, height=220)

@@ -12,6 +12,7 @@ import polars as pl
 import yaml
 
 from residency.metrics.matrix import summary
+from residency.record import RunFolder
 
 __all__ = ["QUICKSTART", "write_cell", "write_study"]
 
@@ -87,7 +88,7 @@ def write_cell(
                 table.append((name, f"{i:03}", "nll", float(values[i]), int(tokens[i])))
                 table.append((name, f"{i:03}", "accuracy", float(right[i]), int(tokens[i])))
             means["accuracy"][k, j] = right.mean()
-        stage = folder / "stages" / f"{k}-{'base' if k == 0 else 'x'}"
+        stage = RunFolder(folder).stage(k, "base" if k == 0 else domains[k - 1])
         stage.mkdir(parents=True, exist_ok=True)
         schema = ["column", "row", "scorer", "value", "tokens"]
         pl.DataFrame(table, schema=schema, orient="row").write_parquet(stage / "scores.parquet")
@@ -131,8 +132,8 @@ def write_cell(
             "versions": {"python": "3.11.7", "torch": "2.13.0", "lightning": "2.6.6"},
             "backbone": {"name": "SmolLM2-135M-Instruct"},
             "layout": "packed: exact on this model (checked)",
-            "fingerprints": {"backbone": "ab" * 32, "data": {name: "cd" * 32 for name in names}},
-            "licences": {name: "CC-BY-4.0" for name in names},
+            "fingerprints": {"backbone": "ab" * 32, "data": dict.fromkeys(names, "cd" * 32)},
+            "licences": dict.fromkeys(names, "CC-BY-4.0"),
         },
     }
     config = {

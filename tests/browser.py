@@ -55,7 +55,10 @@ class Browser:
         """Press an element."""
         from selenium.webdriver.common.by import By
 
-        self.driver.find_element(By.CSS_SELECTOR, selector).click()
+        element = self.driver.find_element(By.CSS_SELECTOR, selector)
+        # Not below the bar that stays at the top.
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
 
     def keys(self, *keys: str) -> None:
         """Type, wherever the focus is."""

@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from residency.api import Run, StudyRuns, fit, load_run, load_study, sweep
+    from residency.api import Run, StudyRuns, export, fit, load_run, load_study, sweep
     from residency.errors import UserError
 
-__all__ = ["Run", "StudyRuns", "UserError", "fit", "load_run", "load_study", "sweep"]
+__all__ = ["Run", "StudyRuns", "UserError", "export", "fit", "load_run", "load_study", "sweep"]
 
 # On import bitsandbytes looks for an optional kernel package and reports that it is not there; nothing here uses it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

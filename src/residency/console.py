@@ -18,7 +18,7 @@ from residency.report.tables import printable, score_table
 from residency.types import Stage
 from residency.views import RunInfo, View
 
-__all__ = ["ConsoleView", "show_complete", "show_predictions", "show_scores"]
+__all__ = ["ConsoleView", "show_complete", "show_export", "show_predictions", "show_scores"]
 
 
 class ConsoleView(View):
@@ -92,3 +92,19 @@ def show_predictions(rows: Sequence[Mapping[str, str]], console: Console | None 
     for row in rows:
         table.add_row(*(escape(row[key]) for key in ("prompt", "completion", "written")))
     (console or Console()).print(table)
+
+
+def show_export(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print where an export lies, and what merging has cost: row of the score matrix, merged, and the difference."""
+    console = console or Console()
+    if found["merged"]:
+        table = Table(title="merge tax: merged minus unmerged")
+        for title in ("score", "domain", "unmerged", "merged", "difference"):
+            table.add_column(title, justify="left" if title in ("score", "domain") else "right")
+        for scorer, tax in found["merge_tax"].items():
+            for column, change in tax.items():
+                old = found["scores"][scorer][column]
+                shown = f"{change:+.1e}" if change else "0"
+                table.add_row(scorer, escape(printable(column)), f"{old:.4f}", f"{old + change:.4f}", shown)
+        console.print(table)
+    console.print(f"stage {found['stage']} ({escape(printable(found['domain']))}): {escape(found['path'])}")

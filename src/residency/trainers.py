@@ -64,6 +64,12 @@ class Trainers:
         return self._probe.world_size
 
     @property
+    def gradient_clip_val(self) -> float | None:
+        """Norm or value that gradients are clipped to; `None` = not clipped."""
+        value = self._options().get("gradient_clip_val")
+        return None if value is None else float(value)
+
+    @property
     def log_every_n_steps(self) -> int:
         """Steps between two lines of the history."""
         return int(self._options().get("log_every_n_steps") or 1)

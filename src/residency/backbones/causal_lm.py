@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from residency.backbones.fingerprint import tokenizer_fingerprint, weights_finge
 from residency.errors import UserError
 from residency.types import Batch
 
-__all__ = ["CausalLM", "Quantisation"]
+__all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
 
 PACKAGED = "packaged"
 
@@ -119,7 +120,7 @@ class CausalLM(Backbone):
         options: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
         if self.quantisation is not None:
             options |= {"quantization_config": _bitsandbytes(self.quantisation), "device_map": _device_map()}
-        with _quiet_loading():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(self.folder, config=config, **options)
         if model._supports_attention_backend:
             model.set_attn_implementation(packed_attention.NAME)
@@ -144,7 +145,8 @@ class CausalLM(Backbone):
             )
             return out.logits[0]  # type: ignore[no-any-return]
         width = batch.input_ids.shape[1]
-        row, column = batch.target_at // width, batch.target_at % width
+        # Columns count from the end of a row: an adapter may have put virtual tokens in front of it.
+        row, column = batch.target_at // width, batch.target_at % width - width
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         if not _keeps_logits(model):
             return model(**inputs).logits[row, column]  # type: ignore[no-any-return]
@@ -163,7 +165,10 @@ class CausalLM(Backbone):
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
         generate: Any = model.generate
-        out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        with warnings.catch_warnings():
+            # PEFT gives virtual tokens their positions itself, and says so at every step.
+            warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+            out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         new = [row[width:] for row in out.tolist()]
         return [row[: row.index(end)] if end in row else row for row in new]
 
@@ -189,7 +194,8 @@ class CausalLM(Backbone):
                 "remark": "de-quantised 4-bit copy (GGUF Q4), not the original weights",
             }
         remark = f"bitsandbytes {self.quantisation.kind}" if self.quantisation else ""
-        return {"name": self.path, "licence": "see the model's card", "remark": remark}
+        described = {"name": self.path, "licence": "see the model's card", "remark": remark}
+        return described if self.revision is None else {**described, "revision": self.revision}
 
 
 def _keeps_logits(model: nn.Module) -> bool:
@@ -224,8 +230,8 @@ def _forbid_repacking(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-class _quiet_loading:
-    """Hide transformers' progress bars while a model loads: the user sees our own display."""
+class quiet_transformers:
+    """Hide transformers' progress bars: the user sees our own display."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

@@ -1,0 +1,112 @@
+"""DualGPM (Liang and Li 2023): which input directions earlier domains use, with an energy threshold. Pure functions.
+
+A memory holds an orthonormal basis of either the directions that are in use (few of them) or of those that are free
+(few of those): whichever is smaller. Energy is the share of sum ||x||²: eigenvalues of the covariance C = sum x xᵀ.
+(The authors' ViT code squares these eigenvalues again; that keeps fewer directions at the same threshold.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Memory", "directions", "energy_threshold", "project", "remember"]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Directions of the input of one layer.
+
+    Args:
+        basis: (in, k) orthonormal columns; k may be 0.
+        free: What the basis spans: `False`: what is in use, to be removed from an input ("remove"). `True`: what is
+            free, all that is to be retained ("retain").
+    """
+
+    basis: Tensor
+    free: bool
+
+    @property
+    def used(self) -> int:
+        """Number of directions in use."""
+        size, k = self.basis.shape
+        return size - k if self.free else k
+
+
+def energy_threshold(domain: int, domains: int, *, first: float, last: float) -> float:
+    """ε_t = first + (last - first) t / T, for the t-th of T domains, t from 1."""
+    return first + (last - first) * domain / domains
+
+
+def project(matrix: Tensor, memory: Memory | None) -> Tensor:
+    """The part of each column of (in, n) that lies in the free directions; all of it without a memory."""
+    if memory is None:
+        return matrix
+    basis = memory.basis.to(matrix.dtype)
+    inside = basis @ (basis.T @ matrix)
+    return inside if memory.free else matrix - inside
+
+
+def directions(covariance: Tensor, memory: Memory | None, *, rank: int) -> Tensor:
+    """The top left singular vectors of the projected covariance: where new inputs are large and nothing is in use.
+
+    Args:
+        covariance: (in, in).
+        memory: Of earlier domains, or `None`.
+        rank: r.
+
+    Returns:
+        (r, in) orthonormal rows inside the free directions; rows of zeros where fewer than r are free.
+    """
+    projected = project(covariance.double(), memory)
+    # Left singular vectors are eigenvectors of the Gram matrix; double precision makes up for the squares.
+    _, vectors = torch.linalg.eigh(projected @ projected.T)
+    found = project(vectors[:, -rank:].flip(1), memory)
+    # Where nothing is free any more an eigenvector is arbitrary, and the projection leaves next to nothing of it.
+    norms = found.norm(dim=0)
+    rows = torch.where(norms > 0.5, found / norms.clamp_min(0.5), 0.0).T
+    missing = max(0, rank - len(rows))
+    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]).to(covariance.dtype)
+
+
+def remember(memory: Memory | None, covariance: Tensor, *, threshold: float) -> Memory:
+    """Take the inputs of a domain in, so that at least the share `threshold` of their energy is in directions in use.
+
+    Args:
+        memory: Of earlier domains, or `None`.
+        covariance: (in, in) of the inputs after the domain.
+        threshold: ε, 0 to 1.
+
+    Returns:
+        A memory with at least as many directions in use; its basis is never wider than in / 2 (the switch).
+    """
+    c = covariance.double()
+    size, total = len(c), float(c.trace())
+    free = _free_basis(memory, size).to(c)
+    # The free directions in the order of how much of this domain's energy they hold, least first.
+    energy, axes = torch.linalg.eigh(free.T @ c @ free)
+    left = energy.clamp_min(0).cumsum(0)
+    keep = int((left <= (1 - threshold) * total).sum()) if total > 0 else len(left)
+    if keep == free.shape[1] and memory is not None:
+        return memory
+    still_free = free @ axes[:, :keep]
+    is_free = keep <= size - keep
+    basis = still_free if is_free else _complement(still_free)
+    return Memory(basis.to(covariance.dtype), is_free)
+
+
+def _free_basis(memory: Memory | None, size: int) -> Tensor:
+    if memory is None:
+        return torch.eye(size, dtype=torch.float64)
+    return memory.basis.double() if memory.free else _complement(memory.basis.double())
+
+
+def _complement(basis: Tensor) -> Tensor:
+    """(in, k) orthonormal -> (in, in - k) orthonormal, spanning the rest."""
+    size, k = basis.shape
+    if k == 0:
+        return torch.eye(size, dtype=basis.dtype, device=basis.device)
+    rest: Tensor = torch.linalg.qr(basis, mode="complete").Q[:, k:]
+    return rest

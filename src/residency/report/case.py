@@ -48,8 +48,10 @@ class Case:
 
     def number(self, metric: str, value: str) -> str:
         found = self.means[metric].get(value)
-        shown = [v for m in self.means.values() for v in m.values()]
-        digits = 3 if all(abs(v) <= 1 for v in shown) else 2
+        shown = list(self.means["average"].values())
+        # Enough of them for what is compared to differ.
+        close = max(shown) - min(shown) < 0.1
+        digits = 3 if close or all(abs(v) <= 1 for m in self.means.values() for v in m.values()) else 2
         return "-" if found is None else f"{found:.{digits}f}"
 
     def as_much(self, own: float, other: float) -> bool:

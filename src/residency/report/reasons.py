@@ -25,6 +25,8 @@ class Fact:
 
 def facts(case: Case) -> Iterator[Fact]:
     labels = {"average": "score at the end", "learning": "right after learning", "forgetting": "forgotten since"}
+    # A lead that may be chance is not coloured as one.
+    chance = case.best != case.base and case.ahead(case.base) is not True
     for metric, label in labels.items():
         own, other = case.means[metric].get(case.best), case.means[metric].get(case.base)
         if own is None:
@@ -33,7 +35,7 @@ def facts(case: Case) -> Iterator[Fact]:
         if other is not None and case.best != case.base:
             against = f"{case.number(metric, case.base)} with {case.name(case.base)}"
             less = metric == "forgetting" or not case.arm.higher_is_better
-            good = None if case.as_much(own, other) else (own < other) == less
+            good = None if chance or case.as_much(own, other) else (own < other) == less
         yield Fact(label=label, value=case.number(metric, case.best), against=against, good=good)
     own_s, base_s = (_cost(case, value, "seconds") for value in (case.best, case.base))
     if own_s and base_s and case.best != case.base:

@@ -17,6 +17,11 @@ from tiny import write_backbone
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Markers that belong to these tests."""
+    config.addinivalue_line("markers", "browser: needs chromium and chromedriver; runs in .ci/run")
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 2 layers and 32 dimensions."""

@@ -16,7 +16,11 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from residency.errors import UserError
+from residency.report.assemble import Report
+from residency.report.material import read_material
+from residency.report.track import track_report
 from residency.tracking import WandbSettings, WandbView, flat_config
+from synthetic import write_study
 
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z0-9_]+)+")
 CONFIG = {"adapter": "LoraConfig", "adapter.r": 8, "mitigation": "ewc", "seed": 0}
@@ -222,6 +226,29 @@ def test_names_do_no_harm(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     table = json.loads(next(found.folder.rglob("*.table.json")).read_text())
     assert {row[2] for row in table["data"]} == {*names}  # data stays as it is
+
+
+def test_the_report_of_a_study_is_one_run_of_its_group(tmp_path: Path) -> None:
+    report = Report.of(read_material([write_study(tmp_path / "quick", rows=0)]))
+    page = tmp_path / "out" / "index.html"
+    page.parent.mkdir()
+    page.write_text("<p>what to take, and why</p>")
+    track_report(page, report.material, report.advice, report.frames.items(), project="study")
+    (found,) = runs(tmp_path / "out")
+    run = found.run
+    assert (run.project, run.run_group, run.job_type, run.display_name) == ("study", "quick", "report", "quick report")
+    assert found.config == {"scorer": "nll", "subject": "mitigation", "baseline": "none", "cells": 4}
+    tables = {"methods", "comparisons", "scores", "domains", "costs", "cells"}
+    assert {key for line in found.history for key in line} == {f"report/{name}" for name in (*tables, "page")}
+    facts = {key: value for key, value in found.summary.items() if key.split("/")[-1] not in {*tables, "page"}}
+    facts = {key: value for key, value in facts.items() if not key.startswith("_")}
+    metrics = {"average", "learning", "forgetting", "bwt", "fwt"}
+    names = {f"report/{name}" for name in ("choice", "evidence", "headline", "count", "missing")}
+    assert {*facts} == names | {f"final/nll/{name}" for name in metrics}
+    assert (facts["report/choice"], facts["report/count"], facts["report/missing"]) == ("replay", 4, 0)
+    methods = json.loads(next(found.folder.rglob("methods_*.table.json")).read_text())
+    assert "replay" in [row[methods["columns"].index("method")] for row in methods["data"]]
+    assert next(found.folder.rglob("page_*.html")).read_bytes() == page.read_bytes()
 
 
 def test_flat_config_is_short_and_complete() -> None:

@@ -21,6 +21,8 @@ usage: residency VERB [options]        residency VERB --help explains each
   fit         train a stream of domains; after every stage score every domain
   sweep       run a study: every combination of its axes, then compare
   store       what a store of stages holds, what of it is damaged, and how to shrink it
+  report      what to take and why, as one page, from the records    residency report studies/quickstart
+  sync        upload offline W&B runs                                residency sync studies/quickstart
   validate    score a saved stage on validation rows      residency validate RUN --stage 2
   test        score a saved stage on test rows            residency test RUN --stage 2
   predict     let a saved stage write completions         residency predict RUN --stage 2 --domain legal
@@ -92,7 +94,15 @@ def _dispatch(words: list[str]) -> int:
         from residency.assets_command import assets_command
 
         return assets_command(rest)
-    verbs = ("assets", "sweep", "store", *_STREAM_VERBS)
+    if verb == "report":
+        from residency.report.command import report_command
+
+        return report_command(rest)
+    if verb == "sync":
+        from residency.sync_command import sync_command
+
+        return sync_command(rest)
+    verbs = ("assets", "sweep", "store", "report", "sync", *_STREAM_VERBS)
     near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",

@@ -20,6 +20,7 @@ from residency.data import StreamData
 from residency.errors import UserError
 from residency.exporting import export_saved
 from residency.inspection import Inspection
+from residency.loggers import LoggerView
 from residency.mistakes import Refusal, explain
 from residency.module import ContinualModule
 from residency.parser import ResidencyParser, expand_presets
@@ -270,7 +271,7 @@ class ResidencyCLI(LightningCLI):
         return {key: value for key, value in self.config_dump.items() if key not in ("config", "run_dir", "subcommand")}
 
     def _views(self) -> list[View]:
-        return [ConsoleView(folder=self.folder.path), self.tracker()]
+        return [ConsoleView(folder=self.folder.path), self.tracker(), LoggerView()]
 
     def tracker(self) -> Tracker:
         """The run on W&B."""

@@ -153,6 +153,35 @@ class WandbView:
             run, self._run = self._run, None
             self._guarded(lambda: run and run.finish(exit_code=exit_code))
 
+    def conclude(
+        self,
+        facts: Mapping[str, Scalar],
+        tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]],
+        *,
+        page: Path | None = None,
+    ) -> None:
+        """Log what a report says and end its W&B run.
+
+        Args:
+            facts: Entries of the summary.
+            tables: Key -> (columns, rows).
+            page: A self-contained HTML page.
+        """
+
+        def log() -> None:
+            import wandb
+
+            self._run.summary.update({"/".join(map(_safe, key.split("/"))): value for key, value in facts.items()})
+            for key, (columns, rows) in tables.items():
+                # Mixed, because a column may hold numbers and gaps.
+                self._run.log({key: wandb.Table(columns=list(columns), data=list(rows), allow_mixed_types=True)})
+            if page is not None:
+                self._run.log({"report/page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+
+        if self._run is not None and not self._failed:
+            self._guarded(log)
+        self.finish(None, exit_code=0)
+
     def _log_final(self, record: Mapping[str, Any], heat_map: Path | None) -> None:
         import wandb
 

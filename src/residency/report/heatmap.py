@@ -63,6 +63,7 @@ def comparison(records: Iterable[Record], scorer: str) -> alt.ConcatChart:
     subtitle = _subtitle(scores(shown[0], scorer), scorer, left_out)
     widest = max(len(r["domains"]) + len(r.get("probes") or []) for r in shown)
     columns = max(1, min(3, 12 // widest, len(shown)))
+    columns = math.ceil(len(shown) / math.ceil(len(shown) / columns))  # 2 and 2 rather than 3 and 1
     title = alt.Title(f"{printable(scorer)} after every stage", subtitle=subtitle)
     return _dressed(alt.concat(*panels, columns=columns, title=title, spacing=36))
 

@@ -23,7 +23,7 @@ def failed_record(cell: Cell, failure: Failure) -> dict[str, Any]:
 
 
 def compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the tables and save the heat maps.
+    """Print the tables, save the heat maps, write the report.
 
     Args:
         study: Its baseline and scorer.
@@ -31,6 +31,7 @@ def compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], co
         records: Of the cells of the axes; references are not compared with a baseline.
         console: Where to print.
     """
+    from residency.report import build
     from residency.report.heatmap import comparison, save
     from residency.report.tables import comparison_table, score_table, verdict
 
@@ -45,3 +46,4 @@ def compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], co
     for picture in save(comparison(finished, study.scorer), folder / "report" / study.scorer):
         console.print(f"  heat maps: {escape(str(picture))}")
     console.print(f"  records: {escape(str(folder / 'cells'))}/<cell>/results.json")
+    console.print(f"  report: {escape(str(build(folder)))}")

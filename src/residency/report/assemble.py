@@ -202,7 +202,7 @@ def _question(report: Report) -> str:
     values = {arm.value for arm in report.arms}
     if len(values) < 2:
         return "What was learnt, and what was forgotten?"
-    orders = {tuple(map(printable, entry.record["domains"])) for entry in report.material.done}
+    orders = {tuple(map(printable, e.record["domains"])) for e in report.material.done if e.reference is None}
     domains = list(next(iter(orders))) if len(orders) == 1 else []
     told = 1 < len(domains) <= 5 and all(len(name) <= 24 for name in domains)
     stream = f"{', then '.join(domains)}" if told else "one domain after another"
@@ -210,7 +210,7 @@ def _question(report: Report) -> str:
 
 
 def _setting(report: Report) -> str:
-    done = report.material.done
+    done = [entry for entry in report.material.done if entry.reference is None]
     if not done:
         return f"{len(report.material.entries)} cells, none complete"
     orders = {tuple(entry.record["domains"]) for entry in done}

@@ -46,12 +46,12 @@ def learned_and_kept(
         base.mark_point(size=150, filled=True, opacity=1).encode(x=x, tooltip=tooltip),
         base.mark_text(dy=-15, fontSize=13, fontWeight="bold").encode(x=x, text="text:N"),
     ]
-    for row in references:
+    for number, row in enumerate(sorted(references, key=lambda row: row["average"])):
         line = alt.Chart(inline([row])).encode(x="average:Q")
         layers.append(line.mark_rule(strokeDash=[5, 4], strokeWidth=1.5))
         layers.append(
-            line.mark_text(align="left", dx=5, dy=6, fontSize=12, baseline="top").encode(
-                text="method:N", y=alt.value(0)
+            line.mark_text(align="left", dx=-3, fontSize=12, baseline="bottom").encode(
+                text="method:N", y=alt.value(-6 - 14 * number)
             )
         )
     return alt.LayerChart(layer=layers, width=_WIDTH, height=max(110, 50 * len(rows)))

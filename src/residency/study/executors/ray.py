@@ -1,0 +1,239 @@
+"""Tasks on Ray Core: one machine, or every node of a cluster that sees the study's folder.
+
+Without RAY_ADDRESS a private instance is started on this machine and ends with the study; with it, the study joins that
+cluster. Ray places tasks and notices lost nodes; nothing of Ray Tune or Train is used, and Ray retries nothing: what a
+failure means is decided in one place, by the scheduler.
+
+On Slurm see `configs/studies/slurm-ray.sbatch`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from residency.errors import EXIT_SIGNAL, EXIT_USER, UserError
+from residency.study.executors.base import Executor, Outcome, Resources, Task
+
+__all__ = ["RayExecutor", "task_environment"]
+
+_OUT_OF_MEMORY = 71
+_LOST = -9
+_CONNECT_SECONDS = 60
+
+
+class RayExecutor(Executor):
+    """Runs tasks as Ray tasks, each of which runs a clean process of its own.
+
+    Args:
+        resources: What a typical task occupies; decides how many are submitted at once.
+        address: Of a running cluster; RAY_ADDRESS by default; without either, a private instance on this machine.
+        cpus: CPUs of the private instance; all by default.
+
+    Raises:
+        UserError: Ray is missing, the cluster cannot be reached, or none of its nodes could ever run such a task.
+    """
+
+    def __init__(
+        self, *, resources: Resources = Resources(), address: str | None = None, cpus: int | None = None
+    ) -> None:
+        self.resources = resources
+        self._refs: dict[Any, str] = {}
+        self._cancelled: set[str] = set()
+        self._environment: dict[str, str | None] = {}
+        self._ray = _import_ray()
+        address = address or os.environ.get("RAY_ADDRESS") or None
+        self._connect(address, cpus)
+        self._remote = self._ray.remote(_carry_out)
+        if not self._capacity():
+            held = f"{resources.cpus} CPUs and {resources.gpus} GPUs"
+            self.close()
+            raise UserError(
+                f"no node of the Ray cluster has {held}",
+                why="a task runs on one node, and this one would wait for ever",
+                fix="start the nodes with these resources, or let a stage use fewer",
+            )
+
+    def _connect(self, address: str | None, cpus: int | None) -> None:
+        settings = {"RAY_USAGE_STATS_ENABLED": "0"}
+        if address is None and "RAY_AUTH_MODE" not in os.environ:
+            # By default Ray keeps the token of a private instance in the home folder, which may be shared or read-only.
+            settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self._environment = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        private = {"include_dashboard": False, "num_cpus": cpus} if address is None else {}
+        try:
+            self._ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **private)
+        except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+            self._restore()
+            raise UserError(
+                f"Ray at {address or 'this machine'}: {' '.join(str(error).split())[:300]}",
+                why="the study's tasks were to run there",
+                fix="check RAY_ADDRESS and `ray status` there; all nodes need the same Ray and Python, and the same token "
+                "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or a shared home folder)",
+            ) from error
+
+    def _restore(self) -> None:
+        for name, value in self._environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        self._environment = {}
+
+    # -- the contract of an executor ------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """Tasks that fit on the nodes that are alive; 1 while there are none, so that the study waits for one."""
+        return max(1, self._capacity())
+
+    def _capacity(self) -> int:
+        wanted = {"CPU": self.resources.cpus, "GPU": self.resources.gpus}
+        alive = [node.get("Resources", {}) for node in self._ray.nodes() if node["Alive"]]
+        return sum(min(int(node.get(name, 0) // count) for name, count in wanted.items() if count) for node in alive)
+
+    def submit(self, task: Task) -> None:
+        """Hand a task to Ray, which queues it until a node has room."""
+        options = {
+            "name": f"residency {task.id}",
+            "num_cpus": task.resources.cpus,
+            "num_gpus": task.resources.gpus,
+            "max_retries": 0,
+            "scheduling_strategy": "SPREAD",
+        }
+        facts = {"gpus": task.resources.gpus, "cpus": task.resources.cpus, "version": version("residency")}
+        self._refs[self._remote.options(**options).remote(dict(task.spec), task.id, facts)] = task.id
+
+    def wait(self, timeout: float) -> Sequence[Outcome]:
+        """Tasks that ended since the last call."""
+        if not self._refs:
+            time.sleep(timeout)
+            return []
+        some, _ = self._ray.wait(list(self._refs), num_returns=1, timeout=timeout)
+        if some:
+            some, _ = self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=0)
+        return [self._outcome(ref) for ref in some]
+
+    def _outcome(self, ref: Any) -> Outcome:
+        task = self._refs.pop(ref)
+        errors = self._ray.exceptions
+        cancelled = task in self._cancelled
+        self._cancelled.discard(task)
+        try:
+            code, message = self._ray.get(ref)
+            return Outcome(task_id=task, exit_code=code, message=message)
+        except errors.TaskCancelledError:
+            return Outcome(task_id=task, exit_code=EXIT_SIGNAL, message="stopped")
+        except errors.OutOfMemoryError as error:
+            return Outcome(task_id=task, exit_code=_OUT_OF_MEMORY, message=_first_line(error))
+        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError, errors.ObjectLostError):
+            code = EXIT_SIGNAL if cancelled else _LOST
+            return Outcome(task_id=task, exit_code=code, message="its worker or its node was lost")
+        except errors.RayError as error:
+            return Outcome(task_id=task, exit_code=1, message=_first_line(error))
+
+    def cancel(self, task_id: str) -> None:
+        """Ask a task to stop cleanly; one that has not started yet never will."""
+        self._cancelled.add(task_id)
+        for ref, task in self._refs.items():
+            if task == task_id:
+                # A KeyboardInterrupt in the worker, which asks the task's process to stop and reports how it ended.
+                self._ray.cancel(ref, force=False)
+
+    def close(self) -> None:
+        """Stop what runs, leave the cluster; a private instance ends."""
+        if not self._environment:
+            return
+        for task in list(self._refs.values()):
+            self.cancel(task)
+        with suppress(Exception):
+            self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=10.0)
+        self._refs.clear()
+        self._ray.shutdown()
+        self._restore()
+
+
+def _import_ray() -> ModuleType:
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            "the executor ray was asked for, and Ray is not installed",
+            why="it is an extra, because one machine does not need it",
+            fix="install it with `pip install 'residency[ray]'` on every node, or use --executor local",
+        ) from error
+    return ray
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+# -- on the node ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _nursery() -> Any:
+    """One per Ray worker, kept for its next task: only the first one pays for the imports."""
+    from residency.study.executors.nursery import Nursery
+
+    return Nursery()
+
+
+def _carry_out(spec: dict[str, Any], task: str, facts: dict[str, Any]) -> tuple[int, str]:
+    """The Ray task: run the process, and tell how it ended."""
+    here = socket.gethostname()
+    if version("residency") != facts["version"]:
+        told = f"{here} has residency {version('residency')}, the study runs {facts['version']}; install the same"
+        return EXIT_USER, told
+    status = Path(spec["status"])
+    if not status.parent.is_dir():
+        told = f"{here} does not see {status.parent}; the study's folder must be on a file system that all nodes share"
+        return EXIT_USER, told
+    with _interruptible():
+        code = _nursery().run(
+            spec,
+            environment=task_environment(os.environ, cpus=facts["cpus"], gpus=facts["gpus"]),
+            log=status.parent / f"{task}.log",
+            devices=facts["gpus"],
+        )
+    return code, ""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A cancellation that comes a moment too late changes nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _nursery().close()
+        raise
+
+
+def task_environment(environment: Mapping[str, str], *, cpus: int, gpus: int) -> dict[str, str | None]:
+    """Variables of a task's process that differ from those of the Ray worker.
+
+    Args:
+        environment: Of the worker.
+        cpus: Threads.
+        gpus: Devices. Ray has chosen them; a task with none would see them all.
+
+    Returns:
+        {name: value}; `None` = removed.
+    """
+    # In an allocation Lightning would take every stage for a task of srun, and wait for the others.
+    found: dict[str, str | None] = {name: None for name in environment if name.startswith("SLURM_")}
+    found["OMP_NUM_THREADS"] = str(cpus)
+    if gpus == 0:
+        found["CUDA_VISIBLE_DEVICES"] = ""
+    return found

@@ -121,7 +121,7 @@ class _Killer(Callback):
 
 def _kill_at_write(kill: Kill) -> None:
     count = 0
-    rename, sync = os.replace, storage._sync_folder
+    rename, sync = os.replace, storage.sync_folder
 
     def counted(step: Callable[..., Any], moment: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -135,7 +135,7 @@ def _kill_at_write(kill: Kill) -> None:
 
     # A write is: temporary file, rename, folder synced. `before` dies with the previous write complete.
     storage.os.replace = counted(rename, "middle")  # type: ignore[attr-defined]
-    storage._sync_folder = counted(sync, "after")
+    storage.sync_folder = counted(sync, "after")
     original = storage.replace_file
 
     def replace_file(path: Path, write: Callable[[Path], None]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from residency.objectives.sft import token_nll
 from residency.scorers import SCORERS, exact_match, label_is_best, rouge_l
 from residency.types import Example, Split
 
-__all__ = ["Evaluation", "EvaluationSettings", "RowScore", "evaluate"]
+__all__ = ["Evaluation", "EvaluationSettings", "RowScore", "evaluate", "prompt_nll"]
+
+PROMPT_TOKENS = 1024  # per pass of `prompt_nll`
 
 Advance = Callable[[str, int], None]
 
@@ -93,9 +96,13 @@ def evaluate(
                 domain = data.columns[name]
                 tokenizer = module.backbone.tokenizer
                 examples = data.evaluation_examples(name, split, tokenizer, competing=settings.accuracy_rows)
-                scores += _likelihoods(module, domain, examples, settings, advance)
-                if any(SCORERS[s].needs == "generation" for s in domain.scorers):
-                    scores += _generations(module, domain, examples[: settings.generation_rows], split, settings)
+                generated = {e.row for e in examples[: settings.generation_rows]}
+                for context, group in module.adapter.serve(module.model, name, examples, partial(prompt_nll, module)):
+                    with context:
+                        scores += _likelihoods(module, domain, group, settings, advance)
+                        if any(SCORERS[s].needs == "generation" for s in domain.scorers):
+                            written = [e for e in group if e.row in generated]
+                            scores += _generations(module, domain, written, split, settings)
     finally:
         module.model.train(training)
     return scores
@@ -113,6 +120,21 @@ def means(scores: Evaluation) -> dict[str, dict[str, float]]:
     for (scorer, column), total in sums.items():
         found[scorer][column] = total / weights[scorer, column]
     return dict(found)
+
+
+def prompt_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
+    """(B,) mean negative log-likelihood of each prompt's tokens after its first one, in nats; 0 for a single token."""
+    # Rows of several domains may share an id; the place in the list is unique.
+    prompts = [
+        replace(e, row=str(i), prompt=e.prompt[:1], completion=e.prompt[1:], alternatives=())
+        for i, e in enumerate(examples)
+    ]
+    found = torch.zeros(len(prompts), dtype=torch.float64)
+    with torch.no_grad():
+        for group in by_token_budget(sorted((e for e in prompts if e.completion), key=len), tokens=PROMPT_TOKENS):
+            for example, nll in zip(group, _branch_nll(module, group), strict=True):
+                found[int(example.row)] = nll[0] / len(example.completion)
+    return found
 
 
 def _likelihoods(

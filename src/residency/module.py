@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from residency.adapters.base import Adapter
+from residency.adapters.base import Adapter, Observe, changes
 from residency.backbones.base import Backbone
 from residency.compatibility import check_mitigations
 from residency.layout import LayoutChoice, choose_layout
 from residency.mitigations.base import HOOKS, Mitigation, overrides
 from residency.objectives.base import Objective
+from residency.observation import logs_step, observe
 from residency.randomness import seed_of
 from residency.tensors import snapshot
 from residency.types import Batch, Example, Layout, Outputs, Stage, Tensors
@@ -34,16 +35,20 @@ class ContinualModule(LightningModule):
         for stage in stream:                                  # residency.stream.train_stream, a fresh Trainer each
             dataset = M.transform_dataset(examples, stage)
             before  = adapter.state(model)                    # only if somebody overrides transform_weights
+            adapter.begin_stage(model, stage, observe)        # a new block, factors drawn anew
             M.on_domain_start(module, stage)                  # once, also across resumes
             for batch in dataset:                             # Trainer.fit
                 batch   = M.transform_batch(module, batch)
                 outputs = objective(forward, batch, reference)
-                loss    = outputs.loss + sum(M.loss_terms(module, batch, outputs))
+                loss    = outputs.loss + sum(adapter.loss_terms(model, stage))
+                          + sum(M.loss_terms(module, batch, outputs))
                 loss.backward()                               # x accumulated micro-batches, all-reduced
                 grads   = M.transform_gradients(module, grads)
                 clip(grads); optimizer.step()
-                weights = M.transform_update(module, weights before the step, weights after it)
-            weights = M.transform_weights(module, weights of `before`, weights now)
+                weights = adapter.transform_update(model, weights before the step, weights after it)
+                weights = M.transform_update(module, weights before the step, weights so far)
+            adapter.end_stage(model, stage, observe)          # the end of training: runs with one past share it
+            weights = M.transform_weights(module, weights of `before`, weights now)    # finish_stage
             M.on_domain_end(module, stage)                    # estimate and remember, at the final weights
             save state; score every domain; write the record  # residency.stream
 
@@ -80,6 +85,7 @@ class ContinualModule(LightningModule):
             mitigation.name = name
         check_mitigations(self.adapter, self.mitigations)
         self._active = {h: [m for m in self.mitigations.values() if overrides(m, h)] for h in HOOKS}
+        self._adapts_update = changes(adapter, "transform_update")
         # Only the adapter's tensors are stored and restored; the backbone comes from its own files.
         self.strict_loading = False
         self.model: nn.Module
@@ -106,7 +112,10 @@ class ContinualModule(LightningModule):
         self.layout, self.layout_reason = choose_layout(self.layout_choice, self.backbone, self.model)
 
     def begin_stage(self, stage: Stage, examples: Sequence[Example]) -> None:
-        """Prepare one stage: fold the training set through the mitigations."""
+        """Prepare one stage: fold the training set through the mitigations, let the adapter open its block.
+
+        A function of the state that the stage before left: a stage that goes on after a kill is begun again.
+        """
         self.stage = stage
         self._started = False
         self.weights_log = {}
@@ -114,6 +123,13 @@ class ContinualModule(LightningModule):
             mitigation.move_state(torch.device("cpu"))
         self.dataset = self._fold("transform_dataset", examples, lambda m, d: m.transform_dataset(d, stage))
         self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
+        self._adapter_stage(self.adapter.begin_stage, "begin")
+
+    def _adapter_stage(self, call: Callable[[nn.Module, Stage, Observe], None], moment: str) -> None:
+        """One of the adapter's stage hooks, with random numbers of its own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.stage.seed, "adapter", moment, self.stage.index))
+            call(self.model, self.stage, partial(observe, self))
 
     def forward(self, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions."""
@@ -137,12 +153,14 @@ class ContinualModule(LightningModule):
         outputs = self.objective(self.forward, batch, reference)
         terms = {"task": outputs.loss, **self._added_terms(batch, outputs)}
         loss = reduce(torch.add, terms.values())
-        logged = {f"loss/{name}": value.detach() for name, value in terms.items()}
+        logged: dict[str, Any] = {f"loss/{name}": value.detach() for name, value in terms.items()}
+        if logs_step(self.global_step + 1, every=self.trainer.log_every_n_steps, last=self.stage.steps):  # type: ignore[attr-defined]
+            logged |= {f"adapter/{n}": float(v) for n, v in self.adapter.numbers(self.model, self.stage).items()}
         self.log_dict(logged | {"loss": loss.detach()} | dict(outputs.log), batch_size=batch.size)
         return loss
 
     def _added_terms(self, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
+        terms = {f"adapter/{name}": v for name, v in self.adapter.loss_terms(self.model, self.stage).items()}
         for mitigation in self._active["loss_terms"]:
             for term, value in mitigation.loss_terms(self, batch, outputs).items():
                 terms[f"{mitigation.name}/{term}"] = value
@@ -170,7 +188,7 @@ class ContinualModule(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step, then fold the update."""
-        if not self._active["transform_update"]:
+        if not (self._active["transform_update"] or self._adapts_update):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
         leaves = self.adapter.trainable(self.model)
@@ -178,7 +196,8 @@ class ContinualModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         with torch.no_grad():
             after: Tensors = {name: leaf.detach() for name, leaf in leaves.items()}
-            final = self._fold("transform_update", after, lambda m, a: m.transform_update(self, before, a))
+            final = self.adapter.transform_update(self.model, before, after) if self._adapts_update else after
+            final = self._fold("transform_update", final, lambda m, a: m.transform_update(self, before, a))
             for name, tensor in final.items():
                 if tensor.data_ptr() != leaves[name].data_ptr():
                     leaves[name].copy_(tensor)
@@ -207,8 +226,19 @@ class ContinualModule(LightningModule):
             self._started = True
 
     def on_train_end(self) -> None:
-        """Finish the domain while devices and ranks are alive: mix weights, then let mitigations remember."""
+        """The end of training itself: what the adapter merges or remembers."""
         self.model.eval()
+        self._adapter_stage(self.adapter.end_stage, "end")
+
+    def finish_stage(self) -> None:
+        """What follows training: mix weights, then let mitigations remember, at the final weights.
+
+        Not part of the fit, so that it can be done, or done again with other mitigations, from a stored trained state
+        (after `begin_stage` and `Adapter.load_state`).
+        """
+        self.model.eval()
+        for mitigation in self.mitigations.values():
+            mitigation.move_state(self.device)
         self._transform_weights()
         with torch.enable_grad():
             for mitigation in self._active["on_domain_end"]:
@@ -235,13 +265,13 @@ class ContinualModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the adapter's state instead of the whole model."""
-        checkpoint["state_dict"] = {f"model.{name}": t for name, t in self.adapter.state(self.model).items()}
-        checkpoint["residency"] = {"started": self._started, "before": self._before_stage}
+        checkpoint["state_dict"] = {}
+        checkpoint["residency"] = {"started": self._started, "adapter": self.adapter.state(self.model)}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore what the hooks need."""
+        """Restore what the hooks need; the adapter restores its own tensors, which may be more than were attached."""
         self._started = checkpoint["residency"]["started"]
-        self._before_stage = checkpoint["residency"]["before"]
+        self.adapter.load_state(self.model, checkpoint["residency"]["adapter"])
 
     def _fold(self, hook: str, value: Any, call: Callable[[Any, Any], Any]) -> Any:
         for mitigation in self._active[hook]:

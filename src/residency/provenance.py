@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import nn
 
-__all__ = ["count_parameters", "peak_memory_bytes", "versions"]
+__all__ = ["count_parameters", "numerics", "peak_memory_bytes", "versions"]
 
 _PACKAGES = ("residency", "torch", "lightning", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -24,6 +24,16 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    return found
+
+
+def numerics() -> dict[str, str]:
+    """Everything about this machine and process that can change a bit of a result."""
+    found = versions() | {"cpu": torch.backends.cpu.get_cpu_capability()}
+    # What a stage is does not depend on the patch release of the interpreter.
+    found["python"] = ".".join(platform.python_version_tuple()[:2])
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
     return found
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from filelock import FileLock, Timeout
 
 from residency.errors import UserError
 from residency.evaluation import Evaluation, RowScore, means
-from residency.storage import load_tree, read_json, replace_file, save_tree, write_json
+from residency.storage import load_tree, read_json, read_lines, replace_file, save_tree, write_json, write_lines
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "read_scores", "write_scores"]
 
 SCHEMA = 1
 # What may differ between the call that started a run and the one that goes on with it.
@@ -109,7 +108,7 @@ class RunFolder:
 
     def complete_stage(self, folder: Path, scores: Evaluation, facts: Mapping[str, Any]) -> None:
         """Write the scores of every example, then the record that marks the stage complete."""
-        replace_file(folder / "scores.parquet", lambda temporary: _frame(scores).write_parquet(temporary))
+        write_scores(folder / "scores.parquet", scores)
         write_json(folder / "stage.json", {**facts, "means": means(scores)})
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
@@ -120,7 +119,7 @@ class RunFolder:
 
     def scores(self, folder: Path) -> Evaluation:
         """The per-example scores of a stage."""
-        return [RowScore(**row) for row in pl.read_parquet(folder / "scores.parquet").iter_rows(named=True)]
+        return read_scores(folder / "scores.parquet")
 
     # -- history --------------------------------------------------------------------------------------------------
 
@@ -131,23 +130,18 @@ class RunFolder:
 
     def history(self) -> list[dict[str, Any]]:
         """All logged steps; a last line that a kill cut off is dropped."""
-        if not self.history_path.is_file():
-            return []
-        lines = []
-        for text in self.history_path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-        return lines
+        return read_lines(self.history_path)
 
     def trim_history(self, *, stage: int, step: int) -> None:
         """Forget the steps after a point from which training starts again."""
         lines = self.history()
         kept = [line for line in lines if (line["stage"], line["step"]) <= (stage, step)]
         if lines != kept or self.history_path.is_file():
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-            replace_file(self.history_path, lambda temporary: _write(temporary, text))
+            write_lines(self.history_path, kept)
+
+    def add_history(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Put a stage's lines at the end, all or none."""
+        write_lines(self.history_path, [*self.history(), *lines])
 
     # -- results --------------------------------------------------------------------------------------------------
 
@@ -161,9 +155,16 @@ class RunFolder:
         write_json(self.path / "results.json", {"schema": SCHEMA, **record})
 
 
-def _frame(scores: Evaluation) -> pl.DataFrame:
+def write_scores(path: Path, scores: Evaluation) -> None:
+    """Write the score of every row as Parquet, atomically."""
     fields = {"column": pl.String, "row": pl.String, "scorer": pl.String, "value": pl.Float64, "tokens": pl.Int64}
-    return pl.DataFrame({f: [getattr(s, f) for s in scores] for f in fields}, schema=fields)
+    frame = pl.DataFrame({f: [getattr(s, f) for s in scores] for f in fields}, schema=fields)
+    replace_file(path, lambda temporary: frame.write_parquet(temporary))
+
+
+def read_scores(path: Path) -> Evaluation:
+    """Read them back, in order."""
+    return [RowScore(**row) for row in pl.read_parquet(path).iter_rows(named=True)]
 
 
 def _write(path: Path, text: str) -> None:

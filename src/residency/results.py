@@ -54,8 +54,8 @@ def build_record(
 def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
     trained = stages[1:]
     seconds = sum(stage["train_seconds"] for stage in trained)
-    # What another run of the study has already paid for is not this run's cost.
-    scoring = sum(stage["evaluation_seconds"] for stage in stages if not stage.get("shared"))
+    # What the run would cost alone, also where it shared a stage with others: runs are compared by it.
+    scoring = sum(stage["evaluation_seconds"] for stage in stages)
     tokens = sum(stage["train_tokens"] for stage in trained)
     return {
         "seconds": seconds + scoring,

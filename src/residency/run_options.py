@@ -31,7 +31,16 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         help="Optimizer steps between two checkpoints inside a stage; 0 = only whole stages are saved.",
     )
     parser.add_argument(
-        "--store", type=str | None, default=None, help="Folder where runs share the scores of the untrained model."
+        "--store", type=str | None, default=None, help="Folder where runs share trained stages and scores."
+    )
+    parser.add_argument(
+        "--stage_tokens",
+        type=int | None,
+        default=None,
+        help="Training tokens per domain instead of trainer.max_steps: an equal budget for long and short rows.",
+    )
+    parser.add_argument(
+        "--frozen", type=bool, default=False, help="Train nothing: the pretrained model as a reference for others."
     )
     parser.add_argument("--axes", type=dict[str, Any], default={}, help="Place in a study (set by `sweep`).")
     parser.add_class_arguments(EvaluationSettings, "evaluation")
@@ -58,9 +67,15 @@ def run_settings(option: Option) -> StreamSettings:
     """The run's settings.
 
     Raises:
-        UserError: A number of steps is negative.
+        UserError: A number of steps or tokens cannot be.
     """
     every, store = option("checkpoint_every_n_steps"), option("store")
+    if option("stage_tokens") is not None and option("stage_tokens") < 1:
+        raise UserError(
+            f"--stage_tokens={option('stage_tokens')}",
+            why="every domain needs at least one optimizer step",
+            fix="give the training tokens per domain, or leave it out and set trainer.max_steps",
+        )
     if every < 0:
         raise UserError(
             f"--checkpoint_every_n_steps={every}",
@@ -74,6 +89,8 @@ def run_settings(option: Option) -> StreamSettings:
         checkpoint_every_n_steps=every,
         evaluation=EvaluationSettings(**_plain(option("evaluation"))),
         store=Path(store) if store else None,
+        stage_tokens=option("stage_tokens"),
+        frozen=option("frozen"),
     )
 
 

@@ -26,7 +26,9 @@ class StreamSettings:
         checkpoint_every_n_steps: Optimizer steps between two in-stage checkpoints; 0 = none.
         evaluation: How states are scored.
         split: Which rows are scored after every stage.
-        store: Folder where scores of the untrained backbone are shared between runs; `None` = not shared.
+        store: Folder where runs share stages and scores; `None` = not shared. Needs the resolved config.
+        stage_tokens: Training tokens per stage instead of steps: the budget that streams of long and short rows share.
+        frozen: Train nothing: every row of the score matrix is that of the pretrained model.
     """
 
     cell: str
@@ -36,6 +38,8 @@ class StreamSettings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     split: Split = "test"
     store: Path | None = None
+    stage_tokens: int | None = None
+    frozen: bool = False
 
 
 def check_stream(data: StreamData) -> None:

@@ -1,12 +1,13 @@
-"""One stage: train on one domain, and bring back what an earlier call has trained."""
+"""One stage: train on one domain, what follows training, and bringing back what was stored of either."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
@@ -15,11 +16,12 @@ from residency.data import StreamData
 from residency.domains.sampler import StageBatches
 from residency.errors import UserError
 from residency.module import ContinualModule
+from residency.provenance import peak_memory_bytes
 from residency.storage import load_tree
 from residency.trainers import Trainers, quiet_lightning
 from residency.types import Stage
 
-__all__ = ["check_devices", "restore_stage", "train_stage"]
+__all__ = ["adopt_training", "check_devices", "finish_stage", "restore_stage", "train_stage"]
 
 
 def check_devices(data: StreamData, trainers: Trainers) -> None:
@@ -48,37 +50,84 @@ def train_stage(
     observers: list[Callback],
     checkpoint_every_n_steps: int,
 ) -> dict[str, Any]:
-    """Train, mix, let mitigations remember; goes on from an in-stage checkpoint where there is one.
+    """Train; goes on from an in-stage checkpoint where there is one. What follows training is left to `finish_stage`.
 
     Args:
         module: In the state that the stage before left.
         data: Domains and batch size.
         trainers: Makes the Trainer.
         stage: Which one.
-        folder: Of the stage.
+        folder: Where its checkpoint lies.
         history: New; sums up what the stage cost.
         observers: New callbacks that only watch.
         checkpoint_every_n_steps: Optimizer steps between two in-stage checkpoints; 0 = none.
 
     Returns:
-        What is stored: {"weights", "mitigations", "facts"}.
+        The facts: what the training cost.
     """
     checkpoint = folder / "checkpoint.safetensors"
+    module.to(trainers.root_device)
     module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
     keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     resumed = checkpoint if checkpoint.is_file() else None
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
-    facts = {
+    return {
         "stage": stage.index + 1,
         "domain": stage.domain,
         "train_seconds": history.totals["seconds"],
         "train_tokens": history.totals["tokens"],
         "steps": history.totals["steps"],
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def adopt_training(
+    module: ContinualModule, data: StreamData, stage: Stage, tree: Mapping[str, Any], *, device: torch.device
+) -> None:
+    """Bring a module to where `train_stage` would have brought it, by what that left behind in another run.
+
+    Args:
+        module: In the state that the stage before left.
+        data: Domains and batch size.
+        stage: Which one.
+        tree: {"weights", "mitigations": the states of those that took part in the training}.
+        device: Where to compute.
+    """
+    module.to(device)
+    module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
+    # Whoever did not take part in the training has yet to see the weights from which it started.
+    absent = [m for name, m in module.mitigations.items() if name not in tree["mitigations"]]
+    for mitigation in absent:
+        mitigation.on_domain_start(module, stage)
+    module.adapter.load_state(module.model, tree["weights"])
+    for name, state in tree["mitigations"].items():
+        module.mitigations[name].load_state_dict(state)
+
+
+def finish_stage(module: ContinualModule, facts: Mapping[str, Any], *, device: torch.device) -> dict[str, Any]:
+    """What follows training: mix weights, let mitigations remember.
+
+    Args:
+        module: As the last step left it.
+        facts: Of the training.
+        device: Where to compute.
+
+    Returns:
+        What is stored: {"weights", "mitigations", "facts"}.
+    """
+    module.to(device)  # Lightning has brought it back to the CPU
+    module.finish_stage()
+    more = {
         "mitigation_state_bytes": {name: m.state_bytes() for name, m in module.mitigations.items()},
         "weights": module.weights_log,
     }
-    states = {name: mitigation.state_dict() for name, mitigation in module.mitigations.items()}
-    return {"weights": module.adapter.state(module.model), "mitigations": states, "facts": facts}
+    return {**training_state(module, module.mitigations), "facts": {**facts, **more}}
+
+
+def training_state(module: ContinualModule, watched: Iterable[str]) -> dict[str, Any]:
+    """Weights, and the states of the mitigations that are named."""
+    states = {name: module.mitigations[name].state_dict() for name in watched}
+    return {"weights": module.adapter.state(module.model), "mitigations": states}
 
 
 def restore_stage(module: ContinualModule, tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,18 @@ from safetensors.torch import save_file
 
 from residency.errors import UserError
 
-__all__ = ["append_line", "load_tree", "read_json", "replace_file", "save_tree", "write_json"]
+__all__ = [
+    "append_line",
+    "explained",
+    "load_tree",
+    "read_json",
+    "read_lines",
+    "replace_file",
+    "save_tree",
+    "sync_folder",
+    "write_json",
+    "write_lines",
+]
 
 _HEADER = "residency"
 
@@ -35,21 +47,23 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: No room on disk, or no permission; the temporary file is gone and an old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two machines that share the folder may have equal process ids.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring a rename inside of a folder to the disk."""
     # The rename itself must survive a power cut: what follows it (a "done" marker) must not outlive it.
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -58,7 +72,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _explained(error: Exception, path: Path) -> Exception:
+def explained(error: Exception, path: Path) -> Exception:
+    """What the user can mend about a failed write; any other error as it is."""
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text or "No space" in text:
         return UserError(
@@ -85,7 +100,26 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All JSON lines of a file, none if it is not there; a last line that a kill cut off is dropped."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, all or none."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    replace_file(path, lambda temporary: _write_text(temporary, text))
 
 
 def write_json(path: Path, value: Any) -> None:

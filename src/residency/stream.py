@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from residency.checkpointing import History
+from residency.bench import Bench, plan_stages
 from residency.data import StreamData
-from residency.evaluation import Evaluation, evaluate, means
+from residency.evaluation import Evaluation, means
+from residency.lineage import Lineage
 from residency.module import ContinualModule
-from residency.provenance import count_parameters, peak_memory_bytes
+from residency.provenance import peak_memory_bytes
 from residency.record import RunFolder
 from residency.results import build_record
 from residency.settings import StreamSettings, check_stream
-from residency.stages import check_devices, restore_stage, train_stage
+from residency.shelf import Shelf
+from residency.stages import check_devices
 from residency.storage import append_line, load_tree
+from residency.store import Store, link_or_copy
 from residency.trainers import Trainers
-from residency.types import Stage
 from residency.views import RunInfo, View
 
-__all__ = ["StreamSettings", "check_stream", "train_stream"]
-
-
-def shared_base(module: ContinualModule, data: StreamData, settings: StreamSettings) -> RunFolder | None:
-    """Where the scores of the untrained backbone lie, keyed by everything that decides them."""
-    if settings.store is None:
-        return None
-    parts = {
-        "backbone": module.backbone.fingerprint(),
-        "data": data.fingerprints(),
-        "scorers": {name: domain.scorers for name, domain in data.columns.items()},
-        "split": settings.split,
-        "evaluation": asdict(settings.evaluation),
-        "layout": module.layout,
-    }
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return RunFolder(settings.store / "evaluations" / key[:32])
+__all__ = ["StreamSettings", "check_stream", "open_shelf", "train_stream"]
 
 
 def train_stream(
@@ -78,7 +59,9 @@ def train_stream(
             return done
         check_stream(data)
         check_devices(data, trainers)
-        run = _Run(module, data, trainers, folder, settings, views)
+        bench = _bench(module, data, trainers, settings, views)
+        shelf = _shelf(bench, config) if settings.store is not None and config is not None else None
+        run = _Run(bench, folder, shelf)
         try:
             return run.execute()
         except BaseException as error:
@@ -87,37 +70,65 @@ def train_stream(
             raise
 
 
-class _Run:
-    """The steps of `train_stream` over the things it was given."""
+def open_shelf(
+    *,
+    module: ContinualModule,
+    data: StreamData,
+    trainers: Trainers,
+    settings: StreamSettings,
+    config: Mapping[str, Any],
+    views: Sequence[View] = (),
+) -> Shelf:
+    """The stages of a run in a store, without a run folder: for a study's workers and its planner.
 
-    def __init__(
-        self,
-        module: ContinualModule,
-        data: StreamData,
-        trainers: Trainers,
-        folder: RunFolder,
-        settings: StreamSettings,
-        views: Sequence[View],
-    ) -> None:
-        self.module = module
-        self.data = data
-        self.trainers = trainers
+    Args:
+        module: Not yet built.
+        data: Domains, probes, order, batch size.
+        trainers: Makes the Trainer of each stage.
+        settings: Names the store.
+        config: The resolved config.
+        views: What shows the work.
+
+    Raises:
+        UserError: The data or the devices are wrong.
+    """
+    check_stream(data)
+    check_devices(data, trainers)
+    return _shelf(_bench(module, data, trainers, settings, views), config)
+
+
+def _bench(
+    module: ContinualModule, data: StreamData, trainers: Trainers, settings: StreamSettings, views: Sequence[View]
+) -> Bench:
+    tokenizer = None if settings.stage_tokens is None else module.backbone.tokenizer
+    stages = plan_stages(data, trainers, settings, tokenizer)
+    parts = {"module": module, "data": data, "trainers": trainers, "settings": settings}
+    return Bench(**parts, stages=stages, views=views)  # type: ignore[arg-type]
+
+
+def _shelf(bench: Bench, config: Mapping[str, Any]) -> Shelf:
+    lineage = Lineage(module=bench.module, data=bench.data, stages=bench.stages, config=config)
+    assert bench.settings.store is not None
+    return Shelf(bench=bench, lineage=lineage, store=Store(bench.settings.store))
+
+
+class _Run:
+    """The steps of `train_stream` over the things it was given.
+
+    Args:
+        bench: Trains and scores.
+        folder: Of the run.
+        shelf: Where stages are shared; `None` = the run's folder is all there is.
+    """
+
+    def __init__(self, bench: Bench, folder: RunFolder, shelf: Shelf | None) -> None:
+        self.bench = bench
+        self.views = bench.views
         self.folder = folder
-        self.settings = settings
-        self.views = views
-        self.stages = self._plan()
+        self.shelf = shelf
+        self.stages = bench.stages
         self.folders = [folder.stage(0, "base"), *(folder.stage(s.index + 1, s.domain) for s in self.stages)]
         self.records: list[dict[str, Any]] = []
-
-    def _plan(self) -> list[Stage]:
-        """Place, steps and batch size of every stage."""
-        size, found = self.data.batch_size, []
-        for index, name in enumerate(self.data.order):
-            rows = len(self.data.domains[name].rows("train"))
-            steps = self.trainers.steps(rows=rows, batch_size=size)
-            shape = {"steps": steps, "batch_size": size, "stages": len(self.data.order)}
-            found.append(Stage(index=index, domain=name, seed=self.settings.seed, **shape))
-        return found
 
     def execute(self) -> dict[str, Any]:
         """All stages that are not complete, then the record."""
@@ -126,43 +137,31 @@ class _Run:
             if record is None:
                 break
             self.records.append(record)
-        self.module.build(seed=self.settings.seed)
-        info = self._info()
+        info = self.info
         history = self._trim_history()
         for view in self.views:
             view.start(info, history, [record["means"] for record in self.records])
-        if not self.records:
-            self._score_base()
-        elif len(self.records) > 1:
-            restore_stage(self.module, self.folder.load_state(self.folders[len(self.records) - 1]))
-        for stage in self.stages[len(self.records) - 1 :]:
-            self._stage(stage, info)
-        record = build_record(module=self.module, data=self.data, info=info, stages=self.records)
+        for k in range(len(self.records), len(self.folders)):
+            facts = self._state(k) if k and not self.bench.settings.frozen else _untrained(k, self.stages)
+            scores, more = self._scores(0 if self.bench.settings.frozen else k)
+            self._complete(k, scores, {**facts, **more})
+        record = build_record(module=self.bench.module, data=self.bench.data, info=info, stages=self.records)
         self.folder.complete(record)
         for view in self.views:
             view.finish(record)
         return record
 
-    def _info(self) -> RunInfo:
-        trainable, total = count_parameters(self.module.model)
-        return RunInfo(
-            cell=self.settings.cell,
-            seed=self.settings.seed,
-            axes=self.settings.axes,
-            domains=self.data.order,
-            probes=list(self.data.probes),
-            layout=f"{self.module.layout}: {self.module.layout_reason}",
-            trainable=trainable,
-            total=total,
-            resumed=max(0, len(self.records) - 1),
-        )
+    @cached_property
+    def info(self) -> RunInfo:
+        """What views want to know; loads the model unless the store knows its size."""
+        facts = self.bench.model_facts() if self.shelf is None else self.shelf.model()
+        return self.bench.info(facts, resumed=max(0, len(self.records) - 1))
 
     def _trim_history(self) -> list[dict[str, Any]]:
         """Drop lines of steps that will be run again."""
-        done = len(self.records) - 1
-        k = done + 1
+        k = len(self.records)
         step = 0
-        if 0 < k <= len(self.stages):
+        if 0 < k <= len(self.stages) and self.shelf is None:
             folder = self.folders[k]
             if (folder / "state.safetensors").is_file():
                 step = self.stages[k - 1].steps
@@ -171,84 +170,57 @@ class _Run:
         self.folder.trim_history(stage=k, step=step)
         return self.folder.history()
 
-    # -- row 0 --------------------------------------------------------------------------------------------------
+    # -- states -------------------------------------------------------------------------------------------------
 
-    def _score_base(self) -> None:
-        """Score the pretrained model; once per backbone and data where runs share a store."""
-        shared = shared_base(self.module, self.data, self.settings)
-        if shared is not None and (known := shared.completed(shared.path)) is not None:
-            scores, facts = shared.scores(shared.path), {**known, "shared": True}
-        else:
-            with ExitStack() as stack:
-                if "reference" in self.module.adapter.provides:
-                    stack.enter_context(self.module.adapter.reference(self.module.model))
-                scores, seconds = self._evaluate("before training")
-            facts = {"stage": 0, "domain": None, "evaluation_seconds": seconds}
-            if shared is not None:
-                shared.complete_stage(shared.path, scores, facts)
-        self._complete(0, scores, {k: v for k, v in facts.items() if k != "means"})
+    def _state(self, k: int) -> dict[str, Any]:
+        """See to it that the state after stage k lies in the run's folder; its facts."""
+        if self.shelf is None:
+            return self._own_state(k)
+        entry = self.shelf.finished(k)
+        trained_here = self.bench.trained_here == k
+        lines = self.shelf.history(k)
+        link_or_copy(entry.path / "state.safetensors", self.folders[k] / "state.safetensors")
+        self.folder.trim_history(stage=k, step=0)
+        self.folder.add_history(lines)
+        for line in [] if trained_here else lines:
+            for view in self.views:
+                view.step(line)
+        return dict(entry.meta["facts"])
 
-    # -- stages -------------------------------------------------------------------------------------------------
-
-    def _stage(self, stage: Stage, info: RunInfo) -> None:
-        """Train (unless that is done), save, score."""
-        folder = self.folders[stage.index + 1]
+    def _own_state(self, k: int) -> dict[str, Any]:
+        folder = self.folders[k]
         if (folder / "state.safetensors").is_file():
-            facts = restore_stage(self.module, self.folder.load_state(folder))
-        else:
-            facts = self._train(stage, folder, info)
-        scores, seconds = self._evaluate(f"after {stage.domain}")
-        facts |= {"evaluation_seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
-        self._complete(stage.index + 1, scores, facts)
-
-    def _train(self, stage: Stage, folder: Path, info: RunInfo) -> dict[str, Any]:
-        tree = train_stage(
-            module=self.module,
-            data=self.data,
-            trainers=self.trainers,
-            stage=stage,
-            folder=folder,
-            history=History(
-                stage=stage,
-                every_n_steps=self.trainers.log_every_n_steps,
-                offset=sum(s.steps for s in self.stages[: stage.index]),
-                write=self._write_line,
-            ),
-            observers=[callback for view in self.views for callback in view.callbacks(info, stage)],
-            checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
-        )
+            return dict(self._load(k)["facts"])
+        self.bench.go_to(k - 1, self._load)
+        facts = self.bench.train(k, work=folder, write=self._write_line, info=self.info)
+        tree = self.bench.finish(k, facts)
         self.folder.save_state(folder, tree)
         return dict(tree["facts"])
 
+    def _load(self, k: int) -> dict[str, Any]:
+        return self.folder.load_state(self.folders[k])
+
     def _write_line(self, line: Mapping[str, Any]) -> None:
         append_line(self.folder.history_path, line)
-        for view in self.views:
-            view.step(line)
 
     # -- scores and record --------------------------------------------------------------------------------------
 
-    def _evaluate(self, title: str) -> tuple[Evaluation, float]:
-        start = time.perf_counter()
-        total = sum(len(d.rows(self.settings.split)) for d in self.data.columns.values())
-        self.module.to(self.trainers.root_device)
-        with ExitStack() as stack:
-            advances = [stack.enter_context(view.evaluating(title, total)) for view in self.views]
-
-            def advance(column: str, rows: int) -> None:
-                for one in advances:
-                    one(column, rows)
-
-            scores = evaluate(
-                self.module,
-                self.data,
-                split=self.settings.split,
-                settings=self.settings.evaluation,
-                advance=advance,
-            )
-        return scores, time.perf_counter() - start
+    def _scores(self, k: int) -> tuple[Evaluation, dict[str, Any]]:
+        if self.shelf is not None:
+            return self.shelf.scores(k)
+        self.bench.go_to(k, self._load)
+        scores, seconds = self.bench.evaluate([name for name, d in self.bench.data.columns.items() if d.scorers])
+        return scores, {"evaluation_seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
 
     def _complete(self, k: int, scores: Evaluation, facts: Mapping[str, Any]) -> None:
         self.folder.complete_stage(self.folders[k], scores, facts)
         self.records.append({**facts, "means": means(scores)})
         for view in self.views:
             view.row(k, self.records[-1]["means"])
+
+
+def _untrained(k: int, stages: Sequence[Any]) -> dict[str, Any]:
+    """The facts of row 0, and of the stages of a frozen run."""
+    facts: dict[str, Any] = {"stage": k, "domain": stages[k - 1].domain if k else None}
+    nothing = {"train_seconds": 0.0, "train_tokens": 0, "steps": 0, "mitigation_state_bytes": {}, "weights": {}}
+    return facts | (nothing if k else {})

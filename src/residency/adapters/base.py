@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from residency.errors import UserError
-from residency.types import Capability, Tensors
+from residency.types import Batch, Capability, Example, Stage, Tensors
 
-__all__ = ["Adapter", "OptimizerFactory", "missing_capability"]
+__all__ = ["Adapter", "Observe", "OptimizerFactory", "PromptNLL", "Served", "changes", "missing_capability"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+Observe = Callable[[], Iterator[Batch]]
+"""Yields every example of a stage once in batches, each after the model has run on it (no gradient, evaluation mode):
+forward hooks of the adapter have seen its activations by then."""
+
+PromptNLL = Callable[[Sequence[Example]], Tensor]
+"""Examples -> (B,) nats per prompt token under the model as it stands. Completions are not looked at."""
+
+Served = tuple[AbstractContextManager[Any], Sequence[Example]]
+"""Rows, and the context in which the model answers them."""
 
 
 class Adapter(ABC):
@@ -25,10 +35,19 @@ class Adapter(ABC):
 
     An adapter has no tensors of its own: they live in the model that `attach` returns, under the names of
     `trainable`. So a state is a mapping of names to tensors, and every method is a function of (model, state).
+
+    The order of calls: `attach` once; then per stage `begin_stage`, `optimizer`, per step `loss_terms` and
+    `transform_update`, and `end_stage`; `serve` whenever a state is scored.
     """
 
     provides: frozenset[Capability] = frozenset()
-    """What mitigations may rely on; may be narrowed per instance."""
+    """What mitigations and commands may rely on; may be narrowed per instance."""
+
+    task_id_at_test: bool = False
+    """Whether scoring a domain uses its name: such scores are no answer to "which domain is this?"."""
+
+    uses_stream_length: bool = False
+    """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
@@ -67,6 +86,45 @@ class Adapter(ABC):
         for name, tensor in live.items():
             tensor.copy_(state[name])
 
+    # -- over a stream ------------------------------------------------------------------------------------------
+
+    def begin_stage(self, model: nn.Module, stage: Stage, observe: Observe) -> None:
+        """Before a stage and before its optimizer is made: open a block, freeze the old one, draw factors anew.
+
+        A deterministic function of (model, stage); the global generator is seeded for the stage. A resumed stage is
+        begun again and then loads its checkpoint's state.
+        """
+
+    def end_stage(self, model: nn.Module, stage: Stage, observe: Observe) -> None:
+        """After the last step, before any mitigation mixes weights: merge, remember."""
+
+    def loss_terms(self, model: nn.Module, stage: Stage) -> Mapping[str, Tensor]:
+        """Named scalars, already weighted, that belong to the method; logged as `loss/adapter/<term>`."""
+        return {}
+
+    def numbers(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
+        """What is worth watching, read at logged steps only; logged as `adapter/<name>`."""
+        return {}
+
+    def transform_update(self, model: nn.Module, before: Tensors, after: Tensors) -> Tensors:
+        """Replace the parameters after an optimizer step, before the mitigations do; never writes into `after`."""
+        return after
+
+    def serve(
+        self, model: nn.Module, column: str, examples: Sequence[Example], prompt_nll: PromptNLL
+    ) -> Iterable[Served]:
+        """Which part of the adapter answers which rows when a column is scored; one group by default.
+
+        Args:
+            model: The attached model.
+            column: Domain or probe. An adapter that looks at it declares `task_id_at_test`.
+            examples: Its rows.
+            prompt_nll: For routing by what a prompt looks like.
+        """
+        return [(nullcontext(), examples)]
+
+    # -- spaces and files ---------------------------------------------------------------------------------------
+
     def weights(self, model: nn.Module, state: Tensors) -> Tensors:
         """A state in the space where averaging is meaningful (needs `averageable`).
 
@@ -88,9 +146,18 @@ class Adapter(ABC):
         """Inside the context the model behaves as pretrained (needs `reference`)."""
         raise missing_capability(self, "reference")
 
+    def merge(self, model: nn.Module) -> nn.Module:
+        """A plain transformers model that computes the same function (needs `mergeable`); may consume `model`."""
+        raise missing_capability(self, "mergeable")
+
     @abstractmethod
     def export(self, model: nn.Module, path: Path) -> None:
-        """Write what plain `transformers` or `peft` loads."""
+        """Write what plain `transformers` or `peft` loads (with `exportable`)."""
+
+
+def changes(adapter: Adapter, method: str) -> bool:
+    """Whether an adapter overrides a method; asked once, so that what it does not use costs nothing."""
+    return getattr(type(adapter), method) is not getattr(Adapter, method)
 
 
 def missing_capability(adapter: Adapter, capability: Capability) -> UserError:

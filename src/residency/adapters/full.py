@@ -22,7 +22,7 @@ class Full(Adapter):
     is refused.
     """
 
-    provides = frozenset({"fixed_coordinates", "averageable"})
+    provides = frozenset({"fixed_coordinates", "averageable", "mergeable", "exportable"})
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Make every parameter trainable.
@@ -48,6 +48,10 @@ class Full(Adapter):
         """Copy the weights; exact."""
         self.load_state(model, weights)
         return {}
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The model itself."""
+        return model
 
     def export(self, model: nn.Module, path: Path) -> None:
         """A folder that `AutoModelForCausalLM.from_pretrained` loads."""

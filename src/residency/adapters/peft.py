@@ -134,7 +134,7 @@ def _kind(config: PeftConfig) -> str:
 
 def _capabilities(config: PeftConfig, kind: str) -> frozenset[Capability]:
     """What a PEFT config can promise (spec/adapters 1.3)."""
-    found: set[Capability] = {"fixed_coordinates"}
+    found: set[Capability] = {"fixed_coordinates", "exportable"}
     init = str(getattr(config, "init_lora_weights", True)).lower()
     changes_base = init.startswith(_BASE_CHANGING) or getattr(config, "kasa_config", None) is not None
     if not changes_base and getattr(config, "bias", "none") == "none" and kind != "OSF":

@@ -32,6 +32,8 @@ HOOKS = (
     "transform_weights",
 )
 
+_LIGHTNING_HOOKS = tuple(name for name in dir(Callback) if name.startswith(("on_", "setup", "teardown")))
+
 
 class Mitigation(Callback):
     """Base of all mitigations. Every default is the identity, and a hook that is not overridden costs nothing.
@@ -52,6 +54,13 @@ class Mitigation(Callback):
     first_domain: ClassVar[int] = 1
     """Index of the first stage whose TRAINING it touches or must watch: 1 for what protects earlier domains, 0 for
     what has to see the first one as well. Studies share all stages before it."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that matter while a stage is trained and neither for `transform_weights` nor for `on_domain_end`:
+    what follows training is shared by all their values."""
+
+    uses_stream_length: ClassVar[bool] = False
+    """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 
     def __init__(self) -> None:
         self.name = type(self).__name__.lower()
@@ -112,6 +121,19 @@ class Mitigation(Callback):
             after: As it left them. Return this very object to change nothing, `before` to undo the stage exactly.
         """
         return after
+
+    # -- what a study may share ---------------------------------------------------------------------------------
+
+    def touches_training(self, index: int) -> bool:
+        """Whether the training of the stage with this index can depend on it: not before `first_domain`, and not if
+        all that it does follows training.
+        """
+        hooks = {*HOOKS, *_LIGHTNING_HOOKS} - {"transform_weights", "on_domain_end"}
+        return index >= self.first_domain and any(overrides(self, hook) for hook in hooks)
+
+    def changes_weights(self, index: int) -> bool:
+        """Whether `transform_weights` can return anything but `after` once the stage with this index is trained."""
+        return overrides(self, "transform_weights")
 
     # -- state --------------------------------------------------------------------------------------------------
 

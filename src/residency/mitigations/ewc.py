@@ -132,6 +132,7 @@ class EWC(Mitigation):
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
     instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
 
     def __init__(
         self,
@@ -182,6 +183,10 @@ class EWC(Mitigation):
         else:
             total, centre, rest = add_quadratics((precision, old_anchor, constant), (fisher, anchor))
             self.state.update(precision=total, anchor=centre, constant=rest)
+
+    def touches_training(self, index: int) -> bool:
+        """Not at strength 0."""
+        return self.strength > 0 and super().touches_training(index)
 
     def _quadratic(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         precision, anchor, constant = (self.state[key] for key in ("precision", "anchor", "constant"))

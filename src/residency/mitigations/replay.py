@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ class Replay(Mitigation):
         capacity: Examples kept over all domains.
     """
 
+    training_only: ClassVar[frozenset[str]] = frozenset({"ratio"})
+
     def __init__(self, *, ratio: float = 0.25, capacity: int = 500) -> None:
         super().__init__()
         if not 0 <= ratio < 1 or capacity < 1:
@@ -105,6 +108,10 @@ class Replay(Mitigation):
             if slot is not None:
                 memory[slot : slot + 1] = [example]
         self.state.update(seen=torch.tensor(n), buffer=pack_examples(memory))
+
+    def touches_training(self, index: int) -> bool:
+        """Not at ratio 0."""
+        return self.ratio > 0 and super().touches_training(index)
 
     def memory(self) -> list[Example]:
         """The examples in the reservoir, slot by slot."""

@@ -62,3 +62,7 @@ class WeightMixing(Mitigation):
         if module.stage.index == 0 and not self.first:
             return after
         return mix(before, after, alpha=self.alpha)
+
+    def changes_weights(self, index: int) -> bool:
+        """Not at alpha 1, and after the first stage only if asked for."""
+        return self.alpha != 1 and (index > 0 or self.first)

@@ -123,6 +123,8 @@ def screen(state: StudyState, *, height: int = 40, left: float | None = None, as
     below = [_running_line(state, task) for task in running[: max(1, height // 4)]]
     troubles = [(task, text) for task, text in state.messages.items() if state.states.get(task) != "done"][-2:]
     below += [_text(f"{_title(state, task)}: {text}", "#D55E00") for task, text in troubles]
+    # Headline, titles, one cell, what is hidden, legend and the line of the cursor always have a place.
+    below = below[: max(0, height - 6)]
     room = max(1, height - len(below) - 5)
     shown = _most_telling(state, room)
     rest = [cell for cell in state.grid.cells if cell not in shown]
@@ -171,7 +173,7 @@ def _place(state: StudyState, cell: GridCell, place: int, ascii_only: bool) -> T
 
 def _running_line(state: StudyState, task: str) -> Text:
     last = state.progress.get(task)
-    facts = f"  {last.phase} {last.step:,}/{last.steps:,}" if last is not None and last.steps else ""
+    facts = f": {last.phase} {last.step:,}/{last.steps:,}" if last is not None and last.steps else ""
     return _text(f"{_title(state, task)}{facts}", "#56B4E9")
 
 
@@ -306,7 +308,7 @@ class StudyView(Watcher):
 
     @staticmethod
     def _left(state: StudyState) -> str:
-        return "" if state.left is None or state.over else f"  (about {clock_time(state.left)} left)"
+        return "" if state.left is None or state.over else f" (about {clock_time(state.left)} left)"
 
     def _print(self, text: str) -> None:
         self.console.print(Text(printable(text, _LONGEST)), soft_wrap=True)

@@ -108,7 +108,9 @@ class Nursery:
             server.stdout.close()
 
     def _started(self) -> subprocess.Popen[str]:
-        if self._server is None or self._server.poll() is not None:
+        if self._server is not None and self._server.poll() is not None:
+            self.close()
+        if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "residency.study.executors.nursery", self.call, *self.preload],
                 stdin=subprocess.PIPE,
@@ -218,13 +220,15 @@ def _task(module: str, name: str, request: Mapping[str, Any]) -> NoReturn:
         with suppress(OSError):
             os.setpgid(0, 0)
         _redirect(Path(request["log"]))
-        for name, value in request["environment"].items():
-            os.environ.pop(name, None)
+        for variable, value in request["environment"].items():
+            os.environ.pop(variable, None)
             if value is not None:
-                os.environ[name] = value
+                os.environ[variable] = value
         if request["devices"] > 1:
             _replace(module, request["spec"])
         code = _run(getattr(importlib.import_module(module), name), request["spec"])
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
     except BaseException:
         import traceback
 

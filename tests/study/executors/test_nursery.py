@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+import chores
+from chores import gone, note
 from residency.study.executors.nursery import Nursery
 
-HERE = Path(__file__).parent
+HERE = Path(chores.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +38,6 @@ def run(nursery: Nursery, folder: Path, *, environment: dict[str, str | None] | 
     options = {key: spec.pop(key) for key in ("stopping", "grace") if key in spec}
     log = folder / "logs" / "task.log"
     return nursery.run(spec, environment=environment or {}, log=log, devices=devices, **options)
-
-
-def note(path: Path) -> dict[str, Any]:
-    """What a chore has left behind, as soon as it is there."""
-    deadline = time.monotonic() + 20
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
-
-
-def gone(pid: int) -> bool:
-    """Whether a process ends within a few seconds."""
-    deadline = time.monotonic() + 10
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(pid)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 71, 75])

@@ -24,15 +24,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["GRACE_SECONDS", "Nursery", "main"]
+__all__ = ["CALL", "GRACE_SECONDS", "PRELOAD", "Nursery", "main"]
 
 GRACE_SECONDS = 20.0
 """How long a task that is asked to stop may take, before it is killed."""
 
 _POLL_SECONDS = 0.05
 # Importing runs nothing in parallel and touches no device, so that forking afterwards is safe.
-_CALL = "residency.study.tasks.run_task"
-_PRELOAD = (
+CALL = "residency.study.tasks.run_task"
+PRELOAD = (
     "residency.cli",
     "transformers.models.llama.modeling_llama",
     "transformers.generation.utils",
@@ -48,7 +48,7 @@ class Nursery:
         preload: Modules that the server imports before the first task.
     """
 
-    def __init__(self, *, call: str = _CALL, preload: tuple[str, ...] = _PRELOAD) -> None:
+    def __init__(self, *, call: str = CALL, preload: tuple[str, ...] = PRELOAD) -> None:
         self.call = call
         self.preload = preload
         self._server: subprocess.Popen[str] | None = None

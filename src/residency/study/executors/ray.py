@@ -14,8 +14,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from typing import Any
 
 from residency.errors import EXIT_SIGNAL, EXIT_USER, UserError
 from residency.study.executors.base import Executor, Outcome, Resources, Task
+from residency.study.executors.nursery import CALL, PRELOAD, Nursery
 
 __all__ = ["RayExecutor", "task_environment"]
 
@@ -38,15 +39,22 @@ class RayExecutor(Executor):
         resources: What a typical task occupies; decides how many are submitted at once.
         address: Of a running cluster; RAY_ADDRESS by default; without either, a private instance on this machine.
         cpus: CPUs of the private instance; all by default.
+        call: What carries a task out, as in `Nursery`.
 
     Raises:
         UserError: Ray is missing, the cluster cannot be reached, or none of its nodes could ever run such a task.
     """
 
     def __init__(
-        self, *, resources: Resources = Resources(), address: str | None = None, cpus: int | None = None
+        self,
+        *,
+        resources: Resources | None = None,
+        address: str | None = None,
+        cpus: int | None = None,
+        call: str = CALL,
     ) -> None:
-        self.resources = resources
+        self.resources = resources or Resources()
+        self.call = call
         self._refs: dict[Any, str] = {}
         self._cancelled: set[str] = set()
         self._environment: dict[str, str | None] = {}
@@ -55,7 +63,7 @@ class RayExecutor(Executor):
         self._connect(address, cpus)
         self._remote = self._ray.remote(_carry_out)
         if not self._capacity():
-            held = f"{resources.cpus} CPUs and {resources.gpus} GPUs"
+            held = f"{self.resources.cpus} CPUs and {self.resources.gpus} GPUs"
             self.close()
             raise UserError(
                 f"no node of the Ray cluster has {held}",
@@ -65,10 +73,10 @@ class RayExecutor(Executor):
 
     def _connect(self, address: str | None, cpus: int | None) -> None:
         settings = {"RAY_USAGE_STATS_ENABLED": "0"}
-        if address is None and "RAY_AUTH_MODE" not in os.environ:
-            # By default Ray keeps the token of a private instance in the home folder, which may be shared or read-only.
-            settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self._environment = {name: os.environ.get(name) for name in settings}
+        if address is None and not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
+            # Ray would write the token of a private instance into the home folder, which may be shared or read-only.
+            settings["RAY_AUTH_TOKEN"] = _token()
+        self._environment = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_MODE")}
         os.environ.update(settings)
         private = {"include_dashboard": False, "num_cpus": cpus} if address is None else {}
         try:
@@ -111,6 +119,7 @@ class RayExecutor(Executor):
             "scheduling_strategy": "SPREAD",
         }
         facts = {"gpus": task.resources.gpus, "cpus": task.resources.cpus, "version": version("residency")}
+        facts["call"] = self.call
         self._refs[self._remote.options(**options).remote(dict(task.spec), task.id, facts)] = task.id
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
@@ -162,6 +171,12 @@ class RayExecutor(Executor):
         self._restore()
 
 
+@functools.cache
+def _token() -> str:
+    """Ray reads a token once per process, so there is one."""
+    return secrets.token_hex(32)
+
+
 def _import_ray() -> ModuleType:
     try:
         import ray
@@ -183,11 +198,9 @@ def _first_line(error: BaseException) -> str:
 
 
 @functools.cache
-def _nursery() -> Any:
+def _nursery(call: str) -> Nursery:
     """One per Ray worker, kept for its next task: only the first one pays for the imports."""
-    from residency.study.executors.nursery import Nursery
-
-    return Nursery()
+    return Nursery(call=call, preload=PRELOAD if call == CALL else ())
 
 
 def _carry_out(spec: dict[str, Any], task: str, facts: dict[str, Any]) -> tuple[int, str]:
@@ -200,24 +213,19 @@ def _carry_out(spec: dict[str, Any], task: str, facts: dict[str, Any]) -> tuple[
     if not status.parent.is_dir():
         told = f"{here} does not see {status.parent}; the study's folder must be on a file system that all nodes share"
         return EXIT_USER, told
-    with _interruptible():
-        code = _nursery().run(
+    nursery = _nursery(facts["call"])
+    try:
+        code = nursery.run(
             spec,
             environment=task_environment(os.environ, cpus=facts["cpus"], gpus=facts["gpus"]),
             log=status.parent / f"{task}.log",
             devices=facts["gpus"],
         )
-    return code, ""
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """A cancellation that comes a moment too late changes nothing."""
-    try:
-        yield
     except KeyboardInterrupt:
-        _nursery().close()
-        raise
+        # Cancelled while the server was still importing: there is no process yet that could be asked.
+        nursery.close()
+        return EXIT_SIGNAL, "stopped"
+    return code, ""
 
 
 def task_environment(environment: Mapping[str, str], *, cpus: int, gpus: int) -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_task"]
+__all__ = ["alive", "gone", "note", "run_task"]
 
 SEEN: list[str] = []
 
@@ -44,6 +44,31 @@ def run_task(spec: Mapping[str, Any]) -> int:
     if spec.get("raise"):
         raise RuntimeError("a bug")
     return int(spec.get("code", 0))
+
+
+def note(path: Path) -> dict[str, Any]:
+    """What a chore has left behind, as soon as it is there."""
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within a few seconds."""
+    deadline = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
       finished/<key>/     weights and states after what follows training
       evaluations/<key>/  scores of every row of one column
       models/<key>/       size and layout of a backbone with its adapter
+      data/<key>/         rows of a domain, so that they are read and checked once per study
       work/<key>/         checkpoints of stages that are being trained
       leases/             who is working on what
       aside/              entries that were damaged, with the reason
@@ -33,8 +34,8 @@ from residency.storage import explained, read_json, sync_folder
 
 __all__ = ["KINDS", "Entry", "EntryKind", "Store", "link_or_copy"]
 
-EntryKind = Literal["trained", "finished", "evaluations", "models"]
-KINDS: tuple[EntryKind, ...] = ("trained", "finished", "evaluations", "models")
+EntryKind = Literal["trained", "finished", "evaluations", "models", "data"]
+KINDS: tuple[EntryKind, ...] = ("trained", "finished", "evaluations", "models", "data")
 SCHEMA = 1
 RECORD = "entry.json"
 

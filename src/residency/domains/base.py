@@ -95,6 +95,18 @@ class Domain(ABC):
                 digest.update(_line([split, row.id, row.prompt, row.completion, row.group]))
         return digest.hexdigest()
 
+    def give_rows(self) -> dict[Split, list[list[str]]]:
+        """The rows of every split as JSON values, for another process."""
+        return {split: [[r.id, r.prompt, r.completion, r.group] for r in rows] for split, rows in self._rows.items()}
+
+    def take_rows(self, given: Mapping[Split, Sequence[Sequence[str]]]) -> None:
+        """Use the rows that `give_rows` gave, instead of reading them again."""
+        names = ("id", "prompt", "completion", "group")
+        rows = {
+            split: tuple(Row(**dict(zip(names, row, strict=True))) for row in part) for split, part in given.items()
+        }
+        self.__dict__["_rows"] = rows
+
     @cached_property
     def _rows(self) -> dict[Split, tuple[Row, ...]]:
         read = self.read()

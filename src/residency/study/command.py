@@ -20,7 +20,8 @@ from residency.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_SOME_FAILED, EXIT_USER
 from residency.record import RunFolder
 from residency.signals import Stopped
 from residency.storage import replace_file, write_json
-from residency.study.plan import Cell, Study, load_study, plan_cells
+from residency.study.cells import Cell, plan_cells
+from residency.study.plan import Study, load_study
 
 __all__ = ["sweep", "sweep_command"]
 

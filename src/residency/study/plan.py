@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from residency.errors import UserError
 from residency.written import read_yaml
 
-__all__ = ["Cell", "Study", "load_study", "plan_cells"]
+__all__ = ["Budget", "Study", "load_study"]
 
 _PRESET = (".yaml", ".yml", ".json")
-_LONGEST = 60  # characters of one value in a folder name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every stage may spend.
+
+    Args:
+        steps: Optimizer steps per domain.
+        tokens: Training tokens per domain: rows of different lengths, equal work.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +38,18 @@ class Study:
         base: Config of a run, relative to the study file.
         axes: {axis: {value: {dotted key: preset file or literal}}}. A preset file is relative to the study file;
             `{}` changes nothing.
-        seeds: One run per combination and seed.
+        exclude: Combinations that are left out, each as {axis: value, or list of values}.
+        seeds: One run per combination, order and seed.
+        orders: In which orders the domains are learned: `given`; `all` of them; `latin`: as many as there are domains,
+            each of them once at every place (and, for an even number, once after every other one); a number n: n
+            different random ones; or lists of names.
+        references: Runs to compare with, added for every combination of the axes that are not mitigations: `frozen`
+            (trains nothing), `independent` (every domain alone), `joint` (all domains at once, as many steps as the
+            whole stream).
+        per_domain: Preset of an adapter that keeps a part for every domain; adds runs with it as a reference.
+        budget: What all stages share: `{steps: n}` or `{tokens: n}` per domain; by default what the base config says.
+        store: Folder of the stages, which studies may share, relative to where the command runs; `store` in the
+            study's own folder by default.
         baseline: Which value of the first axis the others are compared with; the first one by default.
         scorer: Which score the comparison is about.
     """
@@ -37,26 +57,15 @@ class Study:
     name: str
     base: str
     axes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    exclude: list[dict[str, Any]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+    orders: Literal["given", "all", "latin"] | int | list[list[str]] = "given"
+    references: list[Literal["frozen", "independent", "joint"]] = field(default_factory=list)
+    per_domain: str | None = None
+    budget: Budget | None = None
+    store: str | None = None
     baseline: str | None = None
     scorer: str = "nll"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run of a study.
-
-    Args:
-        id: Safe folder name, unique in the study.
-        axes: {axis: value}.
-        seed: Its seed.
-        words: Command line of `residency fit` without the verb.
-    """
-
-    id: str
-    axes: Mapping[str, str]
-    seed: int
-    words: tuple[str, ...]
 
 
 def load_study(path: Path) -> Study:
@@ -85,7 +94,10 @@ def load_study(path: Path) -> Study:
         _name(axis, path): {_name(value, path): _absolute(keys, folder, path) for value, keys in values.items()}
         for axis, values in parsed.axes.items()
     }
-    study = Study(**{**vars(parsed), "axes": axes, "base": str(folder / parsed.base)})
+    own = {"axes": axes, "base": str(folder / parsed.base), "budget": _budget(parsed.budget, path)}
+    if parsed.per_domain is not None:
+        own["per_domain"] = _absolute({"per_domain": parsed.per_domain}, folder, path)["per_domain"]
+    study = Study(**{**vars(parsed), **own})
     _check(study, path)
     return study
 
@@ -164,38 +176,38 @@ def _check(study: Study, path: Path) -> None:
             fix="name one of its values",
         )
     check_scorers([study.scorer], where=str(path))
+    _check_exclusions(study, path)
+    if (isinstance(study.orders, int) and study.orders < 1) or study.orders == []:
+        raise UserError(
+            f"{path}: orders is {study.orders}",
+            why="a number says how many random orders there are",
+            fix="give at least 1, or one of given, all, latin, or lists of domain names",
+        )
 
 
-def plan_cells(study: Study) -> list[Cell]:
-    """Every combination of axis values and seeds, in the order of the file.
+def _budget(given: Any, path: Path) -> Budget | None:
+    if given is None:
+        return None
+    budget = Budget(**vars(given))
+    values = [value for value in (budget.steps, budget.tokens) if value is not None]
+    if len(values) != 1 or values[0] < 1:
+        raise UserError(
+            f"{path}: budget is {{steps: {budget.steps}, tokens: {budget.tokens}}}",
+            why="the budget of a domain is counted in steps or in tokens, and is at least 1",
+            fix="give one of them, for example budget: {steps: 100}",
+        )
+    return budget
 
-    Args:
-        study: As `load_study` gives it.
 
-    Raises:
-        UserError: Two cells would share a folder.
-    """
-    cells: dict[str, Cell] = {}
-    for values in itertools.product(*(axis.items() for axis in study.axes.values())):
-        axes = dict(zip(study.axes, (name for name, _ in values), strict=True))
-        for seed in study.seeds:
-            cell = "-".join([*(_slug(value) for value in axes.values()), f"s{seed}"])
-            words = ["--config", study.base, *(word for _, keys in values for word in _words(keys))]
-            words += [f"--seed_everything={seed}", f"--name={cell}", f"--axes={json.dumps(axes)}"]
-            # Some file systems do not tell upper from lower case.
-            other = cells.setdefault(cell.casefold(), Cell(id=cell, axes=axes, seed=seed, words=tuple(words)))
-            if other.axes != axes:
+def _check_exclusions(study: Study, path: Path) -> None:
+    for combination in study.exclude:
+        for axis, values in combination.items():
+            known = study.axes.get(axis, {})
+            named = [str(v) for v in (values if isinstance(values, list) else [values])]
+            if unknown := [value for value in named if value not in known]:
+                near = get_close_matches(unknown[0], known, 1) or get_close_matches(axis, study.axes, 1)
                 raise UserError(
-                    f"study {study.name}: {dict(other.axes)} and {axes} would share the folder {cell!r}",
-                    why="names are reduced to letters, digits, '.', '_' and '-', and joined by '-'",
-                    fix="rename one of the values",
+                    f"{path}: exclude has {axis}: {unknown[0]}",
+                    why=f"the axes are {', '.join(study.axes) or 'none'}; {axis} has {', '.join(known) or 'no values'}",
+                    fix=f"did you mean {near[0]!r}?" if near else "name an axis and one of its values",
                 )
-    return list(cells.values())
-
-
-def _words(overrides: Mapping[str, Any]) -> list[str]:
-    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:_LONGEST].strip("._-") or "value"

@@ -17,6 +17,10 @@ __all__ = ["alive", "gone", "note", "run_task"]
 SEEN: list[str] = []
 
 
+def _stop(*_: object) -> None:
+    raise InterruptedError
+
+
 def run_task(spec: Mapping[str, Any]) -> int:
     """Do what the spec says: leave a note of this process behind, print, wait, die, return a code."""
     print("printed by", spec.get("name"), flush=True)
@@ -31,14 +35,17 @@ def run_task(spec: Mapping[str, Any]) -> int:
     if "child" in spec:
         note["child"] = subprocess.Popen(["sleep", "60"]).pid
     if spec.get("on_stop") == "finish":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        signal.signal(signal.SIGTERM, _stop)
     elif spec.get("on_stop") == "ignore":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "note" in spec:
         temporary = Path(spec["note"]).with_suffix(".tmp")
         temporary.write_text(json.dumps(note))
         temporary.rename(spec["note"])
-    time.sleep(spec.get("seconds", 0))
+    try:
+        time.sleep(spec.get("seconds", 0))
+    except InterruptedError:
+        return 75
     if "signal" in spec:
         os.kill(os.getpid(), spec["signal"])
     if spec.get("raise"):

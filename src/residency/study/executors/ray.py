@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -23,23 +23,24 @@ from typing import Any
 
 from residency.errors import EXIT_SIGNAL, EXIT_USER, UserError
 from residency.study.executors.base import Executor, Outcome, Resources, Task
-from residency.study.executors.nursery import CALL, PRELOAD, Nursery
+from residency.study.executors.forkserver import CALL
+from residency.study.executors.local import LocalExecutor
 
-__all__ = ["RayExecutor", "task_environment"]
+__all__ = ["RayExecutor"]
 
 _OUT_OF_MEMORY = 71
 _LOST = -9
-_CONNECT_SECONDS = 60
+_GRACE_SECONDS = 20.0  # how long a task that is asked to stop may take
 
 
 class RayExecutor(Executor):
-    """Runs tasks as Ray tasks, each of which runs a clean process of its own.
+    """Runs tasks as Ray tasks; every Ray worker runs them by a local executor of its own, one at a time.
 
     Args:
         resources: What a typical task occupies; decides how many are submitted at once.
         address: Of a running cluster; RAY_ADDRESS by default; without either, a private instance on this machine.
         cpus: CPUs of the private instance; all by default.
-        call: What carries a task out, as in `Nursery`.
+        call: What carries a task out; another one only in tests.
 
     Raises:
         UserError: Ray is missing, the cluster cannot be reached, or none of its nodes could ever run such a task.
@@ -118,9 +119,7 @@ class RayExecutor(Executor):
             "max_retries": 0,
             "scheduling_strategy": "SPREAD",
         }
-        facts = {"gpus": task.resources.gpus, "cpus": task.resources.cpus, "version": version("residency")}
-        facts["call"] = self.call
-        self._refs[self._remote.options(**options).remote(dict(task.spec), task.id, facts)] = task.id
+        self._refs[self._remote.options(**options).remote(task, version("residency"), self.call)] = task.id
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
         """Tasks that ended since the last call."""
@@ -198,50 +197,46 @@ def _first_line(error: BaseException) -> str:
 
 
 @functools.cache
-def _nursery(call: str) -> Nursery:
-    """One per Ray worker, kept for its next task: only the first one pays for the imports."""
-    return Nursery(call=call, preload=PRELOAD if call == CALL else ())
+def _worker(call: str, threads: int, devices: tuple[str, ...], logs: Path) -> LocalExecutor:
+    """Of a Ray worker, kept for its next task: only the first one pays for the imports."""
+    # In an allocation Lightning would take every stage for a task of srun, and wait for the others.
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
+    return LocalExecutor(workers=1, threads=threads, devices=devices, logs=logs, call=call)
 
 
-def _carry_out(spec: dict[str, Any], task: str, facts: dict[str, Any]) -> tuple[int, str]:
-    """The Ray task: run the process, and tell how it ended."""
+def _carry_out(task: Task, release: str, call: str) -> tuple[int, str]:
+    """The Ray task: a local executor of one worker does it."""
     here = socket.gethostname()
-    if version("residency") != facts["version"]:
-        told = f"{here} has residency {version('residency')}, the study runs {facts['version']}; install the same"
-        return EXIT_USER, told
-    status = Path(spec["status"])
+    if version("residency") != release:
+        return EXIT_USER, f"{here} has residency {version('residency')}, the study runs {release}; install the same"
+    status = Path(task.spec["status"])
     if not status.parent.is_dir():
         told = f"{here} does not see {status.parent}; the study's folder must be on a file system that all nodes share"
         return EXIT_USER, told
-    nursery = _nursery(facts["call"])
+    # Ray has chosen the devices of this task; one without any would see them all.
+    devices = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))) if task.resources.gpus else ()
     try:
-        code = nursery.run(
-            spec,
-            environment=task_environment(os.environ, cpus=facts["cpus"], gpus=facts["gpus"]),
-            log=status.parent / f"{task}.log",
-            devices=facts["gpus"],
-        )
+        worker = _worker(call, task.resources.cpus, devices, status.parent / "logs")
     except KeyboardInterrupt:
-        # Cancelled while the server was still importing: there is no process yet that could be asked.
-        nursery.close()
-        return EXIT_SIGNAL, "stopped"
-    return code, ""
+        return EXIT_SIGNAL, "stopped before it began"
+    return _finish(worker, task)
 
 
-def task_environment(environment: Mapping[str, str], *, cpus: int, gpus: int) -> dict[str, str | None]:
-    """Variables of a task's process that differ from those of the Ray worker.
-
-    Args:
-        environment: Of the worker.
-        cpus: Threads.
-        gpus: Devices. Ray has chosen them; a task with none would see them all.
-
-    Returns:
-        {name: value}; `None` = removed.
-    """
-    # In an allocation Lightning would take every stage for a task of srun, and wait for the others.
-    found: dict[str, str | None] = {name: None for name in environment if name.startswith("SLURM_")}
-    found["OMP_NUM_THREADS"] = str(cpus)
-    if gpus == 0:
-        found["CUDA_VISIBLE_DEVICES"] = ""
-    return found
+def _finish(worker: LocalExecutor, task: Task) -> tuple[int, str]:
+    """Run a task to its end; a cancellation (`KeyboardInterrupt`) asks it to stop, and waits."""
+    submitted, deadline = False, float("inf")
+    while True:
+        try:
+            if not submitted:
+                submitted = True
+                worker.submit(task)
+            for outcome in worker.wait(0.5):
+                return outcome.exit_code, outcome.message
+            if time.monotonic() > deadline:
+                worker.close()
+                _worker.cache_clear()
+                return EXIT_SIGNAL, "killed: it did not stop when asked"
+        except KeyboardInterrupt:
+            worker.cancel(task.id)
+            deadline = time.monotonic() + _GRACE_SECONDS

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from residency.errors import UserError
 
-__all__ = ["METRICS", "Direction", "Parameter", "Search", "Stop", "applies", "check_search", "survivors", "value_of"]
+__all__ = ["METRICS", "Direction", "Parameter", "Search", "Stop", "applies", "check_search", "make_search", "survivors", "value_of"]
 
 Direction = Literal["maximize", "minimize"]
 METRICS: Mapping[str, Direction] = {
@@ -101,6 +101,25 @@ class Search:
     def sign(self) -> int:
         """+1 if more is better, else -1."""
         return 1 if self.towards == "maximize" else -1
+
+
+def make_search(parsed: Any, written: Mapping[str, Any], *, absolute: Callable[[Any], Any]) -> Search:
+    """A search section as objects.
+
+    Args:
+        parsed: As the parser gives it.
+        written: As it stands in the file: choices that look like a class must stay what they are.
+        absolute: Makes the path of a preset file absolute; leaves other values as they are.
+    """
+    parameters = {}
+    for key, part in parsed.parameters.items():
+        parameter = Parameter(**vars(part))
+        if parameter.choices is not None:
+            choices = [absolute(choice) for choice in written["parameters"][key]["choices"]]
+            parameter = replace(parameter, choices=choices)
+        parameters[str(key)] = parameter
+    stop = None if parsed.stop is None else Stop(**vars(parsed.stop))
+    return Search(**{**vars(parsed), "parameters": parameters, "stop": stop})
 
 
 def applies(parameter: Parameter, axes: Mapping[str, str]) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from chores import gone, note
 from ray_cluster import RAY_TOKEN, cluster  # noqa: F401
 from residency.errors import UserError
-from residency.study.executors.base import Outcome, Resources, Task
+from residency.study.executors.base import Outcome, Task
 from residency.study.executors.ray import RayExecutor
 
 
@@ -115,7 +115,7 @@ def test_a_folder_that_the_node_does_not_see(executor: RayExecutor, tmp_path: Pa
 
 def test_what_no_node_can_run_is_refused_at_once(cluster: Any) -> None:
     with pytest.raises(UserError, match="no node of the Ray cluster has 1 CPUs and 8 GPUs"):
-        RayExecutor(address=cluster.address, resources=Resources(gpus=8))
+        RayExecutor(address=cluster.address, gpus=8)
     assert os.environ["RAY_AUTH_TOKEN"] == RAY_TOKEN, "the environment is as it was"
 
 

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from residency.errors import EXIT_SIGNAL, EXIT_USER, UserError
-from residency.study.executors.base import Executor, Outcome, Resources, Task
+from residency.study.executors.base import Executor, Outcome, Task
 from residency.study.executors.forkserver import CALL
 from residency.study.executors.local import LocalExecutor
 
@@ -37,7 +37,8 @@ class RayExecutor(Executor):
     """Runs tasks as Ray tasks; every Ray worker runs them by a local executor of its own, one at a time.
 
     Args:
-        resources: What a typical task occupies; decides how many are submitted at once.
+        threads: CPUs of a task, and threads that it computes with.
+        gpus: GPUs of the tasks that need most; decides how many tasks are submitted at once.
         address: Of a running cluster; RAY_ADDRESS by default; without either, a private instance on this machine.
         cpus: CPUs of the private instance; all by default.
         call: What carries a task out; another one only in tests.
@@ -49,27 +50,27 @@ class RayExecutor(Executor):
     def __init__(
         self,
         *,
-        resources: Resources | None = None,
+        threads: int = 1,
+        gpus: int = 0,
         address: str | None = None,
         cpus: int | None = None,
         call: str = CALL,
     ) -> None:
-        self.resources = resources or Resources()
+        self.threads = threads
+        self.gpus = gpus
         self.call = call
         self._refs: dict[Any, str] = {}
         self._cancelled: set[str] = set()
         self._environment: dict[str, str | None] = {}
         self._ray = _import_ray()
-        address = address or os.environ.get("RAY_ADDRESS") or None
-        self._connect(address, cpus)
+        self._connect(address or os.environ.get("RAY_ADDRESS") or None, cpus)
         self._remote = self._ray.remote(_carry_out)
         if not self._capacity():
-            held = f"{self.resources.cpus} CPUs and {self.resources.gpus} GPUs"
             self.close()
             raise UserError(
-                f"no node of the Ray cluster has {held}",
+                f"no node of the Ray cluster has {threads} CPUs and {gpus} GPUs",
                 why="a task runs on one node, and this one would wait for ever",
-                fix="start the nodes with these resources, or let a stage use fewer",
+                fix="start the nodes with these resources, or let a stage use fewer (--threads)",
             )
 
     def _connect(self, address: str | None, cpus: int | None) -> None:
@@ -106,7 +107,7 @@ class RayExecutor(Executor):
         return max(1, self._capacity())
 
     def _capacity(self) -> int:
-        wanted = {"CPU": self.resources.cpus, "GPU": self.resources.gpus}
+        wanted = {"CPU": self.threads, "GPU": self.gpus}
         alive = [node.get("Resources", {}) for node in self._ray.nodes() if node["Alive"]]
         return sum(min(int(node.get(name, 0) // count) for name, count in wanted.items() if count) for node in alive)
 
@@ -114,12 +115,12 @@ class RayExecutor(Executor):
         """Hand a task to Ray, which queues it until a node has room."""
         options = {
             "name": f"residency {task.id}",
-            "num_cpus": task.resources.cpus,
+            "num_cpus": self.threads,
             "num_gpus": task.resources.gpus,
             "max_retries": 0,
             "scheduling_strategy": "SPREAD",
         }
-        self._refs[self._remote.options(**options).remote(task, version("residency"), self.call)] = task.id
+        self._refs[self._remote.options(**options).remote(task, self.threads, version("residency"), self.call)] = task.id
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
         """Tasks that ended since the last call."""
@@ -205,7 +206,7 @@ def _worker(call: str, threads: int, devices: tuple[str, ...], logs: Path) -> Lo
     return LocalExecutor(workers=1, threads=threads, devices=devices, logs=logs, call=call)
 
 
-def _carry_out(task: Task, release: str, call: str) -> tuple[int, str]:
+def _carry_out(task: Task, threads: int, release: str, call: str) -> tuple[int, str]:
     """The Ray task: a local executor of one worker does it."""
     here = socket.gethostname()
     if version("residency") != release:
@@ -217,7 +218,7 @@ def _carry_out(task: Task, release: str, call: str) -> tuple[int, str]:
     # Ray has chosen the devices of this task; one without any would see them all.
     devices = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))) if task.resources.gpus else ()
     try:
-        worker = _worker(call, task.resources.cpus, devices, status.parent / "logs")
+        worker = _worker(call, threads, devices, status.parent / "logs")
     except KeyboardInterrupt:
         return EXIT_SIGNAL, "stopped before it began"
     return _finish(worker, task)

@@ -36,6 +36,11 @@ class Cell:
     words: tuple[str, ...]
     reference: str | None = None
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """What the last words say, in their order: the keys by which a cell differs from another seed of it."""
+        return {"seed_everything": self.seed, "name": self.id, "axes": dict(self.axes)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:

@@ -96,9 +96,10 @@ def load_study(path: Path) -> Study:
     except Refusal as refusal:
         raise explain(refusal, ["sweep", "--config", str(path)], class_names()) from refusal
     folder = path.resolve().parent
+    # As written: the parser makes objects of its own from what looks like a class.
     axes = {
         _name(axis, path): {_name(value, path): _absolute(keys, folder, path) for value, keys in values.items()}
-        for axis, values in parsed.axes.items()
+        for axis, values in (content.get("axes") or {}).items()
     }
     own = {"axes": axes, "base": str(folder / parsed.base), "budget": _budget(parsed.budget, path)}
     if parsed.search is not None:

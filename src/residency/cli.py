@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -225,7 +226,7 @@ class ResidencyCLI(LightningCLI):
         """The run's settings."""
         return run_settings(self.option)
 
-    @property
+    @cached_property
     def resolved(self) -> dict[str, Any]:
         """The full config as plain values; where the run lies is not part of what it is."""
         with warnings.catch_warnings():
@@ -235,8 +236,11 @@ class ResidencyCLI(LightningCLI):
         return {key: value for key, value in self.config_dump.items() if key not in ("config", "run_dir", "subcommand")}
 
     def _views(self) -> list[View]:
-        tracker = Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
-        return [ConsoleView(folder=self.folder.path), tracker]
+        return [ConsoleView(folder=self.folder.path), self.tracker()]
+
+    def tracker(self) -> Tracker:
+        """The run on W&B."""
+        return Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
 
 
 def parse(args: list[str]) -> ResidencyCLI:

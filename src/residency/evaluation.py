@@ -18,9 +18,9 @@ from residency.objectives.sft import token_nll
 from residency.scorers import SCORERS, exact_match, label_is_best, rouge_l
 from residency.types import Example, Split
 
-__all__ = ["Evaluation", "EvaluationSettings", "RowScore", "evaluate", "prompt_nll"]
+__all__ = ["Evaluation", "EvaluationSettings", "RowScore", "completion_nll", "evaluate", "prompt_nll"]
 
-PROMPT_TOKENS = 1024  # per pass of `prompt_nll`
+EXTRA_TOKENS = 1024  # per pass of `completion_nll`
 
 Advance = Callable[[str, int], None]
 
@@ -103,17 +103,18 @@ def evaluate(
                         if any(SCORERS[s].needs == "generation" for s in domain.scorers):
                             written = [e for e in group if e.row in generated]
                             scores += _generations(module, domain, written, split, settings)
+                scores += _extra(module, name, examples)
     finally:
         module.model.train(training)
     return scores
 
 
 def means(scores: Evaluation) -> dict[str, dict[str, float]]:
-    """{scorer: {column: mean}}: over rows, for `nll` over tokens."""
+    """{scorer: {column: mean}}: over rows, for likelihoods over tokens."""
     sums: dict[tuple[str, str], float] = defaultdict(float)
     weights: dict[tuple[str, str], int] = defaultdict(int)
     for score in scores:
-        weight = score.tokens if score.scorer == "nll" else 1
+        weight = score.tokens if SCORERS[score.scorer].per_token else 1
         sums[score.scorer, score.column] += weight * score.value
         weights[score.scorer, score.column] += weight
     found: dict[str, dict[str, float]] = defaultdict(dict)
@@ -122,19 +123,33 @@ def means(scores: Evaluation) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
-def prompt_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
-    """(B,) mean negative log-likelihood of each prompt's tokens after its first one, in nats; 0 for a single token."""
-    # Rows of several domains may share an id; the place in the list is unique.
-    prompts = [
-        replace(e, row=str(i), prompt=e.prompt[:1], completion=e.prompt[1:], alternatives=())
-        for i, e in enumerate(examples)
+def _extra(module: ContinualModule, column: str, examples: Sequence[Example]) -> Evaluation:
+    """What the adapter scores beside."""
+    functions = partial(completion_nll, module), partial(prompt_nll, module)
+    found = module.adapter.extra_scores(module.model, column, examples, *functions)
+    return [
+        RowScore(e.domain, e.row, scorer, float(value), len(e.completion))
+        for scorer, values in found.items()
+        for e, value in zip(examples, values, strict=True)
     ]
-    found = torch.zeros(len(prompts), dtype=torch.float64)
+
+
+def completion_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
+    """(B,) mean negative log-likelihood of each completion's tokens, in nats."""
+    rows = [replace(e, row=str(i), alternatives=()) for i, e in enumerate(examples)]
+    found = torch.zeros(len(rows), dtype=torch.float64)
     with torch.no_grad():
-        for group in by_token_budget(sorted((e for e in prompts if e.completion), key=len), tokens=PROMPT_TOKENS):
+        for group in by_token_budget(sorted((e for e in rows if e.completion), key=len), tokens=EXTRA_TOKENS):
             for example, nll in zip(group, _branch_nll(module, group), strict=True):
                 found[int(example.row)] = nll[0] / len(example.completion)
     return found
+
+
+def prompt_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
+    """(B,) mean negative log-likelihood of each prompt's tokens after its first one, in nats; 0 for a single token."""
+    return completion_nll(
+        module, [replace(e, prompt=e.prompt[:1], completion=e.prompt[1:], alternatives=()) for e in examples]
+    )
 
 
 def _likelihoods(

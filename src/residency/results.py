@@ -38,7 +38,7 @@ def build_record(
         "split": info.split,
         "domains": data.order,
         "probes": list(data.probes),
-        "task_id_at_test": False,
+        "task_id_at_test": module.adapter.task_id_at_test,
         "scores": scores,
         "summary": summaries(scores, domains=len(data.order)),
         "cost": _cost(stages, info),

@@ -20,19 +20,25 @@ class Scorer:
     Args:
         higher_is_better: Orientation.
         unit: For tables and axes.
-        needs: `likelihood` (one pass over completions and labels) or `generation` (greedy decoding).
+        needs: `likelihood` (one pass over completions and labels), `generation` (greedy decoding), or `adapter` (an
+            adapter adds it by itself; nobody asks for it).
+        per_token: Whether a mean over rows weighs them by their completion tokens.
     """
 
     higher_is_better: bool
     unit: str
     needs: str
+    per_token: bool = False
 
 
 SCORERS = {
-    "nll": Scorer(False, "nats per completion token", "likelihood"),
+    "nll": Scorer(False, "nats per completion token", "likelihood", per_token=True),
     "accuracy": Scorer(True, "share of rows whose own label is the most likely one", "likelihood"),
     "exact_match": Scorer(True, "share of rows written exactly", "generation"),
     "rougeL": Scorer(True, "ROUGE-L F1, 0 to 1", "generation"),
+    "nll_routed": Scorer(False, "nats per completion token, domain not told", "adapter", per_token=True),
+    "nll_newest": Scorer(False, "nats per completion token under the newest adapter", "adapter", per_token=True),
+    "routing_error": Scorer(False, "share of rows routed to another domain's adapter", "adapter"),
 }
 
 
@@ -42,12 +48,13 @@ def check_scorers(names: Sequence[str], *, where: str) -> None:
     Raises:
         UserError: Naming the scorers there are.
     """
-    unknown = [name for name in names if name not in SCORERS]
+    choices = [name for name, scorer in SCORERS.items() if scorer.needs != "adapter"]
+    unknown = [name for name in names if name not in choices]
     if unknown:
         raise UserError(
             f"{where}.scorers has {unknown}",
             why="there is no such scorer",
-            fix=f"choose from {', '.join(SCORERS)}",
+            fix=f"choose from {', '.join(choices)}",
         )
 
 

@@ -88,7 +88,11 @@ class Store:
         if not folder.is_dir():
             return None
         try:
-            return check_entry(folder)
+            entry = check_entry(folder)
+            # When it was last of use, for `gc`.
+            with suppress(OSError):
+                os.utime(folder / RECORD)
+            return entry
         except (OSError, ValueError, UserError) as error:
             self.set_aside(kind, key, reason=" ".join(str(error).split()))
             return None

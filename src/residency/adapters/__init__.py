@@ -2,6 +2,9 @@
 
 from residency.adapters.base import Adapter
 from residency.adapters.full import Full
+from residency.adapters.osf import OSF
 from residency.adapters.peft import Peft
+from residency.adapters.per_domain import PerDomain
+from residency.adapters.progressive_prompts import ProgressivePrompts
 
-__all__ = ["Adapter", "Full", "Peft"]
+__all__ = ["OSF", "Adapter", "Full", "Peft", "PerDomain", "ProgressivePrompts"]

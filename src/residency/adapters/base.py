@@ -123,6 +123,25 @@ class Adapter(ABC):
         """
         return [(nullcontext(), examples)]
 
+    def extra_scores(
+        self,
+        model: nn.Module,
+        column: str,
+        examples: Sequence[Example],
+        completion_nll: PromptNLL,
+        prompt_nll: PromptNLL,
+    ) -> Mapping[str, Tensor]:
+        """What else is worth scoring on a column, apart from how `serve` answers it: {scorer: (B,) values}.
+
+        Args:
+            model: The attached model.
+            column: Domain or probe.
+            examples: Its rows.
+            completion_nll: Examples -> (B,) nats per completion token under the model as it stands.
+            prompt_nll: The same of the prompts.
+        """
+        return {}
+
     # -- spaces and files ---------------------------------------------------------------------------------------
 
     def weights(self, model: nn.Module, state: Tensors) -> Tensors:

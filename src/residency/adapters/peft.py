@@ -4,71 +4,79 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
 
-from residency.adapters.base import Adapter
+from residency.adapters.base import Adapter, OptimizerFactory, missing_capability
+from residency.adapters.low_rank import low_rank_factors
+from residency.adapters.tuners import capabilities, check_config, check_quantised, kind_of
 from residency.errors import UserError
 from residency.tensors import Computed
-from residency.types import Capability, Tensors
+from residency.types import Tensors
 
-__all__ = ["Peft", "low_rank_factors"]
+__all__ = ["Peft", "expected_remarks", "is_quantised", "lora", "low_rank_factors", "wrap"]
 
-# LoRA initialisations that write into the frozen weight: with the adapter off, the model is not the base any more.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# The effect on the model is linear (or a scale) in these parameters, so their mean is the mean of the effects.
-_AVERAGED_AS_THEY_ARE = frozenset(
-    {"IA3", "PROMPT_TUNING", "PREFIX_TUNING", "LN_TUNING", "FOURIERFT", "WAVEFT", "SHIRA", "C3A", "TRAINABLE_TOKENS"}
-)
-_VIRTUAL_TOKENS = frozenset(
-    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "CARTRIDGE", "PREFIX_TUNING"}
-)
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
+
+_EXPECTED = (
+    ".*is_gradient_checkpointing.*",  # PEFT asks transformers for a property that has been renamed
+    ".*cannot merge the BEFT adapter.*",  # which the capabilities say
+    ".*Failed to load the CUDA extension.*",  # BOFT has a slower way without it, and says what it sets for it
+    ".*Setting boft_n_butterfly_factor to 1.*",
+    ".*Unsupported layer type.*Norm.*",  # LN tuning only asks for the sizes of the layer
+)
 
 
 class Peft(Adapter):
     """A parameter-efficient adapter of the PEFT library.
 
     Args:
-        config: Any `peft.PeftConfig`, for example `{class_path: peft.LoraConfig, init_args: {r: 8, ...}}`.
+        config: Any `peft.PeftConfig`, for example `{class_path: peft.LoraConfig, init_args: {r: 8, ...}}`. The few
+            that cannot work are refused with the reason (`residency.adapters.tuners`).
+        lr_ratio: Learning rate of LoRA's B over that of everything else: LoRA+ (Hayou et al. 2024) uses 4 to 16.
+
+    Raises:
+        UserError: The config cannot train here, or `lr_ratio` is given for a tuner without B.
     """
 
-    def __init__(self, *, config: PeftConfig) -> None:
-        kind = _kind(config)
-        if kind in _VIRTUAL_TOKENS:
+    def __init__(self, *, config: PeftConfig, lr_ratio: float = 1.0) -> None:
+        check_config(config)
+        if lr_ratio != 1.0 and kind_of(config) != "LORA":
             raise UserError(
-                f"adapter config {type(config).__name__}",
-                why="it prepends virtual tokens, and positions of supervised tokens would shift",
-                fix="use a tuner that changes weights, for example configs/adapter/lora.yaml or ia3.yaml",
+                f"model.adapter.lr_ratio {lr_ratio} with {type(config).__name__}",
+                why="it is the learning rate of LoRA's factor B, which this tuner does not have",
+                fix="set it to 1.0, or use configs/adapter/lora_plus.yaml",
             )
         self.config = config
-        self.provides = _capabilities(config, kind)
+        self.lr_ratio = lr_ratio
+        self.provides = capabilities(config)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Wrap the model with PEFT; only the adapter's parameters stay trainable."""
-        if isinstance(model, PeftModel):
-            return model  # type: ignore[no-any-return]
-        # A copy: PEFT writes the base model's name and the resolved targets into the config it is given.
-        config = copy.deepcopy(self.config)
-        config.task_type = config.task_type or "CAUSAL_LM"
-        try:
-            with warnings.catch_warnings():
-                # PEFT asks transformers for a property that transformers has renamed.
-                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-                return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise UserError(
-                f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",
-                why="the tuner does not fit this model, its layers or its quantisation",
-                fix="correct model.adapter.config (often target_modules), or use configs/adapter/lora.yaml",
-            ) from error
+        """Wrap the model with PEFT; only the adapter's parameters stay trainable.
+
+        Raises:
+            UserError: The tuner does not fit the model, its layers or its quantisation.
+        """
+        return wrap(model, self.config)
+
+    def optimizer(self, model: nn.Module, factory: OptimizerFactory) -> Optimizer:
+        """One group, or two for LoRA+: whatever the user's optimizer is, B steps `lr_ratio` times as far."""
+        if self.lr_ratio == 1.0:
+            return super().optimizer(model, factory)
+        leaves = self.trainable(model)
+        fast = {name for name in leaves if any(b in name for _, b in _PAIRS)}
+        groups = [[p for name, p in leaves.items() if (name in fast) == wanted] for wanted in (False, True)]
+        optimizer = factory([{"params": group} for group in groups])
+        optimizer.param_groups[1]["lr"] *= self.lr_ratio
+        return optimizer
 
     def weights(self, model: nn.Module, state: Tensors) -> Tensors:
         """LoRA: the update s B A of every adapted weight, (out, in), computed when read; other tensors as they are.
@@ -81,7 +89,7 @@ class Peft(Adapter):
         factors = {*pairs, *pairs.values()}
         names = [*pairs, *(name for name in state if name not in factors)]
 
-        def compute(name: str) -> Tensor:
+        def compute(name: str) -> torch.Tensor:
             if name not in pairs:
                 return state[name]
             scale = _scale(model, name)
@@ -114,38 +122,81 @@ class Peft(Adapter):
         return {"truncation": (lost / total) ** 0.5 if total else 0.0}
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Adapters off."""
+        """Adapters off: bit for bit the pretrained (or the quantised) model."""
         if "reference" not in self.provides:
             return super().reference(model)
         return model.disable_adapter()  # type: ignore[operator, no-any-return]
 
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The plain transformers model with the adapter folded in; `model` is used up.
+
+        On 4-bit and 8-bit weights the result is a model in full precision: folding into the codes themselves would
+        change the function (pitfalls P6).
+        """
+        if "mergeable" not in self.provides:
+            raise missing_capability(self, "mergeable")
+        if is_quantised(model):
+            model = _on_dequantised_base(model)
+        return model.merge_and_unload(safe_merge=True)  # type: ignore[operator, no-any-return]
+
     def export(self, model: nn.Module, path: Path) -> None:
         """A folder that `PeftModel.from_pretrained` loads."""
+        if "exportable" not in self.provides:
+            raise missing_capability(self, "exportable")
         model.save_pretrained(path)  # type: ignore[operator]
 
     def _check_averageable(self) -> None:
         if "averageable" not in self.provides:
-            super().weights(nn.Module(), {})
+            raise missing_capability(self, "averageable")
 
 
-def _kind(config: PeftConfig) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
+def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.Module:
+    """Attach a PEFT tuner under a name; does nothing to a model that has one.
+
+    Raises:
+        UserError: The tuner does not fit the model, its layers or its quantisation.
+    """
+    if isinstance(model, PeftModel):
+        return model  # type: ignore[no-any-return]
+    if is_quantised(model):
+        check_quantised(config)
+    # A copy: PEFT writes the base model's name and the resolved targets into the config it is given.
+    config = copy.deepcopy(config)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    if kind_of(config) == "FROD":
+        # torch's default, said aloud: it warns about FRoD's sparse matrices otherwise.
+        torch.sparse.check_sparse_tensor_invariants.disable()
+    try:
+        with expected_remarks():
+            return get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type, no-any-return]
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",
+            why="the tuner does not fit this model, its layers or its quantisation",
+            fix="correct model.adapter.config (often target_modules), or use configs/adapter/lora.yaml",
+        ) from error
 
 
-def _capabilities(config: PeftConfig, kind: str) -> frozenset[Capability]:
-    """What a PEFT config can promise (spec/adapters 1.3)."""
-    found: set[Capability] = {"fixed_coordinates", "exportable"}
-    init = str(getattr(config, "init_lora_weights", True)).lower()
-    changes_base = init.startswith(_BASE_CHANGING) or getattr(config, "kasa_config", None) is not None
-    if not changes_base and getattr(config, "bias", "none") == "none" and kind != "OSF":
-        found.add("reference")
-    # Updates relative to a changed base are no updates of the pretrained weights, but they average all the same.
-    plain_lora = kind == "LORA" and not getattr(config, "use_bdlora", None) and not config.is_prompt_learning
-    if plain_lora or kind in _AVERAGED_AS_THEY_ARE:
-        found.add("averageable")
-    if kind == "OSF":
-        found.discard("fixed_coordinates")
-    return frozenset(found)
+@contextmanager
+def expected_remarks() -> Iterator[None]:
+    """Silence what PEFT and torch remark while a tuner is attached or loaded, and what is known here."""
+    with warnings.catch_warnings():
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether some weights are stored as integer codes."""
+    return any(not p.is_floating_point() for p in model.parameters())
+
+
+def _on_dequantised_base(model: Any) -> nn.Module:
+    """The same adapter on a copy of its base in full precision, by way of what `export` writes."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        with expected_remarks():
+            return PeftModel.from_pretrained(model.unload().dequantize(), folder)  # type: ignore[no-any-return]
 
 
 def _pairs(state: Tensors) -> list[tuple[str, str]]:
@@ -160,37 +211,6 @@ def _scale(model: nn.Module, name: str) -> float:
     marker = next(a for a, _ in _PAIRS if a in name)
     path, rest = name.split(marker)
     return float(model.get_submodule(path).scaling[rest.split(".")[0]])  # type: ignore[index, union-attr]
-
-
-def low_rank_factors(matrix: Tensor, *, rank: int, a_norm: float) -> tuple[Tensor, Tensor]:
-    """The best rank-r factorisation B A of a matrix, with a chosen scale of A.
-
-    A factorisation has a free gauge (B G, G^-1 A). It is fixed so that A has orthogonal rows of equal length and its
-    former norm: the step that an optimizer makes in B A afterwards keeps its size.
-
-    Args:
-        matrix: (out, in).
-        rank: r.
-        a_norm: Frobenius norm that A shall have; 0 gives 1.
-
-    Returns:
-        B (out, r) and A (r, in).
-    """
-    smallest = min(matrix.shape)
-    wide = min(2 * rank + 8, smallest)
-    if smallest <= 4 * rank:
-        u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
-    else:
-        # Randomised range finding is exact up to rounding for rank <= `wide`, as a mean of two rank-r updates is
-        # (Halko et al. 2011, algorithm 4.4). Its draw is fixed, so that the result is a function of the matrix.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix.float(), q=wide, niter=4)
-            vh = v.T
-    length = (a_norm or 1.0) / min(rank, smallest) ** 0.5
-    # A rank above the matrix's own dimensions leaves directions over; they stay empty.
-    spare = max(0, rank - smallest)
-    return F.pad(u[:, :rank] * (s[:rank] / length), (0, spare)), F.pad(vh[:rank] * length, (0, 0, 0, spare))
 
 
 def lora(**options: Any) -> Peft:

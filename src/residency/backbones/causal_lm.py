@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -144,7 +145,8 @@ class CausalLM(Backbone):
             )
             return out.logits[0]  # type: ignore[no-any-return]
         width = batch.input_ids.shape[1]
-        row, column = batch.target_at // width, batch.target_at % width
+        # Columns count from the end of a row: an adapter may have put virtual tokens in front of it.
+        row, column = batch.target_at // width, batch.target_at % width - width
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         if not _keeps_logits(model):
             return model(**inputs).logits[row, column]  # type: ignore[no-any-return]
@@ -163,7 +165,10 @@ class CausalLM(Backbone):
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
         generate: Any = model.generate
-        out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        with warnings.catch_warnings():
+            # PEFT gives virtual tokens their positions itself, and says so at every step.
+            warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+            out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         new = [row[width:] for row in out.tolist()]
         return [row[: row.index(end)] if end in row else row for row in new]
 

@@ -74,7 +74,7 @@ def _bug(status: _Status, error: Exception) -> int:
 
 def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     from residency.cli import parse
-    from residency.stream import open_shelf
+    from residency.stream import open_shelf, train_stream
 
     if spec.get("threads"):
         torch.set_num_threads(int(spec["threads"]))
@@ -83,11 +83,12 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     if store is not None:
         take_rows(cli.datamodule, cli.resolved["data"], spec.get("rows") or {}, store)
     until = spec.get("until")
-    if until is None:
-        cli.fit()
-        return
     parts: dict[str, Any] = {"module": cli.model, "data": cli.datamodule, "trainers": cli.trainers}
-    shelf = open_shelf(**parts, settings=cli.settings, config=cli.resolved, views=[status])
+    parts |= {"settings": cli.settings, "config": cli.resolved}
+    if until is None:
+        train_stream(**parts, folder=cli.folder, views=[status, cli.tracker()])
+        return
+    shelf = open_shelf(**parts, views=[status])
     if until:
         shelf.finished(until)
     if spec.get("evaluate", True):

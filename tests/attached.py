@@ -1,0 +1,65 @@
+"""A tiny model with a PEFT tuner, a few steps of training, and its logits: what the adapter tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from residency.adapters import Adapter, Peft
+from residency.backbones import CausalLM, Quantisation
+from residency.batching import make_batch
+from residency.types import Batch, Example, Layout
+
+__all__ = ["EXAMPLES", "attach", "backbone", "learn", "logits", "mixed"]
+
+EXAMPLES = [
+    Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
+    for i in range(3)
+]
+
+
+def backbone(folder: Path, *, quantised: bool = False, **options: Any) -> CausalLM:
+    """The tiny model, in NF4 with double quantisation if asked for."""
+    return CausalLM(path=str(folder), quantisation=Quantisation() if quantised else None, **options)
+
+
+def attach(folder: Path, adapter: Adapter | PeftConfig, *, quantised: bool = False, seed: int = 0) -> Any:
+    """A fresh model with an adapter."""
+    adapter = Peft(config=adapter) if isinstance(adapter, PeftConfig) else adapter
+    model = backbone(folder, quantised=quantised).load()
+    torch.manual_seed(seed)
+    return adapter.attach(model)
+
+
+def logits(model: nn.Module, layout: Layout = "padded", examples: list[Example] | None = None) -> Tensor:
+    """(M, V) in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        return _forward(model, make_batch(examples or EXAMPLES, layout=layout)).clone()
+
+
+def learn(model: nn.Module, *, steps: int = 4, lr: float = 2e-2, optimizer: type = torch.optim.AdamW) -> float:
+    """A few steps on `EXAMPLES`; the last loss."""
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    stepper, batch, loss = optimizer(leaves, lr=lr), make_batch(EXAMPLES, layout="padded"), torch.zeros(())
+    model.train()
+    for step in range(steps):
+        torch.manual_seed(step)
+        stepper.zero_grad()
+        loss = nn.functional.cross_entropy(_forward(model, batch), batch.targets)
+        loss.backward()
+        stepper.step()
+    return float(loss)
+
+
+def mixed(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of two states."""
+    return {name: (one[name] + other[name]) / 2 for name in one}
+
+
+def _forward(model: nn.Module, batch: Batch) -> Tensor:
+    return CausalLM(path="unused").logits(model, batch)

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["RAY_TOKEN", "cluster"]
-
-RAY_TOKEN = "0123456789abcdef" * 4
+__all__ = ["cluster"]
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +20,6 @@ def cluster() -> Iterator[Any]:
         pytest.skip("the extra residency[ray] is not installed")
     here = str(Path(__file__).parent)
     with pytest.MonkeyPatch.context() as patch:
-        # Before Ray is imported, which is when it reads them.
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
         patch.setenv("SLURM_NTASKS", "4")
         patch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
         from ray.cluster_utils import Cluster

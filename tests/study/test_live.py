@@ -1,4 +1,4 @@
-"""The live view is a fold over events: nothing is lost, nothing crashes, names stay text, the terminal is given back."""
+"""The live view is a fold over events: nothing is lost, nothing crashes, names stay text, the terminal is restored."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_one_screen_tells_what_runs_what_is_shared_and_the_scores() -> None:
         ]
     )
     assert row(state, "cell0") == ["cell0", "✓", "✓", "1.500", "▶", "train", "25%", "·"]
-    assert row(state, "cell1") == ["cell1", "=", "=", "1.500", "✗", "–"]
+    assert row(state, "cell1") == ["cell1", "=", "=", "1.500", "✗", "-"]
     assert row(state, "cell2") == ["cell2", "=", "=", "1.500", "·", "·"]
     text = shown(state)
     assert "2 of 8 tasks done, 1 running, 2 failed or left out, about 1:30 left" in text

@@ -221,7 +221,9 @@ def test_a_search_is_one_of_w_and_b_on_validation_rows(folder: Path) -> None:
     assert found["model"]["adapter"]["init_args"]["config"]["init_args"]["use_rslora"] is True
     assert found["model"]["mitigations"] is None
     assert found["seed_everything"] == 5
-    replay = config(expand_cell(agents(sweep, {**values, "model.mitigations": space["model.mitigations"]["values"][1]})))
+    replay = config(
+        expand_cell(agents(sweep, {**values, "model.mitigations": space["model.mitigations"]["values"][1]}))
+    )
     assert [*replay["model"]["mitigations"]] == ["old"]
     json.dumps(sweep)
 

@@ -48,7 +48,7 @@ def run(open_journal: Callable[[], Trials], search: Search = SEARCH) -> list[Tri
 
 
 def test_values_are_those_that_the_file_allows(tmp_path: Path) -> None:
-    found = run(lambda journal=trials(tmp_path): journal)  # type: ignore[misc]
+    found = run(lambda: trials(tmp_path))
     assert len(found) == 14
     for trial in found:
         assert 1e-4 <= trial.keys["lr"] <= 1e-1
@@ -171,7 +171,10 @@ VALUES = st.dictionaries(st.integers(0, 20), st.none() | st.floats(-10, 10), max
 
 
 @given(
-    values=VALUES, earlier=st.lists(st.floats(-10, 10), max_size=8), keep=st.floats(0.05, 1), sign=st.sampled_from([1, -1])
+    values=VALUES,
+    earlier=st.lists(st.floats(-10, 10), max_size=8),
+    keep=st.floats(0.05, 1),
+    sign=st.sampled_from([1, -1]),
 )
 def test_survivors(values: dict[int, float | None], earlier: list[float], keep: float, sign: int) -> None:
     found = survivors(values, earlier, keep=keep, sign=sign)
@@ -256,5 +259,9 @@ def test_mistakes(options: dict[str, Any], part: str) -> None:
 
 
 def test_what_is_right_passes() -> None:
-    parameters = {"lr": RANGE, "x": Parameter(choices=[1, 2], only={"m": ["ewc"]}), "n": Parameter(low=1, high=9, log=True)}
+    parameters = {
+        "lr": RANGE,
+        "x": Parameter(choices=[1, 2], only={"m": ["ewc"]}),
+        "n": Parameter(low=1, high=9, log=True),
+    }
     check_search(Search(parameters=parameters), axes={"m": {"ewc": {}}}, seeds=[0], where="study.yaml")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -43,6 +45,10 @@ def sweep_command(words: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only check everything and show the plan")
     parser.add_argument("--workers", type=int, help="stages at once; default one per GPU, or one per core")
     parser.add_argument("--threads", type=int, help="threads of each; default the cores shared out")
+    parser.add_argument(
+        "--executor", choices=("local", "ray"), help="where stages run; default what the study says, else this machine"
+    )
+    parser.add_argument("--emit-wandb", type=Path, metavar="FILE", help="only write a W&B sweep file of the study")
     options = parser.parse_args(words)
     for name in ("workers", "threads"):
         if (getattr(options, name) or 1) < 1:
@@ -58,6 +64,8 @@ def sweep_command(words: list[str]) -> int:
         dry_run=options.dry_run,
         workers=options.workers,
         threads=options.threads,
+        where=options.executor,
+        emit_wandb=options.emit_wandb,
     )
 
 
@@ -69,6 +77,8 @@ def sweep(
     dry_run: bool = False,
     workers: int | None = None,
     threads: int | None = None,
+    where: Literal["local", "ray"] | None = None,
+    emit_wandb: Path | None = None,
     console: Console | None = None,
     executor: Callable[[Path], Executor] | None = None,
     watchers: Sequence[Watcher] | None = None,
@@ -82,9 +92,11 @@ def sweep(
         dry_run: Stop after the plan.
         workers: Stages at once; by default one per GPU, or one per core.
         threads: Threads of each; by default the cores shared out. Another number may change the last bits of a result.
+        where: `local` or `ray`; by default what the study says.
+        emit_wandb: Only write a W&B sweep file there.
         console: Where to print.
-        executor: Makes the executor, given a folder for logs; this machine's by default.
-        watchers: What shows the running study; plain lines by default.
+        executor: Makes the executor, given a folder for logs, instead of `where`.
+        watchers: What shows the running study; a live screen, or plain lines where there is no terminal, by default.
 
     Returns:
         Exit code.
@@ -96,55 +108,132 @@ def sweep(
     study = load_study(path)
     folder = (study_dir or Path("studies") / study.name).resolve()
     place = (store or (Path(study.store) if study.store else folder / "store")).resolve()
+    share = _workers(workers, threads)
+    _set_threads(share[1])
+    if emit_wandb is not None:
+        return _emit(study, path, emit_wandb, place, console)
     if dry_run:
-        _show(_prepared(study, folder, place, threads, workers), console, workers=_workers(workers, threads)[0])
+        _check_search(study, place, console)
+        _show(_prepared(study, folder, place, {}), console, workers=share[0])
         return EXIT_DONE
-    with _only_sweep(folder):
-        return _sweep(study, folder, place, console, (workers, threads), executor, watchers)
+    with _only_sweep(folder), _Workshop(study, folder, place, console) as shop:
+        make = executor or partial(_MAKERS[where or study.executor], workers=share[0], threads=share[1])
+        shop.make = lambda: make(folder / "logs")
+        shop.watchers = [_view(path, study_dir)] if watchers is None else watchers
+        return shop.sweep(workers=share[0])
 
 
-def _sweep(
-    study: Study,
-    folder: Path,
-    store: Path,
-    console: Console,
-    share: tuple[int | None, int | None],
-    make: Callable[[Path], Executor] | None,
-    watchers: Sequence[Watcher] | None,
-) -> int:
-    from residency.study.lines import PlainLines
-    from residency.study.schedule import run_tree
+class _Workshop:
+    """A study that is being run: its executor is started when something has to be done, and closed at the end."""
 
-    workers, threads = _workers(*share)
-    prepared = _prepared(study, folder, store, threads, workers)
-    found = _show(prepared, console, workers=workers)
-    prepared.keep()
-    failures: dict[str, Failure] = {}
-    if prepared.missing:
-        running = make(folder / "logs") if make else _local(folder / "logs", workers, threads, prepared)
-        shown = [PlainLines(console)] if watchers is None else list(watchers)
+    make: Callable[[], Executor]
+    watchers: Sequence[Watcher] = ()
+
+    def __init__(self, study: Study, folder: Path, store: Path, console: Console) -> None:
+        self.study = study
+        self.folder = folder
+        self.store = store
+        self.console = console
+        self._executor: Executor | None = None
+
+    def __enter__(self) -> _Workshop:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._executor is not None:
+            self._executor.close()
+
+    def executor(self) -> Executor:
+        """The one executor."""
+        if self._executor is None:
+            self._executor = self.make()
+        return self._executor
+
+    def sweep(self, *, workers: int) -> int:
+        """Search if the study does, then make its cells, then compare them."""
+        found: Mapping[str, Mapping[str, Any]] = {}
+        if self.study.search is not None:
+            found = _search(self)
+        prepared = _prepared(self.study, self.folder, self.store, found)
+        estimate = _show(prepared, self.console, workers=workers)
+        prepared.keep()
+        return _report(prepared, self._run(prepared, estimate) if prepared.missing else {}, self.console)
+
+    def _run(self, prepared: Prepared, found: Estimate) -> dict[str, Failure]:
+        from residency.study.schedule import run_tree
+
+        executor = self.executor()
+        grid = _grid(prepared, found, executor.slots)
+        options: dict[str, Any] = {"executor": executor, "store": prepared.store, "seconds": found.tasks}
         try:
-            grid = _grid(prepared, found, running.slots)
-            for watcher in shown:
+            for watcher in self.watchers:
                 watcher.start(grid)
-            failures = run_tree(
-                prepared.tree, executor=running, store=prepared.store, watchers=shown, seconds=found.tasks
-            )
+            return run_tree(prepared.tree, watchers=self.watchers, **options)
         finally:
-            for watcher in shown:
+            for watcher in self.watchers:
                 watcher.finish()
-            running.close()
-    return _report(prepared, failures, console)
 
 
-def _prepared(study: Study, folder: Path, store: Path, threads: int | None, workers: int | None) -> Prepared:
+def _search(shop: _Workshop) -> Mapping[str, Mapping[str, Any]]:
+    """What a search has found, or finds now."""
+    from residency.study.resolve import Resolver
+    from residency.study.search import StudySearch, check_space
+
+    resolver = Resolver(shop.study, shop.store)
+    check_space(shop.study, resolver)
+    return StudySearch(
+        shop.study,
+        folder=shop.folder,
+        resolver=resolver,
+        executor=shop.executor,
+        watchers=shop.watchers,
+        told=lambda text: shop.console.print(escape(text), highlight=False),
+    ).run()
+
+
+def _check_search(study: Study, store: Path, console: Console) -> None:
+    """The part of a dry run that a search section adds."""
+    if study.search is None:
+        return
+    from residency.study.resolve import Resolver
+    from residency.study.search import check_space
+
+    check_space(study, Resolver(study, store))
+    console.print(
+        f"search: {study.search.trials} trials of {escape(', '.join(study.search.parameters))}, {study.search.batch} "
+        "together, for every combination; the plan of the cells below is that before the search",
+        highlight=False,
+    )
+
+
+def _emit(study: Study, source: Path, path: Path, store: Path, console: Console) -> int:
+    from residency.study.prepare import cells_of
+    from residency.study.resolve import Resolver
+    from residency.study.wandb_sweep import write_wandb_sweep
+
+    write_wandb_sweep(study, cells_of(study, Resolver(study, store)), source=source, path=path)
+    console.print(f"W&B sweep: {escape(str(path))}; start it with `wandb sweep {escape(str(path))}`", highlight=False)
+    return EXIT_DONE
+
+
+def _view(path: Path, study_dir: Path | None) -> Watcher:
+    from residency.study.live import StudyView
+
+    words = ["residency", "sweep", str(path), *([] if study_dir is None else ["--study_dir", str(study_dir)])]
+    return StudyView(command=shlex.join(words))
+
+
+def _set_threads(threads: int) -> None:
+    """Keys hold the number of threads with which the workers compute, not that of this process."""
     import torch
 
+    torch.set_num_threads(threads)
+
+
+def _prepared(study: Study, folder: Path, store: Path, found: Mapping[str, Mapping[str, Any]]) -> Prepared:
     from residency.study.prepare import prepare
 
-    # Keys hold the number of threads with which the workers compute, not that of this process.
-    torch.set_num_threads(_workers(workers, threads)[1])
-    return prepare(study, folder=folder, store=store)
+    return prepare(study, folder=folder, store=store, found=found)
 
 
 @contextmanager
@@ -184,12 +273,22 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _local(logs: Path, workers: int, threads: int, prepared: Prepared) -> Executor:
+def _local(logs: Path, *, workers: int, threads: int) -> Executor:
     from residency.study.executors.local import LocalExecutor
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(n) for n in range(_gpus())]
     return LocalExecutor(workers=workers, threads=threads, logs=logs, devices=devices)
+
+
+def _ray(logs: Path, *, workers: int, threads: int) -> Executor:
+    from residency.study.executors.ray import RayExecutor
+
+    # Of a private instance; the nodes of a cluster have told what they have.
+    return RayExecutor(threads=threads, logs=logs, cpus=workers * threads)
+
+
+_MAKERS = {"local": _local, "ray": _ray}
 
 
 def _show(prepared: Prepared, console: Console, *, workers: int) -> Estimate:

@@ -44,7 +44,7 @@ _LOOK: Mapping[State, tuple[str, str, str]] = {
     "done": ("✓", "v", "#009E73"),
     "shared": ("=", "=", "#009E73"),
     "failed": ("✗", "x", "bold #D55E00"),
-    "skipped": ("–", "-", "#D55E00"),
+    "skipped": ("-", "-", "#D55E00"),
 }
 _WORDS: Mapping[State, str] = {"there": "there before", "skipped": "left out", "retried": "to be tried again"}
 
@@ -110,7 +110,9 @@ class StudyState:
         return self.count("done", "failed", "skipped") == len(self.tasks)
 
 
-def screen(state: StudyState, *, height: int = 40, left: float | None = None, ascii_only: bool = False) -> RenderableType:
+def screen(
+    state: StudyState, *, height: int = 40, left: float | None = None, ascii_only: bool = False
+) -> RenderableType:
     """One screen.
 
     Args:
@@ -301,7 +303,9 @@ class StudyView(Watcher):
             for cell in state.grid.cells:
                 for place in (k for k, task in enumerate(cell.tasks) if task == event.task):
                     if (score := state.score(cell, place)) is not None:
-                        self._print(f"{done} {cell.id} after {cell.domains[place - 1]}: {state.grid.scorer} {score:.4f}")
+                        self._print(
+                            f"{done} {cell.id} after {cell.domains[place - 1]}: {state.grid.scorer} {score:.4f}"
+                        )
         elif event.kind == "progress" and self.clock() - self._drawn >= _PLAIN_SECONDS:
             self._drawn = self.clock()
             self._print(f"{done} {title}: {event.phase} {event.step:,}/{event.steps:,}{self._left(state)}")

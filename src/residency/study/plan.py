@@ -101,7 +101,7 @@ def load_study(path: Path) -> Study:
         _name(axis, path): {_name(value, path): _absolute(keys, folder, path) for value, keys in values.items()}
         for axis, values in (content.get("axes") or {}).items()
     }
-    own = {"axes": axes, "base": str(folder / parsed.base), "budget": _budget(parsed.budget, path)}
+    own: dict[str, Any] = {"axes": axes, "base": str(folder / parsed.base), "budget": _budget(parsed.budget, path)}
     if parsed.search is not None:
         own["search"] = make_search(
             parsed.search,

@@ -49,7 +49,7 @@ class StudySearch:
         study: With a search section.
         folder: Of the study; everything lies in its folder `search`.
         resolver: Parses cells.
-        executor: Runs their stages.
+        executor: Gives what runs their stages; asked only if something has to be run.
         watchers: What shows them.
         told: Called with a sentence when something is known.
     """
@@ -60,7 +60,7 @@ class StudySearch:
         *,
         folder: Path,
         resolver: Resolver,
-        executor: Executor,
+        executor: Callable[[], Executor],
         watchers: Sequence[Watcher] = (),
         told: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -127,7 +127,9 @@ class StudySearch:
         ends = [trial.status for trial in trials.all()]
         counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))
         values = ", ".join(f"{key} {value}" for key, value in best.keys.items())
-        self.told(f"search, {where}: {self.search.metric} {best.value:.4f} with {values} (trial {best.number}; {counts})")
+        self.told(
+            f"search, {where}: {self.search.metric} {best.value:.4f} with {values} (trial {best.number}; {counts})"
+        )
         return best.keys
 
     def _batch(self, first: int, batches: Sequence[Sequence[Trial]]) -> None:
@@ -166,28 +168,24 @@ class StudySearch:
 
     def _run(self, jobs: Sequence[_Job], stage: int | None, title: str) -> None:
         """Bring jobs to a stage, or to their end."""
-        cells = [
-            cell
-            for job in jobs
-            for cell in job.cells
-            if self._run_folder(cell).results() is None
-        ]
+        cells = [cell for job in jobs for cell in job.cells if self._run_folder(cell).results() is None]
         tree = build_tree(cells, folder=self.cells, store=self.store, status=self.folder / "status")
         tree = tree if stage is None else upto(tree, stage)
         if not tree.nodes:
             return
+        executor = self.executor()
         grid = StudyGrid(
             name=f"{self.study.name}: {title}",
             folder=str(self.folder),
             scorer=self.scorer,
             cells=tuple(tree.grid),
             titles={task: node.title for task, node in tree.nodes.items()},
-            slots=self.executor.slots,
+            slots=executor.slots,
         )
         try:
             for watcher in self.watchers:
                 watcher.start(grid)
-            self.failures |= run_tree(tree, executor=self.executor, store=self.store, watchers=self.watchers)
+            self.failures |= run_tree(tree, executor=executor, store=self.store, watchers=self.watchers)
         finally:
             for watcher in self.watchers:
                 watcher.finish()
@@ -205,7 +203,7 @@ class StudySearch:
                 trials.report(job.trial.number, stage, self._value(job, stage))
             # From the journal, so that a search that goes on after a kill decides as it would have done.
             known = {trial.number: trial.after.get(stage) for trial in trials.all()}
-            batch = {n: value for n, value in known.items() if n >= first and value is not None}
+            batch: dict[int, float | None] = {n: v for n, v in known.items() if n >= first and v is not None}
             batch |= {job.trial.number: known[job.trial.number] for job in mine}
             earlier = [value for number, value in known.items() if number < first and value is not None]
             on = survivors(batch, earlier, keep=stop.keep, sign=self.search.sign)

@@ -11,7 +11,18 @@ from typing import Any, Literal
 
 from residency.errors import UserError
 
-__all__ = ["METRICS", "Direction", "Parameter", "Search", "Stop", "applies", "check_search", "make_search", "survivors", "value_of"]
+__all__ = [
+    "METRICS",
+    "Direction",
+    "Parameter",
+    "Search",
+    "Stop",
+    "applies",
+    "check_search",
+    "make_search",
+    "survivors",
+    "value_of",
+]
 
 Direction = Literal["maximize", "minimize"]
 METRICS: Mapping[str, Direction] = {
@@ -203,7 +214,9 @@ def check_search(search: Search, *, axes: Mapping[str, Mapping[str, Any]], seeds
         got = f"search.trials is {search.trials}, search.batch is {search.batch}"
         _refuse(where, got, "both count trials", "give at least 1")
     if not search.seeds or len({*search.seeds}) < len(search.seeds):
-        _refuse(where, f"search.seeds is {search.seeds}", "every run of a trial has its own seed", "give different ones")
+        _refuse(
+            where, f"search.seeds is {search.seeds}", "every run of a trial has its own seed", "give different ones"
+        )
     if both := sorted({*search.seeds} & {*seeds}):
         why = "runs that chose the parameters would flatter them when they are reported"
         _refuse(where, f"seeds and search.seeds both have {both}", why, "give other seeds to one of them")

@@ -33,8 +33,6 @@ def rows_so_far(cell: Resolved, stage: int) -> list[dict[str, dict[str, float]]]
     return [means(cell.shelf.scores(k)[0]) for k in range(stage + 1)]
 
 
-
-
 def stopped_record(cell: Resolved, stage: int) -> dict[str, Any]:
     """The record of a cell that was stopped: a legal end, with missing rows for the stages that were not trained.
 

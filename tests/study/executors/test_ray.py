@@ -13,19 +13,18 @@ from typing import Any
 import pytest
 
 from chores import gone, note
-from ray_cluster import RAY_TOKEN, cluster  # noqa: F401
+from ray_cluster import cluster  # noqa: F401
 from residency.errors import UserError
-from residency.study.executors.base import Outcome, Task
+from residency.study.executors.base import Outcome, Resources, Task
 from residency.study.executors.ray import RayExecutor
 
 
-
 @pytest.fixture
-def executor(cluster: Any) -> Iterator[RayExecutor]:
+def executor(cluster: Any, tmp_path: Path) -> Iterator[RayExecutor]:
     """Connected to the cluster, whose second node is there."""
     if not cluster.worker_nodes:
         cluster.add_node(num_cpus=1, include_dashboard=False)
-    found = RayExecutor(address=cluster.address, call="chores.run_task")
+    found = RayExecutor(threads=1, logs=tmp_path / "logs", address=cluster.address, call="chores.run_task")
     yield found
     found.close()
 
@@ -107,19 +106,23 @@ def test_closing_stops_what_runs(executor: RayExecutor, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_the_node_does_not_see(executor: RayExecutor, tmp_path: Path) -> None:
-    executor.submit(Task(id="far", spec={"status": str(tmp_path / "nowhere" / "far.json")}))
+    (tmp_path / "logs").rmdir()
+    executor.submit(task(tmp_path, "far"))
     outcome = all_of(executor, 1)["far"]
     assert outcome.exit_code == 2
     assert "file system that all nodes share" in outcome.message
 
 
-def test_what_no_node_can_run_is_refused_at_once(cluster: Any) -> None:
+def test_what_no_node_can_run_is_refused_at_once(cluster: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no node of the Ray cluster has 64 CPUs and 0 GPUs"):
+        RayExecutor(threads=64, logs=tmp_path, address=cluster.address)
+    executor = RayExecutor(threads=1, logs=tmp_path, address=cluster.address)
     with pytest.raises(UserError, match="no node of the Ray cluster has 1 CPUs and 8 GPUs"):
-        RayExecutor(address=cluster.address, gpus=8)
-    assert os.environ["RAY_AUTH_TOKEN"] == RAY_TOKEN, "the environment is as it was"
+        executor.submit(Task(id="big", spec={}, resources=Resources(gpus=8)))
+    assert os.environ["RAY_AUTH_TOKEN"] == "0123456789abcdef" * 4, "the environment is as it was"
 
 
-def test_without_the_extra_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = builtins.__import__
 
     def without_ray(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -129,4 +132,4 @@ def test_without_the_extra_the_user_is_told_what_to_install(monkeypatch: pytest.
 
     monkeypatch.setattr(builtins, "__import__", without_ray)
     with pytest.raises(UserError, match=r"pip install 'residency\[ray\]'"):
-        RayExecutor()
+        RayExecutor(threads=1, logs=tmp_path)

@@ -38,7 +38,7 @@ class RayExecutor(Executor):
 
     Args:
         threads: CPUs of a task, and threads that it computes with.
-        gpus: GPUs of the tasks that need most; decides how many tasks are submitted at once.
+        logs: Folder for what tasks print, on a file system that all nodes share.
         address: Of a running cluster; RAY_ADDRESS by default; without either, a private instance on this machine.
         cpus: CPUs of the private instance; all by default.
         call: What carries a task out; another one only in tests.
@@ -50,14 +50,15 @@ class RayExecutor(Executor):
     def __init__(
         self,
         *,
-        threads: int = 1,
-        gpus: int = 0,
+        threads: int,
+        logs: Path,
         address: str | None = None,
         cpus: int | None = None,
         call: str = CALL,
     ) -> None:
         self.threads = threads
-        self.gpus = gpus
+        self.logs = logs
+        self.gpus = 0  # of the tasks so far that need most
         self.call = call
         self._refs: dict[Any, str] = {}
         self._cancelled: set[str] = set()
@@ -65,12 +66,16 @@ class RayExecutor(Executor):
         self._ray = _import_ray()
         self._connect(address or os.environ.get("RAY_ADDRESS") or None, cpus)
         self._remote = self._ray.remote(_carry_out)
+        logs.mkdir(parents=True, exist_ok=True)
+        self._check_room()
+
+    def _check_room(self) -> None:
         if not self._capacity():
             self.close()
             raise UserError(
-                f"no node of the Ray cluster has {threads} CPUs and {gpus} GPUs",
+                f"no node of the Ray cluster has {self.threads} CPUs and {self.gpus} GPUs",
                 why="a task runs on one node, and this one would wait for ever",
-                fix="start the nodes with these resources, or let a stage use fewer (--threads)",
+                fix="start the nodes with these resources, or let a stage use fewer (--threads, trainer.devices)",
             )
 
     def _connect(self, address: str | None, cpus: int | None) -> None:
@@ -120,7 +125,11 @@ class RayExecutor(Executor):
             "max_retries": 0,
             "scheduling_strategy": "SPREAD",
         }
-        self._refs[self._remote.options(**options).remote(task, self.threads, version("residency"), self.call)] = task.id
+        if task.resources.gpus > self.gpus:
+            self.gpus = task.resources.gpus
+            self._check_room()
+        ref = self._remote.options(**options).remote(task, self.threads, self.logs, version("residency"), self.call)
+        self._refs[ref] = task.id
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
         """Tasks that ended since the last call."""
@@ -206,19 +215,18 @@ def _worker(call: str, threads: int, devices: tuple[str, ...], logs: Path) -> Lo
     return LocalExecutor(workers=1, threads=threads, devices=devices, logs=logs, call=call)
 
 
-def _carry_out(task: Task, threads: int, release: str, call: str) -> tuple[int, str]:
+def _carry_out(task: Task, threads: int, logs: Path, release: str, call: str) -> tuple[int, str]:
     """The Ray task: a local executor of one worker does it."""
     here = socket.gethostname()
     if version("residency") != release:
         return EXIT_USER, f"{here} has residency {version('residency')}, the study runs {release}; install the same"
-    status = Path(task.spec["status"])
-    if not status.parent.is_dir():
-        told = f"{here} does not see {status.parent}; the study's folder must be on a file system that all nodes share"
+    if not logs.is_dir():
+        told = f"{here} does not see {logs}; the study's folder must be on a file system that all nodes share"
         return EXIT_USER, told
     # Ray has chosen the devices of this task; one without any would see them all.
     devices = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))) if task.resources.gpus else ()
     try:
-        worker = _worker(call, threads, devices, status.parent / "logs")
+        worker = _worker(call, threads, devices, logs)
     except KeyboardInterrupt:
         return EXIT_SIGNAL, "stopped before it began"
     return _finish(worker, task)

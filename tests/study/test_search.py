@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,36 @@ LR = "model.optimizer.init_args.lr"
 
 @pytest.fixture(scope="module")
 def folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stream of three tiny domains, a preset, and the scored rows of the test split thrown away."""
+    """A stream of two tiny domains and a preset; scored by likelihood alone."""
     folder = tmp_path_factory.mktemp("search")
     base = tiny_config(folder / "data", llama)
-    base["data"]["domains"] = {name: write_domain(folder / "data", name) for name in "abc"}
+    base["data"]["domains"] = {name: write_domain(folder / "data", name) for name in "ab"}
     for domain in base["data"]["domains"].values():
         domain["init_args"]["scorers"] = ["nll"]
-    base["trainer"]["max_steps"] = 2
+    base["trainer"]["max_steps"] = 1
     write_yaml(folder / "base.yaml", base)
     replay = {"class_path": "residency.mitigations.Replay", "init_args": {"ratio": 0.5, "capacity": 8}}
     write_yaml(folder / "replay.yaml", replay)
     return folder
 
 
-def study_file(folder: Path, **search: Any) -> Path:
+def study_file(folder: Path, *, replay: bool = True, **search: Any) -> Path:
     """A study that searches a learning rate with and without replay, and its ratio."""
-    axes = {"m": {"none": {}, "replay": {"model.mitigations.old": "replay.yaml"}}}
-    parameters = {
-        LR: {"low": 1e-5, "high": 0.1, "log": True},
-        "model.mitigations.old.ratio": {"choices": [0.25, 0.75], "only": {"m": "replay"}},
-    }
-    search = {"parameters": parameters, "trials": 3, "batch": 2, "stop": {"after": 1, "keep": 0.5}, **search}
+    axes: dict[str, Any] = {"m": {"none": {}}}
+    parameters: dict[str, Any] = {LR: {"low": 1e-5, "high": 0.1, "log": True}}
+    if replay:
+        axes["m"]["replay"] = {"model.mitigations.old": "replay.yaml"}
+        parameters["model.mitigations.old.ratio"] = {"choices": [0.25, 0.75], "only": {"m": "replay"}}
+    search = {"parameters": parameters, "trials": 2, "batch": 2, "stop": {"after": 1, "keep": 0.5}, **search}
     return write_yaml(folder / "study.yaml", {"name": "s", "base": "base.yaml", "axes": axes, "search": search})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pictures() -> Iterator[None]:
+    """Tables and heat maps take longer than the trials, and are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("residency.study.compare.compare", lambda *args: None)
+        yield
 
 
 def run(path: Path, into: Path, executor: InlineExecutor | None = None) -> InlineExecutor:
@@ -69,14 +78,14 @@ def whole(folder: Path) -> Path:
 def test_every_combination_is_searched_alike_and_its_best_is_run(whole: Path) -> None:
     listed = trials(whole)
     assert [(trial["axes"]["m"], trial["trial"]) for trial in listed] == [
-        (m, number) for m in ("none", "replay") for number in range(3)
+        (m, number) for m in ("none", "replay") for number in range(2)
     ]
     assert {trial["status"] for trial in listed} <= {"done", "stopped"}
     for m in ("none", "replay"):
         done = [t for t in listed if t["axes"]["m"] == m and t["status"] == "done"]
         best = max(done, key=lambda trial: trial["value"])
         config = read_json(whole / "plan.json")
-        assert config["study"]["search"]["trials"] == 3
+        assert config["study"]["search"]["trials"] == 2
         record = read_json(whole / "cells" / f"{m}-s0" / "results.json")
         assert record["split"] == "test"
         written = (whole / "cells" / f"{m}-s0" / "config.yaml").read_text()
@@ -93,7 +102,7 @@ def test_trials_stop_between_stages_and_are_listed_with_missing_rows(whole: Path
         assert (record["status"], record["split"]) == ("stopped", "validation")
         stage = record["stopped_after"]
         rows = record["scores"]["nll"]["R"]
-        assert len(rows) == 4
+        assert len(rows) == 3
         assert all(None not in row for row in rows[: stage + 1])
         assert all(set(row) == {None} for row in rows[stage + 1 :])
         assert trial["value"] is None
@@ -109,7 +118,7 @@ def test_values_are_validation_averages_of_finished_streams(whole: Path) -> None
             assert record["seed"] == 1000
             assert trial["value"] == record["summary"]["nll"]["average"]
             last = record["scores"]["nll"]["R"][-1]
-            assert trial["value"] == pytest.approx(-sum(last) / 3)
+            assert trial["value"] == pytest.approx(-sum(last) / 2)
 
 
 def test_a_second_sweep_runs_nothing(folder: Path, whole: Path) -> None:
@@ -123,9 +132,9 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("fatal", [1, 9, 17])
+@pytest.mark.parametrize("fatal", [3, 8])
 def test_a_search_goes_on_as_if_nothing_had_happened(folder: Path, whole: Path, tmp_path: Path, fatal: int) -> None:
-    path = study_file(folder)
+    path = study_file(folder, replay=False)
     count = 0
 
     def kill(task: Task) -> None:
@@ -137,15 +146,15 @@ def test_a_search_goes_on_as_if_nothing_had_happened(folder: Path, whole: Path, 
     with pytest.raises(_Killed):
         run(path, tmp_path, InlineExecutor(kill))
     run(path, tmp_path)
-    assert trials(tmp_path) == trials(whole)
-    for m in ("none", "replay"):
-        record, wanted = (read_json(place / "cells" / f"{m}-s0" / "results.json") for place in (tmp_path, whole))
-        assert record["scores"] == wanted["scores"]
+    # What another combination does beside it changes nothing either.
+    assert trials(tmp_path) == [trial for trial in trials(whole) if trial["axes"]["m"] == "none"]
+    record, wanted = (read_json(place / "cells" / "none-s0" / "results.json") for place in (tmp_path, whole))
+    assert record["scores"] == wanted["scores"]
 
 
 def test_test_rows_are_never_searched_over(folder: Path, whole: Path, tmp_path: Path) -> None:
     """Other test rows, the same search."""
-    for name in "abc":
+    for name in "ab":
         data = tmp_path / "data"
         write_domain(data, name)
         (data / f"{name}-test.jsonl").write_text('{"prompt": "zz", "completion": "zzz"}\n')
@@ -161,9 +170,9 @@ def test_test_rows_are_never_searched_over(folder: Path, whole: Path, tmp_path: 
             raise Enough
 
     with pytest.raises(Enough):
-        run(study_file(tmp_path), tmp_path / "out", InlineExecutor(until_cells))
-    values = [[(t["value"], t["after"]) for t in trials(place)] for place in (tmp_path / "out", whole)]
-    assert values[0] == values[1]
+        run(study_file(tmp_path, replay=False), tmp_path / "out", InlineExecutor(until_cells))
+    ours, wanted = trials(tmp_path / "out"), [trial for trial in trials(whole) if trial["axes"]["m"] == "none"]
+    assert [(t["value"], t["after"]) for t in ours] == [(t["value"], t["after"]) for t in wanted]
 
 
 def test_more_trials_go_on_and_another_space_starts_anew(folder: Path, whole: Path) -> None:
@@ -173,8 +182,8 @@ def test_more_trials_go_on_and_another_space_starts_anew(folder: Path, whole: Pa
         raise AssertionError(task.id)
 
     with pytest.raises(AssertionError):
-        run(study_file(folder, trials=4), whole, InlineExecutor(refuse))
-    assert load_study(study_file(folder, trials=4)).search is not None
+        run(study_file(folder, trials=3), whole, InlineExecutor(refuse))
+    assert load_study(study_file(folder, trials=3)).search is not None
     assert trials(whole) == before
     with pytest.raises(AssertionError):
         run(study_file(folder, seed=1), whole, InlineExecutor(refuse))

@@ -29,7 +29,7 @@ SEARCH = Search(parameters=PARAMETERS, trials=14, batch=4)
 def trials(path: Path, search: Search = SEARCH, name: str = "s") -> Trials:
     """A journal."""
     pytest.importorskip("optuna", reason="the extra residency[optuna] is not installed")
-    return Trials(path=path / "journal.jsonl", name=name, search=search, parameters=search.parameters)
+    return Trials(path=path / "journal.jsonl", name=name, place=name, search=search, parameters=search.parameters)
 
 
 def score(trial: Trial) -> float:
@@ -162,7 +162,7 @@ def test_without_the_extra_the_user_is_told_what_to_install(tmp_path: Path, monk
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'residency\[optuna\]'"):
-        Trials(path=tmp_path / "j", name="s", search=SEARCH, parameters=PARAMETERS)
+        Trials(path=tmp_path / "j", name="s", place="s", search=SEARCH, parameters=PARAMETERS)
 
 
 # -- who goes on --------------------------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ class StudySearch:
         # A search that is asked for more trials goes on; one with anything else changed is another search.
         asked = {key: value for key, value in vars(self.search).items() if key not in ("trials", "parameters")}
         name = "-".join([*combination.axes.values(), digest(asked, parameters, plain)[:12]])
-        return Trials(path=self.folder / "journal.jsonl", name=name, search=self.search, parameters=parameters)
+        where = {"path": self.folder / "journal.jsonl", "name": name, "place": combination.name}
+        return Trials(**where, search=self.search, parameters=parameters)
 
     def _cell(self, combination: Combination, trial: Trial | None, seed: int) -> Cell:
         keys = [*combination.keys, *([] if trial is None else [trial.keys])]

@@ -67,12 +67,16 @@ class Trials:
     Args:
         path: Journal file; several searches may share it. Whoever writes holds the study.
         name: Of this search; one with other parameters, metric or config needs another name.
+        place: What is searched; with the seed it decides what is drawn, wherever the files lie.
         search: Parameters, sampler, seed.
         parameters: Those of the search that exist here.
     """
 
-    def __init__(self, *, path: Path, name: str, search: Search, parameters: Mapping[str, Parameter]) -> None:
+    def __init__(
+        self, *, path: Path, name: str, place: str, search: Search, parameters: Mapping[str, Parameter]
+    ) -> None:
         self.name = name
+        self.place = place
         self.search = search
         self.parameters = dict(parameters)
         self._optuna = import_optuna()
@@ -146,11 +150,11 @@ class Trials:
         self._study.add_trial(trial)
 
     def _sampler(self, number: int) -> Any:
-        seed = seed_of(self.search.seed, "search", self.name, number) % 2**32
+        seed = seed_of(self.search.seed, "search", self.place, number) % 2**32
         if self.search.sampler == "random":
             return self._optuna.samplers.RandomSampler(seed=seed)
-        # Random trials first, as usual, but never more than half of the few that there may be.
-        return self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(1, self.search.trials // 2)))
+        # Random trials first, as usual, but no more than two batches; not a share of the trials, which may be raised.
+        return self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, 2 * self.search.batch))
 
     # -- telling --------------------------------------------------------------------------------------------------
 

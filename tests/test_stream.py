@@ -13,14 +13,11 @@ from filelock import FileLock
 from lightning.pytorch import Callback, Trainer
 
 from residency.adapters.peft import lora
-from residency.data import StreamData
 from residency.errors import UserError
 from residency.mitigations import EWC, Replay
 from residency.module import ContinualModule
 from residency.record import RunFolder
-from residency.stream import StreamSettings, train_stream
-from residency.trainers import Trainers
-from running import domains, make_module, train
+from running import domains, train
 
 
 def tiny_lora() -> Any:
@@ -107,29 +104,6 @@ def test_what_a_killed_process_left_half_written_is_removed(llama: Path, tmp_pat
     stale.write_bytes(b"half")
     train(tmp_path / "run", llama, tiny_lora(), steps=1, kinds={"a": "generative"})
     assert not stale.exists()
-
-
-def test_base_scores_are_shared_and_only_with_the_same_data(llama: Path, tmp_path: Path) -> None:
-    kinds = {"a": "generative", "b": "label"}
-
-    def run(name: str, order: list[str]) -> dict[str, Any]:
-        data = StreamData(domains=domains(tmp_path / "data", kinds), order=order, batch_size=4)
-        options = {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False}
-        return train_stream(
-            module=make_module(llama, tiny_lora(), {}),
-            data=data,
-            trainers=Trainers(lambda: dict(options)),
-            folder=RunFolder(tmp_path / name),
-            settings=StreamSettings(cell=name, store=tmp_path / "store"),
-        )
-
-    first, second = run("first", ["a", "b"]), run("second", ["a", "b"])
-    assert len(list((tmp_path / "store" / "evaluations").iterdir())) == 1
-    assert first["scores"] == second["scores"]
-    shared = json.loads((tmp_path / "second" / "stages" / "0-base" / "stage.json").read_text())
-    assert shared["shared"] is True
-    run("third", ["b"])
-    assert len(list((tmp_path / "store" / "evaluations").iterdir())) == 2
 
 
 class Diverge(Callback):

@@ -42,6 +42,8 @@ class OSF(Adapter):
         schedule: `constant`, or `growing`: preserve the share (t - 1) / T in domain t of T, at least rank 1.
     """
 
+    uses_stream_length = True
+
     provides = frozenset({"averageable", "mergeable", "exportable"})
 
     def __init__(

@@ -5,25 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
-from residency.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER, UserError
+from residency.errors import EXIT_DONE, UserError
 from residency.study.plan import Study, load_study
 
 if TYPE_CHECKING:
-    from residency.study.estimate import Estimate
-    from residency.study.events import StudyGrid, Watcher
+    from residency.study.events import Watcher
     from residency.study.executors.base import Executor
-    from residency.study.prepare import Prepared
-    from residency.study.schedule import Failure
 
 __all__ = ["sweep", "sweep_command"]
 
@@ -104,6 +100,8 @@ def sweep(
     Raises:
         UserError: The study, a preset or a resolved cell is wrong; nothing has run then.
     """
+    from residency.study.workshop import Workshop
+
     console = console or Console()
     study = load_study(path)
     folder = (study_dir or Path("studies") / study.name).resolve()
@@ -112,98 +110,18 @@ def sweep(
     _set_threads(share[1])
     if emit_wandb is not None:
         return _emit(study, path, emit_wandb, place, console)
+    shop = Workshop(study, folder=folder, store=place, console=console, workers=share[0])
     if dry_run:
-        _check_search(study, place, console)
-        _show(_prepared(study, folder, place, {}), console, workers=share[0])
+        shop.check()
         return EXIT_DONE
-    with _only_sweep(folder), _Workshop(study, folder, place, console) as shop:
-        make = executor or partial(_MAKERS[where or study.executor], workers=share[0], threads=share[1])
-        shop.make = lambda: make(folder / "logs")
-        shop.watchers = [_view(path, study_dir)] if watchers is None else watchers
-        return shop.sweep(workers=share[0])
 
+    def start() -> Executor:
+        if executor is not None:
+            return executor(folder / "logs")
+        return (_ray if (where or study.executor) == "ray" else _local)(folder / "logs", *share)
 
-class _Workshop:
-    """A study that is being run: its executor is started when something has to be done, and closed at the end."""
-
-    make: Callable[[], Executor]
-    watchers: Sequence[Watcher] = ()
-
-    def __init__(self, study: Study, folder: Path, store: Path, console: Console) -> None:
-        self.study = study
-        self.folder = folder
-        self.store = store
-        self.console = console
-        self._executor: Executor | None = None
-
-    def __enter__(self) -> _Workshop:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        if self._executor is not None:
-            self._executor.close()
-
-    def executor(self) -> Executor:
-        """The one executor."""
-        if self._executor is None:
-            self._executor = self.make()
-        return self._executor
-
-    def sweep(self, *, workers: int) -> int:
-        """Search if the study does, then make its cells, then compare them."""
-        found: Mapping[str, Mapping[str, Any]] = {}
-        if self.study.search is not None:
-            found = _search(self)
-        prepared = _prepared(self.study, self.folder, self.store, found)
-        estimate = _show(prepared, self.console, workers=workers)
-        prepared.keep()
-        return _report(prepared, self._run(prepared, estimate) if prepared.missing else {}, self.console)
-
-    def _run(self, prepared: Prepared, found: Estimate) -> dict[str, Failure]:
-        from residency.study.schedule import run_tree
-
-        executor = self.executor()
-        grid = _grid(prepared, found, executor.slots)
-        options: dict[str, Any] = {"executor": executor, "store": prepared.store, "seconds": found.tasks}
-        try:
-            for watcher in self.watchers:
-                watcher.start(grid)
-            return run_tree(prepared.tree, watchers=self.watchers, **options)
-        finally:
-            for watcher in self.watchers:
-                watcher.finish()
-
-
-def _search(shop: _Workshop) -> Mapping[str, Mapping[str, Any]]:
-    """What a search has found, or finds now."""
-    from residency.study.resolve import Resolver
-    from residency.study.search import StudySearch, check_space
-
-    resolver = Resolver(shop.study, shop.store)
-    check_space(shop.study, resolver)
-    return StudySearch(
-        shop.study,
-        folder=shop.folder,
-        resolver=resolver,
-        executor=shop.executor,
-        watchers=shop.watchers,
-        told=lambda text: shop.console.print(escape(text), highlight=False),
-    ).run()
-
-
-def _check_search(study: Study, store: Path, console: Console) -> None:
-    """The part of a dry run that a search section adds."""
-    if study.search is None:
-        return
-    from residency.study.resolve import Resolver
-    from residency.study.search import check_space
-
-    check_space(study, Resolver(study, store))
-    console.print(
-        f"search: {study.search.trials} trials of {escape(', '.join(study.search.parameters))}, {study.search.batch} "
-        "together, for every combination; the plan of the cells below is that before the search",
-        highlight=False,
-    )
+    with _only_sweep(folder):
+        return shop.sweep(start, watchers if watchers is not None else [_view(path, study_dir, console)])
 
 
 def _emit(study: Study, source: Path, path: Path, store: Path, console: Console) -> int:
@@ -216,11 +134,11 @@ def _emit(study: Study, source: Path, path: Path, store: Path, console: Console)
     return EXIT_DONE
 
 
-def _view(path: Path, study_dir: Path | None) -> Watcher:
+def _view(path: Path, study_dir: Path | None, console: Console) -> Watcher:
     from residency.study.live import StudyView
 
     words = ["residency", "sweep", str(path), *([] if study_dir is None else ["--study_dir", str(study_dir)])]
-    return StudyView(command=shlex.join(words))
+    return StudyView(command=shlex.join(words), console=console)
 
 
 def _set_threads(threads: int) -> None:
@@ -228,12 +146,6 @@ def _set_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-
-
-def _prepared(study: Study, folder: Path, store: Path, found: Mapping[str, Mapping[str, Any]]) -> Prepared:
-    from residency.study.prepare import prepare
-
-    return prepare(study, folder=folder, store=store, found=found)
 
 
 @contextmanager
@@ -273,7 +185,7 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _local(logs: Path, *, workers: int, threads: int) -> Executor:
+def _local(logs: Path, workers: int, threads: int) -> Executor:
     from residency.study.executors.local import LocalExecutor
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -281,67 +193,8 @@ def _local(logs: Path, *, workers: int, threads: int) -> Executor:
     return LocalExecutor(workers=workers, threads=threads, logs=logs, devices=devices)
 
 
-def _ray(logs: Path, *, workers: int, threads: int) -> Executor:
+def _ray(logs: Path, workers: int, threads: int) -> Executor:
     from residency.study.executors.ray import RayExecutor
 
     # Of a private instance; the nodes of a cluster have told what they have.
     return RayExecutor(threads=threads, logs=logs, cpus=workers * threads)
-
-
-_MAKERS = {"local": _local, "ray": _ray}
-
-
-def _show(prepared: Prepared, console: Console, *, workers: int) -> Estimate:
-    from residency.study.estimate import describe, estimate
-
-    cells, missing = prepared.cells, {resolved.cell.id for resolved in prepared.missing}
-    console.print(
-        f"[bold]{escape(prepared.study.name)}[/bold]: {len(cells)} cells, {len(missing)} to run, "
-        f"{len(cells) - len(missing)} complete in {escape(str(prepared.folder))}"
-    )
-    for cell in cells:
-        console.print(f"  {escape(cell.id)}  {'to run' if cell.id in missing else 'complete'}", highlight=False)
-    found = estimate(prepared.tree, prepared.missing, prepared.store, slots=workers)
-    for line in describe(prepared.counts, found):
-        console.print(f"  {escape(line)}", highlight=False)
-    return found
-
-
-def _grid(prepared: Prepared, found: Estimate, slots: int) -> StudyGrid:
-    from residency.study.events import GridCell, StudyGrid
-
-    known = {row.id: row for row in prepared.tree.grid}
-    rows = []
-    for entry in prepared.entries:
-        names = tuple(entry["domains"])
-        nothing = (None,) * (len(names) + 2)
-        complete = GridCell(id=entry["id"], domains=names, tasks=nothing, shared=(False,) * len(nothing))
-        rows.append(known.get(entry["id"], complete))
-    return StudyGrid(
-        name=prepared.study.name,
-        folder=str(prepared.folder),
-        scorer=prepared.study.scorer,
-        cells=tuple(rows),
-        titles={task: node.title for task, node in prepared.tree.nodes.items()},
-        seconds=found.tasks,
-        slots=slots,
-    )
-
-
-def _report(prepared: Prepared, failures: Mapping[str, Failure], console: Console) -> int:
-    from residency.study.compare import compare, failed_record
-
-    records: list[dict[str, Any]] = [
-        prepared.run(cell).results() or failed_record(cell, failures[cell.id])
-        for cell in prepared.cells
-        if cell.reference is None
-    ]
-    compare(prepared.study, prepared.folder, records, console)
-    if not failures:
-        return EXIT_DONE
-    console.print(f"{len(failures)} of {len(prepared.cells)} cells failed: {escape(', '.join(failures))}")
-    told = dict.fromkeys(f"{failure.title}: {failure.message}" for failure in failures.values())
-    for message in told:
-        console.print(f"  {escape(message)}", highlight=False)
-    mendable = {failure.code for failure in failures.values()} == {EXIT_USER}
-    return EXIT_USER if len(failures) == len(prepared.cells) and mendable else EXIT_SOME_FAILED

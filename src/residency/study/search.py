@@ -23,14 +23,13 @@ from residency.study.executors.base import Executor
 from residency.study.plan import Study
 from residency.study.resolve import Resolved, Resolver
 from residency.study.schedule import Failure, run_tree
-from residency.study.space import Parameter, Search, applies, survivors, value_of
+from residency.study.search_space import VALIDATION, parameters_of
+from residency.study.space import Search, survivors, value_of
 from residency.study.tree import build_tree
 from residency.study.trial_records import rows_so_far, stopped_record, upto
 from residency.study.trials import Trial, Trials
 
-__all__ = ["StudySearch", "check_space"]
-
-_VALIDATION = {"split": "validation"}
+__all__ = ["StudySearch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +85,13 @@ class StudySearch:
         # A search that is asked for more trials goes on; one with anything else changed is another search.
         asked = {key: value for key, value in vars(self.search).items() if key not in ("trials", "parameters")}
         name = "-".join([*combination.axes.values(), digest(asked, parameters, plain)[:12]])
-        where = {"path": self.folder / "journal.jsonl", "name": name, "place": combination.name}
-        return Trials(**where, search=self.search, parameters=parameters)
+        path, place = self.folder / "journal.jsonl", combination.name
+        return Trials(path=path, name=name, place=place, search=self.search, parameters=parameters)
 
     def _cell(self, combination: Combination, trial: Trial | None, seed: int) -> Cell:
         keys = [*combination.keys, *([] if trial is None else [trial.keys])]
         axes = {**combination.axes, "trial": "plain" if trial is None else f"{trial.number:03d}"}
-        return make_cell(self.study, axes, keys, seed, last=_VALIDATION)
+        return make_cell(self.study, axes, keys, seed, last=VALIDATION)
 
     def _run_folder(self, cell: Resolved) -> RunFolder:
         return RunFolder(self.cells / cell.cell.id)
@@ -156,13 +155,6 @@ class StudySearch:
         cells = []
         for seed in self.search.seeds:
             resolved = self.resolver.resolve(self._cell(combination, trial, seed))
-            known = {scorer for d in resolved.shelf.bench.data.columns.values() for scorer in d.scorers}
-            if self.scorer not in known:
-                raise UserError(
-                    f"search.scorer is {self.scorer}",
-                    why=f"the domains are scored by {', '.join(sorted(known))}",
-                    fix="search by one of these, or add the scorer to a domain's scorers",
-                )
             self._run_folder(resolved).keep_config(resolved.config)
             cells.append(resolved)
         return tuple(cells)
@@ -247,27 +239,3 @@ class StudySearch:
         ]
         facts = {"metric": self.search.metric, "direction": self.search.towards, "scorer": self.scorer}
         write_json(self.folder / "trials.json", {**facts, "split": "validation", "trials": listed})
-
-
-def parameters_of(search: Search, combination: Combination) -> dict[str, Parameter]:
-    """The parameters that exist in a combination."""
-    return {key: part for key, part in search.parameters.items() if applies(part, combination.axes)}
-
-
-def check_space(study: Study, resolver: Resolver) -> None:
-    """Parse a config for every choice and both ends of every range, before anything is trained.
-
-    Raises:
-        UserError: A key or a value that a cell refuses.
-    """
-    assert study.search is not None
-    for combination in combinations(study):
-        values = {
-            key: list(part.choices) if part.choices is not None else [part.low, part.high]
-            for key, part in parameters_of(study.search, combination).items()
-        }
-        for index in range(max(map(len, values.values()), default=0)):
-            keys = {key: found[min(index, len(found) - 1)] for key, found in values.items()}
-            axes = {**combination.axes, "trial": f"check {index}"}
-            last = _VALIDATION
-            resolver.config(make_cell(study, axes, [*combination.keys, keys], study.search.seeds[0], last=last))

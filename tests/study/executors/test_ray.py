@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_cluster import cluster  # noqa: F401
 
 from chores import gone, note
-from ray_cluster import cluster  # noqa: F401
 from residency.errors import UserError
 from residency.study.executors.base import Outcome, Resources, Task
 from residency.study.executors.ray import RayExecutor

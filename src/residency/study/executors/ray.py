@@ -93,7 +93,7 @@ class RayExecutor(Executor):
             raise UserError(
                 f"Ray at {address or 'this machine'}: {' '.join(str(error).split())[:300]}",
                 why="the study's tasks were to run there",
-                fix="check RAY_ADDRESS and `ray status` there; all nodes need the same Ray and Python, and the same token "
+                fix="check RAY_ADDRESS and `ray status` there; all nodes need the same Ray, Python and token "
                 "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or a shared home folder)",
             ) from error
 

@@ -126,7 +126,10 @@ def _child(call: str, order: dict[str, Any], inherited: list[int]) -> NoReturn:
         _die_with_parent(parent)
         for handle in inherited:
             os.close(handle)
-        null, log = os.open(os.devnull, os.O_RDONLY), os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        null, log = (
+            os.open(os.devnull, os.O_RDONLY),
+            os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+        )
         os.dup2(null, 0)
         os.dup2(log, 1)
         os.dup2(log, 2)

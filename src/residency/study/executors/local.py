@@ -95,14 +95,13 @@ class LocalExecutor(Executor):
         server, self._server = self._server, None
         if server is None:
             return
-        with suppress(OSError):
-            if server.stdin is not None:
-                server.stdin.close()
+        _close(server)
         try:
             server.wait(timeout=40)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+        self._listener.join(timeout=5)
         self._running.clear()
         self._pids.clear()
 
@@ -126,12 +125,14 @@ class LocalExecutor(Executor):
                 # Ctrl-C is for the program, which stops its tasks in order.
                 start_new_session=True,
             )
-        threading.Thread(target=self._listen, args=(self._server,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(self._server,), daemon=True)
+        self._listener.start()
 
     def _listen(self, server: subprocess.Popen[bytes]) -> None:
         assert server.stdout is not None
-        for line in server.stdout:
-            self._answers.put(json.loads(line))
+        with server.stdout:
+            for line in server.stdout:
+                self._answers.put(json.loads(line))
         if server is self._server:
             self._answers.put(None)
 
@@ -146,6 +147,7 @@ class LocalExecutor(Executor):
         lost = [self._ended(task, -9) for task in list(self._running)]
         if self._server is not None:
             self._server.wait()
+            _close(self._server)
             self._start()
         return lost
 
@@ -176,3 +178,10 @@ class LocalExecutor(Executor):
         self._pids.pop(task_id, None)
         self._free += self._held.pop(task_id, [])
         return Outcome(task_id=task_id, exit_code=code, message="" if code >= 0 else f"killed by signal {-code}")
+
+
+def _close(server: subprocess.Popen[bytes]) -> None:
+    """End of input: the server stops its tasks and ends."""
+    with suppress(OSError):
+        if server.stdin is not None:
+            server.stdin.close()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from residency.study.events import Event, GridCell, Kind, StudyGrid
-from residency.study.live import StudyState, StudyView, screen
+from residency.study.live import StudyView
+from residency.study.screen import StudyState, screen
 
 KINDS: tuple[Kind, ...] = ("submitted", "running", "progress", "done", "failed", "retried", "skipped")
 

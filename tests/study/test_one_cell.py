@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from command import tiny_config, write_yaml
+from command import call, tiny_config, write_yaml
 from residency.cli import parse
 from residency.errors import UserError
 from residency.study import load_study
@@ -235,3 +235,21 @@ def test_what_w_and_b_cannot_search_is_refused(folder: Path) -> None:
     path = study_file(folder, search={"parameters": {"model.optimizer.init_args.lr": LR}})
     with pytest.raises(UserError, match="several combinations"):
         wandb_sweep(load_study(path), plan_cells(load_study(path)), source=path)
+
+
+def test_the_command_writes_the_file(folder: Path) -> None:
+    path = study_file(folder)
+    result = call("sweep", path, "--emit-wandb", folder / "written.yaml")
+    assert result.code == 0, result.err
+    assert "wandb sweep" in result.out
+    text = (folder / "written.yaml").read_text()
+    assert text.startswith(f"# residency sweep {path} --emit-wandb")
+    assert yaml.safe_load(text) == wandb_sweep(load_study(path), plan_cells(load_study(path)), source=path)
+
+
+def test_fit_takes_a_cell_of_a_study(folder: Path) -> None:
+    result = call("fit", "--study", study_file(folder), "--cell=null-high-s1", "--print_config")
+    assert result.code == 0, result.err
+    found = yaml.safe_load(result.out)
+    assert (found["name"], found["seed_everything"]) == ("null-high-s1", 1)
+    assert found["model"]["mitigations"]["old"]["init_args"]["ratio"] == 0.25

@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 
 from command import read_json, tiny_config, write_yaml
-from ray_cluster import cluster  # noqa: F401
 from residency.study.command import sweep
 from residency.study.events import Event, Watcher
 from residency.study.executors.ray import RayExecutor
@@ -18,7 +17,7 @@ from residency.study.executors.ray import RayExecutor
 class LosesANode(Watcher):
     """Removes the second node as soon as two stages train at once."""
 
-    def __init__(self, cluster: Any) -> None:  # noqa: F811
+    def __init__(self, cluster: Any) -> None:
         self.cluster = cluster
         self.training: set[str] = set()
         self.events: list[Event] = []
@@ -51,7 +50,7 @@ def study(folder: Path, llama: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_node_is_lost_while_stages_run(llama: Path, cluster: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_node_is_lost_while_stages_run(llama: Path, cluster: Any, tmp_path: Path) -> None:
     if not cluster.worker_nodes:
         cluster.add_node(num_cpus=1, include_dashboard=False)
     path = study(tmp_path, llama)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from command import read_json, tiny_config, write_yaml
-from inline import InlineExecutor
 from residency.errors import UserError
 from residency.study import load_study
 from residency.study.command import sweep
 from residency.study.executors.base import Task
+from sweeping import Inline
 from tiny import write_domain
+
+
+class InlineExecutor(Inline):
+    """Runs tasks in this process; calls a function, which may raise, before each."""
+
+    def __init__(self, before: Callable[[Task], None] = lambda task: None) -> None:
+        super().__init__()
+        self.before = before
+
+    def submit(self, task: Task) -> None:
+        """Run it."""
+        self.before(task)
+        super().submit(task)
+
 
 pytest.importorskip("optuna", reason="the extra residency[optuna] is not installed")
 
@@ -132,6 +146,7 @@ class _Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fatal", [3, 8])
 def test_a_search_goes_on_as_if_nothing_had_happened(folder: Path, whole: Path, tmp_path: Path, fatal: int) -> None:
     path = study_file(folder, replay=False)
@@ -175,6 +190,7 @@ def test_test_rows_are_never_searched_over(folder: Path, whole: Path, tmp_path: 
     assert [(t["value"], t["after"]) for t in ours] == [(t["value"], t["after"]) for t in wanted]
 
 
+@pytest.mark.slow
 def test_more_trials_go_on_and_another_space_starts_anew(folder: Path, whole: Path) -> None:
     before = trials(whole)
 

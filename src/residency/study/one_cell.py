@@ -32,10 +32,14 @@ def expand_cell(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: The study is wrong, or does not have such a cell.
     """
-    options = list(_options(words))
-    studies = [value for key, value in options if key == "study"]
-    if not studies:
+    if not any(word.partition("=")[0] == "--study" for word in words):
         return list(words)
+    every = list(_options(words))
+    flags = [f"--{key}" for key, value in every if value is None]
+    options = [(key, value) for key, value in every if value is not None]
+    studies = [value for key, value in options if key == "study"]
+    if empty := [flag for flag in flags if _chooses(flag.lstrip("-"), {})]:
+        raise UserError(empty[0], why="it has no value", fix=f"write {empty[0]}=VALUE")
     study = load_study(Path(studies[-1]))
     folder = Path("studies") / study.name
     given = dict(options)
@@ -47,30 +51,33 @@ def expand_cell(words: Sequence[str]) -> list[str]:
     own = {"name": name, "run_dir": str(folder / ("cells" if not changes else "more") / name), "store": store}
     own |= dict(rest)
     final = [*changes, *((key, own[key]) for key in ("name", "run_dir", "store"))]
-    return [*cell.words, *(f"--{key}={value}" for key, value in final)]
+    return [*cell.words, *(f"--{key}={value}" for key, value in final), *flags]
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(key, value); `--key value` and `--key=value` are the same."""
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(key, value); `--key value` and `--key=value` are the same, and `--key` alone has no value."""
     waiting: str | None = None
     for word in words:
-        if waiting is not None:
+        if waiting is not None and not word.startswith("--"):
             yield waiting, word
             waiting = None
-        elif word.startswith("-"):
-            key, equals, value = word.lstrip("-").partition("=")
-            if equals:
-                yield key, value
-            else:
-                waiting = key
-        else:
+            continue
+        if waiting is not None:
+            yield waiting, None
+            waiting = None
+        if not word.startswith("-"):
             raise UserError(
                 f"residency fit --study ... {word}",
                 why="the word belongs to no option",
                 fix="write options as --key=value, and texts with blanks in quotes",
             )
+        key, equals, value = word.lstrip("-").partition("=")
+        if equals:
+            yield key, value
+        else:
+            waiting = key
     if waiting is not None:
-        raise UserError(f"--{waiting}", why="it has no value", fix=f"write --{waiting}=VALUE")
+        yield waiting, None
 
 
 def _chooses(key: str, given: Mapping[str, str]) -> bool:

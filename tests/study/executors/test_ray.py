@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_cluster import cluster  # noqa: F401
 
 from chores import gone, note
 from residency.errors import UserError

@@ -129,7 +129,9 @@ def make_search(parsed: Any, written: Mapping[str, Any], *, absolute: Callable[[
             choices = [absolute(choice) for choice in written["parameters"][key]["choices"]]
             parameter = replace(parameter, choices=choices)
         # A parser that is given a choice of number types may make a float of an integer.
-        whole = {name: n for name in ("low", "high") if type(n := written["parameters"][key].get(name)) is int}
+        whole: dict[str, Any] = {
+            name: n for name in ("low", "high") if type(n := written["parameters"][key].get(name)) is int
+        }
         parameter = replace(parameter, **whole)
         parameters[str(key)] = parameter
     stop = None if parsed.stop is None else Stop(**vars(parsed.stop))

@@ -8,6 +8,8 @@ from pathlib import Path
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Ray reads these when it is imported: clusters of tests are closed to others and tell nobody.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 
 import pytest
 import torch

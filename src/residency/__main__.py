@@ -122,6 +122,10 @@ def _stream_verb(verb: str, rest: list[str]) -> int:
                 fix=f"give the folder of a run, or `residency {verb} --config FILE` with a config",
             )
         rest = ["--config", str(folder / "config.yaml"), "--run_dir", str(folder), *rest[1:]]
+    if verb == "fit":
+        from residency.study.one_cell import expand_cell
+
+        rest = expand_cell(rest)
     from residency.cli import ResidencyCLI
 
     ResidencyCLI([verb, *rest])

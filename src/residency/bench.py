@@ -109,6 +109,7 @@ class Bench:
             trainable=facts["trainable"],
             total=facts["total"],
             resumed=resumed,
+            split=self.settings.split,
         )
 
     # -- states -------------------------------------------------------------------------------------------------

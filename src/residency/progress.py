@@ -23,7 +23,7 @@ from rich.text import Text
 
 from residency.report.tables import printable
 
-__all__ = ["StageProgress", "evaluation_progress"]
+__all__ = ["StageProgress", "clock_time", "evaluation_progress", "no_terminal"]
 
 LIVE_SECONDS, PLAIN_SECONDS = 0.25, 10.0
 # Speed is that of the last so many drawn lines: a slow first step does not spoil the estimate for long.
@@ -137,7 +137,7 @@ class _Line:
     def __init__(self, *, title: str, unit: str, plain: bool | None, console: Console | None) -> None:
         self.title = title
         self.unit = unit
-        self.plain = _no_terminal() if plain is None else plain
+        self.plain = no_terminal() if plain is None else plain
         self.console = console or Console(stderr=True)
         self.silent = False
         self._live: Progress | None = None
@@ -187,9 +187,9 @@ class _Line:
         facts = [] if loss is None else [f"loss {loss:.3f}"]
         facts += [f"{tokens:,.0f} tokens/s"] if tokens else []
         if last:
-            facts.append(f"in {_clock(seconds)}")
+            facts.append(f"in {clock_time(seconds)}")
         elif self._total is not None and speed > 0:
-            facts.append(f"{_clock((self._total - done) / speed)} left")
+            facts.append(f"{clock_time((self._total - done) / speed)} left")
         return "  ".join(facts)
 
     def close(self) -> None:
@@ -217,7 +217,8 @@ def _live_line(console: Console) -> Progress:
     )
 
 
-def _no_terminal() -> bool:
+def no_terminal() -> bool:
+    """Whether lines should be written instead of a live display."""
     # Asked directly: with FORCE_COLOR rich takes a file for a terminal, and a log would fill with cursor movements.
     return not (sys.stdout.isatty() and sys.stderr.isatty()) or Console(stderr=True).is_dumb_terminal
 
@@ -243,6 +244,7 @@ def _count(total: int | None) -> str:
     return "?" if total is None else f"{total:,}"
 
 
-def _clock(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

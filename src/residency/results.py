@@ -37,6 +37,7 @@ def build_record(
         "status": "done",
         "axes": dict(info.axes),
         "seed": info.seed,
+        "split": info.split,
         "domains": data.order,
         "probes": list(data.probes),
         "task_id_at_test": _uses_task_id(module),

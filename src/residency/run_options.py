@@ -43,6 +43,12 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     parser.add_argument(
         "--frozen", type=bool, default=False, help="Train nothing: the pretrained model as a reference for others."
     )
+    parser.add_argument(
+        "--split",
+        type=Literal["test", "validation"],
+        default="test",
+        help="Rows that are scored after every stage; validation for choosing, test for reporting.",
+    )
     parser.add_argument("--axes", type=dict[str, Any], default={}, help="Place in a study (set by `sweep`).")
     parser.add_argument(
         "--inspection",
@@ -113,6 +119,7 @@ def run_settings(option: Option) -> StreamSettings:
         store=Path(store) if store else None,
         stage_tokens=option("stage_tokens"),
         frozen=option("frozen"),
+        split=option("split"),
     )
 
 

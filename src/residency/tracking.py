@@ -213,7 +213,8 @@ class WandbView:
 
 
 def _mode() -> str:
-    return os.environ.get("WANDB_MODE") or "offline"
+    # An agent that has started this process waits for a run on its server.
+    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_SWEEP_ID") else "offline")
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -28,6 +28,7 @@ class RunInfo:
         trainable: Number of parameters that move.
         total: Number of parameters.
         resumed: Stages that were complete before this call.
+        split: Rows that are scored.
     """
 
     cell: str
@@ -39,6 +40,7 @@ class RunInfo:
     trainable: int
     total: int
     resumed: int
+    split: str = "test"
 
 
 class View:

@@ -54,6 +54,11 @@ class Combination:
     axes: Mapping[str, str]
     keys: tuple[Mapping[str, Any], ...]
 
+    @property
+    def name(self) -> str:
+        """The same for the same place."""
+        return json.dumps(dict(self.axes), sort_keys=True)
+
 
 def combinations(study: Study) -> list[Combination]:
     """Every combination that is not excluded, in the order of the file.
@@ -82,12 +87,15 @@ def _fits(axes: Mapping[str, str], excluded: Mapping[str, Any]) -> bool:
     )
 
 
-def plan_cells(study: Study, *, domains: Sequence[str] = ()) -> list[Cell]:
+def plan_cells(
+    study: Study, *, domains: Sequence[str] = (), found: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Cell]:
     """Every combination of axis values, orders and seeds, in the order of the file.
 
     Args:
         study: As `load_study` gives it.
         domains: Names in the given order; needed where `orders` is another than `given`.
+        found: {name of a combination: overrides that a search has found for it}.
 
     Raises:
         UserError: Two cells would share a folder.
@@ -96,7 +104,7 @@ def plan_cells(study: Study, *, domains: Sequence[str] = ()) -> list[Cell]:
     cells = []
     for combination in combinations(study):
         for order in orders:
-            axes, keys = dict(combination.axes), list(combination.keys)
+            axes, keys = dict(combination.axes), [*combination.keys, (found or {}).get(combination.name, {})]
             if order is not None:
                 axes["order"] = order_name(order, orders)
                 keys.append({"data.order": list(order)})

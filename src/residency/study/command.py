@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
-from residency.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER, UserError
+from residency.errors import EXIT_DONE, UserError
 from residency.study.plan import Study, load_study
 
 if TYPE_CHECKING:
-    from residency.study.estimate import Estimate
-    from residency.study.events import StudyGrid, Watcher
+    from residency.study.events import Watcher
     from residency.study.executors.base import Executor
-    from residency.study.prepare import Prepared
-    from residency.study.schedule import Failure
 
 __all__ = ["sweep", "sweep_command"]
 
@@ -43,6 +41,10 @@ def sweep_command(words: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only check everything and show the plan")
     parser.add_argument("--workers", type=int, help="stages at once; default one per GPU, or one per core")
     parser.add_argument("--threads", type=int, help="threads of each; default the cores shared out")
+    parser.add_argument(
+        "--executor", choices=("local", "ray"), help="where stages run; default what the study says, else this machine"
+    )
+    parser.add_argument("--emit-wandb", type=Path, metavar="FILE", help="only write a W&B sweep file of the study")
     options = parser.parse_args(words)
     for name in ("workers", "threads"):
         if (getattr(options, name) or 1) < 1:
@@ -58,6 +60,8 @@ def sweep_command(words: list[str]) -> int:
         dry_run=options.dry_run,
         workers=options.workers,
         threads=options.threads,
+        where=options.executor,
+        emit_wandb=options.emit_wandb,
     )
 
 
@@ -69,6 +73,8 @@ def sweep(
     dry_run: bool = False,
     workers: int | None = None,
     threads: int | None = None,
+    where: Literal["local", "ray"] | None = None,
+    emit_wandb: Path | None = None,
     console: Console | None = None,
     executor: Callable[[Path], Executor] | None = None,
     watchers: Sequence[Watcher] | None = None,
@@ -82,9 +88,11 @@ def sweep(
         dry_run: Stop after the plan.
         workers: Stages at once; by default one per GPU, or one per core.
         threads: Threads of each; by default the cores shared out. Another number may change the last bits of a result.
+        where: `local` or `ray`; by default what the study says.
+        emit_wandb: Only write a W&B sweep file there.
         console: Where to print.
-        executor: Makes the executor, given a folder for logs; this machine's by default.
-        watchers: What shows the running study; plain lines by default.
+        executor: Makes the executor, given a folder for logs, instead of `where`.
+        watchers: What shows the running study; a live screen, or plain lines where there is no terminal, by default.
 
     Returns:
         Exit code.
@@ -92,59 +100,52 @@ def sweep(
     Raises:
         UserError: The study, a preset or a resolved cell is wrong; nothing has run then.
     """
+    from residency.study.workshop import Workshop
+
     console = console or Console()
     study = load_study(path)
     folder = (study_dir or Path("studies") / study.name).resolve()
     place = (store or (Path(study.store) if study.store else folder / "store")).resolve()
+    share = _workers(workers, threads)
+    _set_threads(share[1])
+    if emit_wandb is not None:
+        return _emit(study, path, emit_wandb, place, console)
+    shop = Workshop(study, folder=folder, store=place, console=console, workers=share[0])
     if dry_run:
-        _show(_prepared(study, folder, place, threads, workers), console, workers=_workers(workers, threads)[0])
+        shop.check()
         return EXIT_DONE
+
+    def start() -> Executor:
+        if executor is not None:
+            return executor(folder / "logs")
+        return (_ray if (where or study.executor) == "ray" else _local)(folder / "logs", *share)
+
     with _only_sweep(folder):
-        return _sweep(study, folder, place, console, (workers, threads), executor, watchers)
+        return shop.sweep(start, watchers if watchers is not None else [_view(path, study_dir, console)])
 
 
-def _sweep(
-    study: Study,
-    folder: Path,
-    store: Path,
-    console: Console,
-    share: tuple[int | None, int | None],
-    make: Callable[[Path], Executor] | None,
-    watchers: Sequence[Watcher] | None,
-) -> int:
-    from residency.study.lines import PlainLines
-    from residency.study.schedule import run_tree
+def _emit(study: Study, source: Path, path: Path, store: Path, console: Console) -> int:
+    from residency.study.prepare import cells_of
+    from residency.study.resolve import Resolver
+    from residency.study.wandb_sweep import write_wandb_sweep
 
-    workers, threads = _workers(*share)
-    prepared = _prepared(study, folder, store, threads, workers)
-    found = _show(prepared, console, workers=workers)
-    prepared.keep()
-    failures: dict[str, Failure] = {}
-    if prepared.missing:
-        running = make(folder / "logs") if make else _local(folder / "logs", workers, threads, prepared)
-        shown = [PlainLines(console)] if watchers is None else list(watchers)
-        try:
-            grid = _grid(prepared, found, running.slots)
-            for watcher in shown:
-                watcher.start(grid)
-            failures = run_tree(
-                prepared.tree, executor=running, store=prepared.store, watchers=shown, seconds=found.tasks
-            )
-        finally:
-            for watcher in shown:
-                watcher.finish()
-            running.close()
-    return _report(prepared, failures, console)
+    write_wandb_sweep(study, cells_of(study, Resolver(study, store)), source=source, path=path)
+    console.print(f"W&B sweep: {escape(str(path))}; start it with `wandb sweep {escape(str(path))}`", highlight=False)
+    return EXIT_DONE
 
 
-def _prepared(study: Study, folder: Path, store: Path, threads: int | None, workers: int | None) -> Prepared:
+def _view(path: Path, study_dir: Path | None, console: Console) -> Watcher:
+    from residency.study.live import StudyView
+
+    words = ["residency", "sweep", str(path), *([] if study_dir is None else ["--study_dir", str(study_dir)])]
+    return StudyView(command=shlex.join(words), console=console)
+
+
+def _set_threads(threads: int) -> None:
+    """Keys hold the number of threads with which the workers compute, not that of this process."""
     import torch
 
-    from residency.study.prepare import prepare
-
-    # Keys hold the number of threads with which the workers compute, not that of this process.
-    torch.set_num_threads(_workers(workers, threads)[1])
-    return prepare(study, folder=folder, store=store)
+    torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -184,7 +185,7 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _local(logs: Path, workers: int, threads: int, prepared: Prepared) -> Executor:
+def _local(logs: Path, workers: int, threads: int) -> Executor:
     from residency.study.executors.local import LocalExecutor
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -192,57 +193,8 @@ def _local(logs: Path, workers: int, threads: int, prepared: Prepared) -> Execut
     return LocalExecutor(workers=workers, threads=threads, logs=logs, devices=devices)
 
 
-def _show(prepared: Prepared, console: Console, *, workers: int) -> Estimate:
-    from residency.study.estimate import describe, estimate
+def _ray(logs: Path, workers: int, threads: int) -> Executor:
+    from residency.study.executors.ray import RayExecutor
 
-    cells, missing = prepared.cells, {resolved.cell.id for resolved in prepared.missing}
-    console.print(
-        f"[bold]{escape(prepared.study.name)}[/bold]: {len(cells)} cells, {len(missing)} to run, "
-        f"{len(cells) - len(missing)} complete in {escape(str(prepared.folder))}"
-    )
-    for cell in cells:
-        console.print(f"  {escape(cell.id)}  {'to run' if cell.id in missing else 'complete'}", highlight=False)
-    found = estimate(prepared.tree, prepared.missing, prepared.store, slots=workers)
-    for line in describe(prepared.counts, found):
-        console.print(f"  {escape(line)}", highlight=False)
-    return found
-
-
-def _grid(prepared: Prepared, found: Estimate, slots: int) -> StudyGrid:
-    from residency.study.events import GridCell, StudyGrid
-
-    known = {row.id: row for row in prepared.tree.grid}
-    rows = []
-    for entry in prepared.entries:
-        names = tuple(entry["domains"])
-        nothing = (None,) * (len(names) + 2)
-        complete = GridCell(id=entry["id"], domains=names, tasks=nothing, shared=(False,) * len(nothing))
-        rows.append(known.get(entry["id"], complete))
-    return StudyGrid(
-        name=prepared.study.name,
-        folder=str(prepared.folder),
-        scorer=prepared.study.scorer,
-        cells=tuple(rows),
-        titles={task: node.title for task, node in prepared.tree.nodes.items()},
-        seconds=found.tasks,
-        slots=slots,
-    )
-
-
-def _report(prepared: Prepared, failures: Mapping[str, Failure], console: Console) -> int:
-    from residency.study.compare import compare, failed_record
-
-    records: list[dict[str, Any]] = [
-        prepared.run(cell).results() or failed_record(cell, failures[cell.id])
-        for cell in prepared.cells
-        if cell.reference is None
-    ]
-    compare(prepared.study, prepared.folder, records, console)
-    if not failures:
-        return EXIT_DONE
-    console.print(f"{len(failures)} of {len(prepared.cells)} cells failed: {escape(', '.join(failures))}")
-    told = dict.fromkeys(f"{failure.title}: {failure.message}" for failure in failures.values())
-    for message in told:
-        console.print(f"  {escape(message)}", highlight=False)
-    mendable = {failure.code for failure in failures.values()} == {EXIT_USER}
-    return EXIT_USER if len(failures) == len(prepared.cells) and mendable else EXIT_SOME_FAILED
+    # Of a private instance; the nodes of a cluster have told what they have.
+    return RayExecutor(threads=threads, logs=logs, cpus=workers * threads)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from residency.errors import UserError
+from residency.study.space import Search, check_search, make_search
 from residency.written import read_yaml
 
 __all__ = ["Budget", "Study", "load_study"]
@@ -53,6 +54,8 @@ class Study:
             study's own folder by default.
         baseline: Which value of the first axis the others are compared with; the first one by default.
         scorer: Which score the comparison is about.
+        search: Parameters that are searched before the cells are run, for every combination of the axes on its own.
+        executor: Where stages run: `local`, or `ray` (this machine, or the cluster at RAY_ADDRESS).
     """
 
     name: str
@@ -67,6 +70,8 @@ class Study:
     store: str | None = None
     baseline: str | None = None
     scorer: str = "nll"
+    search: Search | None = None
+    executor: Literal["local", "ray"] = "local"
 
 
 def load_study(path: Path) -> Study:
@@ -96,7 +101,13 @@ def load_study(path: Path) -> Study:
         _name(axis, path): {_name(value, path): _absolute(keys, folder, path) for value, keys in values.items()}
         for axis, values in (content.get("axes") or {}).items()
     }
-    own = {"axes": axes, "base": str(folder / parsed.base), "budget": _budget(parsed.budget, path)}
+    own: dict[str, Any] = {"axes": axes, "base": str(folder / parsed.base), "budget": _budget(parsed.budget, path)}
+    if parsed.search is not None:
+        own["search"] = make_search(
+            parsed.search,
+            content["search"],
+            absolute=lambda value: _absolute({"search": value}, folder, path)["search"],
+        )
     if parsed.per_domain is not None:
         own["per_domain"] = _absolute({"per_domain": parsed.per_domain}, folder, path)["per_domain"]
     study = Study(**{**vars(parsed), **own})
@@ -178,6 +189,8 @@ def _check(study: Study, path: Path) -> None:
             fix="name one of its values",
         )
     check_scorers([study.scorer], where=str(path))
+    if study.search is not None:
+        check_search(study.search, axes=study.axes, seeds=study.seeds, where=str(path))
     _check_exclusions(study, path)
     if (isinstance(study.orders, int) and study.orders < 1) or study.orders == []:
         raise UserError(

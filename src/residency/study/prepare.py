@@ -72,8 +72,8 @@ class Prepared:
             self.resolver.keep_rows()
 
 
-def cells_of(study: Study, resolver: Resolver) -> list[Cell]:
-    """Cells of the axes, then references.
+def cells_of(study: Study, resolver: Resolver, *, found: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
+    """Cells of the axes, with what a search has found for them, then references, which are not searched for.
 
     Raises:
         UserError: Names collide, or a config that is needed to know the domains is wrong.
@@ -82,13 +82,15 @@ def cells_of(study: Study, resolver: Resolver) -> list[Cell]:
     if study.orders != "given":
         first = combinations(study)[0]
         domains = resolver.parse(make_cell(study, first.axes, first.keys, study.seeds[0])).datamodule.order
-    cells = plan_cells(study, domains=domains)
+    cells = plan_cells(study, domains=domains, found=found)
     cells += plan_references(study, resolver.config)
     safe_ids(study, cells)
     return cells
 
 
-def prepare(study: Study, *, folder: Path, store: Path) -> Prepared:
+def prepare(
+    study: Study, *, folder: Path, store: Path, found: Mapping[str, Mapping[str, Any]] | None = None
+) -> Prepared:
     """Plan and check a study; nothing is written.
 
     Cells that are complete, and whose files say what they said when they were planned, are not parsed again.
@@ -97,12 +99,13 @@ def prepare(study: Study, *, folder: Path, store: Path) -> Prepared:
         study: As `load_study` gives it.
         folder: Its folder.
         store: Where its stages lie.
+        found: {name of a combination: overrides that a search has found for it}.
 
     Raises:
         UserError: Anything about a cell that can be wrong before a model is loaded.
     """
     resolver = Resolver(study, store)
-    cells = cells_of(study, resolver)
+    cells = cells_of(study, resolver, found=found)
     known = _planned(folder)
     entries, missing = [], []
     for cell in cells:

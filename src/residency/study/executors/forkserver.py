@@ -25,8 +25,10 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
-__all__ = ["PRELOAD", "main"]
+__all__ = ["CALL", "PRELOAD", "main"]
 
+CALL = "residency.study.tasks.run_task"
+"""What carries a task out, for all but tests."""
 PRELOAD = (
     "residency.study.tasks",
     "residency.cli",
@@ -43,7 +45,8 @@ _PATIENCE = 20.0  # seconds between SIGTERM and SIGKILL
 
 
 class _Server:
-    def __init__(self) -> None:
+    def __init__(self, call: str) -> None:
+        self.call = call
         self.children: dict[int, str] = {}
         self.buffer = b""
         # What a task prints must never be taken for an answer.
@@ -75,7 +78,7 @@ class _Server:
         if "run" in order:
             pid = os.fork()
             if pid == 0:
-                _child(order, [self.answers, self.wake, self._wake])
+                _child(self.call, order, [self.answers, self.wake, self._wake])
             self.children[pid] = order["run"]
             self.tell({"started": order["run"], "pid": pid})
             return
@@ -111,8 +114,9 @@ def _signal(pid: int, number: int) -> None:
             return
 
 
-def _child(order: dict[str, Any], inherited: list[int]) -> NoReturn:
+def _child(call: str, order: dict[str, Any], inherited: list[int]) -> NoReturn:
     code = 1
+    module, _, name = call.rpartition(".")
     try:
         parent = os.getppid()
         signal.set_wakeup_fd(-1)
@@ -132,10 +136,8 @@ def _child(order: dict[str, Any], inherited: list[int]) -> NoReturn:
         os.environ.update(order["environment"])
         if order["argv"]:
             # A command line of its own, which DDP runs again for every further rank.
-            os.execv(sys.executable, [sys.executable, "-P", "-m", "residency.study.tasks", order["argv"]])
-        from residency.study.tasks import run_task
-
-        code = run_task(order["spec"])
+            os.execv(sys.executable, [sys.executable, "-P", "-m", module, order["argv"]])
+        code = getattr(importlib.import_module(module), name)(order["spec"])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -153,10 +155,15 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def main() -> int:
-    """Import, then serve until the end of input."""
-    server = _Server()
-    for name in PRELOAD:
+def main(call: str = CALL) -> int:
+    """Import, then serve until the end of input.
+
+    Args:
+        call: Full name of a function that gets a spec and returns an exit code; its module, run with the path of a
+            spec, does the same.
+    """
+    server = _Server(call)
+    for name in PRELOAD if call == CALL else ():
         importlib.import_module(name)
     try:
         server.serve()
@@ -166,4 +173,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.study.executors.base import Executor, Outcome, Task
+from residency.study.executors.forkserver import CALL
 
 __all__ = ["LocalExecutor"]
 
@@ -26,9 +27,13 @@ class LocalExecutor(Executor):
         threads: Threads of each.
         devices: Names of the GPUs to share out, as in CUDA_VISIBLE_DEVICES; empty = CPU only.
         logs: Folder for what tasks print.
+        call: What carries a task out; another one only in tests.
     """
 
-    def __init__(self, *, workers: int, threads: int, logs: Path, devices: Sequence[str] = ()) -> None:
+    def __init__(
+        self, *, workers: int, threads: int, logs: Path, devices: Sequence[str] = (), call: str = CALL
+    ) -> None:
+        self.call = call
         self.workers = workers
         self.threads = threads
         self.logs = logs
@@ -112,7 +117,7 @@ class LocalExecutor(Executor):
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / "server.log").open("ab") as log:
             self._server = subprocess.Popen(
-                [sys.executable, "-P", "-m", "residency.study.executors.forkserver"],
+                [sys.executable, "-P", "-m", "residency.study.executors.forkserver", self.call],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -1,0 +1,28 @@
+"""A real Ray cluster on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A head with one CPU; tests add nodes and remove them. Every task would see an allocation of Slurm."""
+    if find_spec("ray") is None:
+        pytest.skip("the extra residency[ray] is not installed")
+    here = str(Path(__file__).parents[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_NTASKS", "4")
+        patch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
+        from ray.cluster_utils import Cluster
+
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        patch.delenv("SLURM_NTASKS")
+        yield found
+        found.shutdown()

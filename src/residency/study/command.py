@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +45,10 @@ def sweep_command(words: list[str]) -> int:
     parser.add_argument("--threads", type=int, help="threads of each; default the cores shared out")
     options = parser.parse_args(words)
     for name in ("workers", "threads"):
-        if (getattr(options, name) or 1) < 1:
+        given = getattr(options, name)
+        if given is not None and given < 1:
             raise UserError(
-                f"--{name}={getattr(options, name)}",
+                f"--{name}={given}",
                 why="at least one is needed to run anything",
                 fix=f"give a positive number, or leave --{name} out",
             )
@@ -159,8 +160,9 @@ def _only_sweep(folder: Path) -> Iterator[None]:
             except UserError:
                 # A mistake that is found before anything runs leaves nothing behind.
                 if fresh and not (folder / "plan.json").exists():
-                    (folder / ".lock").unlink(missing_ok=True)
-                    folder.rmdir()
+                    with suppress(OSError):
+                        (folder / ".lock").unlink(missing_ok=True)
+                        folder.rmdir()
                 raise
     except Timeout as error:
         raise UserError(

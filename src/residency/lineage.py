@@ -106,7 +106,8 @@ class Lineage:
         self.config = config
         model = config["model"]
         self._adapter = [model["adapter"], _code(type(module.adapter))]
-        self._environment = [numerics(), _core_code(), dict(module.backbone.fingerprint())]
+        backbone = [dict(module.backbone.fingerprint()), _code(type(module.backbone))]
+        self._environment = [numerics(), _core_code(), backbone]
         self.model = digest("model", self._environment, self._adapter, model.get("layout"))
         self.stages: list[StageKeys] = []
         self._add_stages(stages)

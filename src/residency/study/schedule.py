@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from residency.study.tree import Need, Tree
 
 __all__ = ["Failure", "run_tree"]
 
+_LITTLE = 2**20  # bytes; less than this is a full disk
 _POLL = 0.5  # seconds between two looks at what running tasks tell
 
 
@@ -147,7 +149,7 @@ class _Run:
             return
         if outcome.exit_code == EXIT_SIGNAL:
             raise Stopped("a signal to one of its tasks")
-        message = str(read_status(self._status(task)).get("message") or outcome.message)
+        message = str(read_status(self._status(task)).get("message") or outcome.message or self._guess(task))
         self.state.tries[task] += 1
         if self._again(task, outcome.exit_code):
             self.state.waiting.add(task)
@@ -155,6 +157,15 @@ class _Run:
             return
         node = self.nodes[task]
         self._fail(task, Failure(code=outcome.exit_code, message=message, title=node.title))
+
+    def _guess(self, task: str) -> str:
+        """What a task could not tell: on a full disk there is no room for its last words either."""
+        if shutil.disk_usage(self.store.path).free < _LITTLE:
+            return (
+                f"no room on the disk for {self.store.path}\n"
+                "  fix: free some space and run the same command again: it goes on from the last complete state"
+            )
+        return f"it ended without a word; see logs/{task}.log in the folder of the study"
 
     def _again(self, task: str, code: int) -> bool:
         if code == EXIT_MEMORY:

@@ -47,9 +47,9 @@ def sweep_command(words: list[str]) -> int:
     parser.add_argument("--emit-wandb", type=Path, metavar="FILE", help="only write a W&B sweep file of the study")
     options = parser.parse_args(words)
     for name in ("workers", "threads"):
-        if (getattr(options, name) or 1) < 1:
+        if (given := getattr(options, name)) is not None and given < 1:
             raise UserError(
-                f"--{name}={getattr(options, name)}",
+                f"--{name}={given}",
                 why="at least one is needed to run anything",
                 fix=f"give a positive number, or leave --{name} out",
             )

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -160,8 +160,9 @@ def _only_sweep(folder: Path) -> Iterator[None]:
             except UserError:
                 # A mistake that is found before anything runs leaves nothing behind.
                 if fresh and not (folder / "plan.json").exists():
-                    (folder / ".lock").unlink(missing_ok=True)
-                    folder.rmdir()
+                    with suppress(OSError):
+                        (folder / ".lock").unlink(missing_ok=True)
+                        folder.rmdir()
                 raise
     except Timeout as error:
         raise UserError(

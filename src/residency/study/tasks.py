@@ -74,6 +74,7 @@ def _bug(status: _Status, error: Exception) -> int:
 
 def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     from residency.cli import parse
+    from residency.loggers import LoggerView
     from residency.stream import open_shelf, train_stream
 
     if spec.get("threads"):
@@ -86,7 +87,7 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     parts: dict[str, Any] = {"module": cli.model, "data": cli.datamodule, "trainers": cli.trainers}
     parts |= {"settings": cli.settings, "config": cli.resolved}
     if until is None:
-        train_stream(**parts, folder=cli.folder, views=[status, cli.tracker()])
+        train_stream(**parts, folder=cli.folder, views=[status, cli.tracker(), LoggerView()])
         return
     shelf = open_shelf(**parts, views=[status])
     if until:

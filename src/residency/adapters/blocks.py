@@ -57,13 +57,14 @@ def check_additive(config: LoraConfig, *, owner: str) -> None:
         UserError: With what to change.
     """
     check_config(config)
-    wrong = [option for option in ("use_dora", "use_bdlora", "lora_bias", "velora_config") if getattr(config, option)]
+    options = ("use_dora", "use_bdlora", "lora_bias", "velora_config", "modules_to_save", "trainable_token_indices")
+    wrong = [option for option in options if getattr(config, option)]
     if wrong or not {"reference", "averageable"} <= capabilities(config):
         given = wrong[0] if wrong else f"init_lora_weights {config.init_lora_weights}, bias {config.bias}"
         raise UserError(
             f"model.adapter {owner} with {given}",
             why="blocks of several domains are summed on one frozen base, and this LoRA is not such a sum",
-            fix="use plain LoRA or rsLoRA: init_lora_weights true, bias none, no DoRA; "
+            fix="use plain LoRA or rsLoRA: init_lora_weights true, bias none, no DoRA, no modules_to_save; "
             "one DoRA that is continued is configs/adapter/dora.yaml",
         )
 
@@ -88,7 +89,14 @@ def add_block(model: Any, name: str) -> None:
 
 
 def open_block(model: Any, index: int) -> str:
-    """The block of a domain, made if it is not there (the first one is attached with the model)."""
+    """A fresh block for a domain; the first one is attached with the model.
+
+    A stage that is begun twice begins anew: what a first beginning has left is thrown away.
+    """
+    if index and (left := [name for name in block_names(model) if name >= block_name(index)]):
+        model.base_model.set_adapter([block_name(0)], inference_mode=True)
+        for name in left:
+            model.delete_adapter(name)
     if (name := block_name(index)) not in model.peft_config:
         add_block(model, name)
     return name

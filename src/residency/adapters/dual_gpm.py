@@ -65,8 +65,11 @@ def directions(covariance: Tensor, memory: Memory | None, *, rank: int) -> Tenso
     _, vectors = torch.linalg.eigh(projected @ projected.T)
     found = project(vectors[:, -rank:].flip(1), memory)
     # Where nothing is free any more an eigenvector is arbitrary, and the projection leaves next to nothing of it.
-    norms = found.norm(dim=0)
-    rows = torch.where(norms > 0.5, found / norms.clamp_min(0.5), 0.0).T
+    inside = found[:, found.norm(dim=0) > 0.5]
+    # Equal eigenvalues (a covariance of low rank has many zeros) leave vectors that the projection may tilt.
+    q, r = torch.linalg.qr(inside)
+    length = r.diagonal()
+    rows = (q * length.sign())[:, length.abs() > 0.5].T
     missing = max(0, rank - len(rows))
     return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]).to(covariance.dtype)
 

@@ -80,9 +80,15 @@ class InfLoRA(Adapter):
         """Add the block of the first domain; its A is drawn, until the stage begins.
 
         Raises:
-            UserError: PEFT refuses the model.
+            UserError: PEFT refuses the model, or an embedding is among the targets.
         """
         model = wrap(model, self.config, name=block_name(0))
+        if tables := [path for path, layer in _layers(model).items() if not layer.lora_A]:
+            raise UserError(
+                f"model.adapter InfLoRA on the embedding {tables[0]!r}",
+                why="its inputs are token ids, which have no covariance",
+                fix="leave embeddings out of target_modules, for example target_modules: all-linear",
+            )
         _use(model, [block_name(0)])
         return model
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from residency.errors import UserError
+
 __all__ = ["Orthogonality", "overlap", "squared_cosine"]
 
 Norm = Literal["l1", "l2sq"]
@@ -27,6 +29,14 @@ class Orthogonality:
     norm: Norm = "l1"
     strength: float = 0.5
     shrinkage: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.strength < 0 or self.shrinkage < 0:
+            raise UserError(
+                f"model.adapter.penalty with strength {self.strength} and shrinkage {self.shrinkage}",
+                why="a negative penalty would reward what it is to prevent",
+                fix="give numbers >= 0; 0 switches a term off",
+            )
 
 
 def overlap(new: Tensor, old: Tensor, *, norm: Norm) -> Tensor:

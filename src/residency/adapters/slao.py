@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from residency.adapters.base import Adapter, Observe, copy_state
 from residency.adapters.blocks import add_block, check_additive, factors, merged, switched, use_blocks, write_adapter
 from residency.adapters.peft import wrap
+from residency.errors import UserError
 from residency.types import Stage
 
 __all__ = ["SLAO", "merge_weight", "orthonormal_rows", "step_towards"]
@@ -46,6 +47,12 @@ class SLAO(Adapter):
 
     def __init__(self, *, config: LoraConfig, decay: float = 0.5) -> None:
         check_additive(config, owner="SLAO")
+        if decay < 0:
+            raise UserError(
+                f"model.adapter SLAO with decay {decay}",
+                why="λ(i) = i^-decay is a share of the way to the new B, and a negative decay goes beyond it",
+                fix="give 0.5 (the paper) or another number >= 0",
+            )
         self.config = config
         self.decay = decay
 
@@ -53,10 +60,16 @@ class SLAO(Adapter):
         """Add both pairs; the merged one answers, and is no change yet.
 
         Raises:
-            UserError: PEFT refuses the model.
+            UserError: PEFT refuses the model, or the rank is above the width of a layer.
         """
         first = not isinstance(model, PeftModel)
         model = wrap(model, self.config, name=_TUNED)
+        if narrow := [a.shape for a, *_ in _layers(model, merged=False) if a.shape[0] > a.shape[1]]:
+            raise UserError(
+                f"model.adapter SLAO with rank {narrow[0][0]} on a layer with {narrow[0][1]} inputs",
+                why="A starts every domain with orthonormal rows, and there are no more of them than inputs",
+                fix=f"choose r <= {min(shape[1] for shape in narrow)}, or leave the layer out of target_modules",
+            )
         if first:
             add_block(model, _MERGED)
             model.register_buffer(_SERVES, torch.tensor(True, device=next(model.parameters()).device))
@@ -131,11 +144,11 @@ def _use(model: nn.Module, *, merged_answers: bool) -> None:
     model.get_buffer(_SERVES).fill_(merged_answers)
 
 
-def _layers(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Live A and B of the tuned pair, then of the merged pair, of every layer."""
+def _layers(model: nn.Module, *, merged: bool = True) -> list[tuple[Tensor, ...]]:
+    """Live A and B of the tuned pair, then (`merged`) of the merged pair, of every layer."""
     live = dict(model.named_parameters())
-    order = [(pair, factor) for pair in (_TUNED, _MERGED) for factor in "AB"]
-    return [tuple(live[pairs[p][f]] for p, f in order) for pairs in factors(live).values()]  # type: ignore[misc]
+    order = [(pair, factor) for pair in ((_TUNED, _MERGED) if merged else (_TUNED,)) for factor in "AB"]
+    return [tuple(live[pairs[p][f]] for p, f in order) for pairs in factors(live).values()]
 
 
 def _stored(model: Any) -> tuple[PeftConfig, dict[str, Tensor]]:

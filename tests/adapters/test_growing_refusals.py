@@ -32,6 +32,7 @@ def test_blocks_that_are_no_sum_are_refused(options: dict[str, Any]) -> None:
         IncLoRA(config=config(**options))
 
 
+@pytest.mark.filterwarnings("ignore:Model has.*tie_word_embeddings")
 def test_inflora_on_an_embedding_is_refused(llama: Path) -> None:
     with pytest.raises(UserError, match=r"on the embedding .*embed_tokens"):
         attach(llama, InfLoRA(config=config(target_modules=["embed_tokens"])))
@@ -61,7 +62,7 @@ def test_a_stage_that_is_begun_twice_begins_anew(llama: Path) -> None:
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
 
 
-def test_directions_are_orthonormal_where_the_inputs_have_few(llama: Path) -> None:
+def test_directions_are_orthonormal_where_the_inputs_have_few() -> None:
     torch.manual_seed(0)
     used = torch.linalg.qr(torch.randn(12, 5)).Q
     inputs = torch.randn(2, 12)

@@ -96,7 +96,7 @@ FILE: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "class of another kind": (
         lambda c: c["model"].update(adapter={"class_path": "residency.mitigations.EWC"}),
-        ("model.adapter", "subclass of Adapter", "Full, GaLore, Peft"),
+        ("model.adapter", "subclass of Adapter", "Full, GaLore, IncLoRA"),
     ),
     "class of a package that is not there": (
         lambda c: c["model"].update(adapter={"class_path": "no_package.X"}),
@@ -104,7 +104,7 @@ FILE: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "class that is abstract": (
         lambda c: c["model"].update(adapter={"class_path": "residency.adapters.Adapter"}),
-        ("residency.adapters.Adapter", "abstract", "Full, GaLore, Peft"),
+        ("residency.adapters.Adapter", "abstract", "Full, GaLore, IncLoRA"),
     ),
     "argument without a default": (lambda c: _domain(c).pop("train"), ("data.domains.a (Jsonl) has no train",)),
     "no adapter": (lambda c: c["model"].pop("adapter"), ("missing: model.adapter",)),
@@ -156,7 +156,7 @@ WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--model.mitigations.x=EWC --model.mitigations.x.mode=sep",
         ("--model.mitigations.x.mode=sep", "separate or online"),
     ),
-    "class": ("--model.adapter=Lora", ("--model.adapter=Lora", "no class Lora", "Full, GaLore, Peft")),
+    "class": ("--model.adapter=Lora", ("--model.adapter=Lora", "no class Lora", "Full, GaLore, IncLoRA")),
     "class of a named part": ("--data.domains.c=Json", ("--data.domains.c=Json", "'Jsonl'")),
     "class name of several": ("--model.optimizer=AdamW", ("--model.optimizer=AdamW", "torch.optim.AdamW", "full path")),
     "class to explain": ("--model.adapter.help=Nope", ("Nope",)),

@@ -188,7 +188,7 @@ def _wrong_class(case: _Case, match: re.Match[str], place: int) -> UserError:
             fix="paths on the command line are relative to the folder you start from, paths in a config to its folder",
         )
     names = next((names for start, names in case.classes.items() if key.startswith(start)), ())
-    near = None if name in (beside := _siblings(name)) else _nearest(name, [*names, *beside], cutoff=0.7)
+    near = None if name in (beside := _siblings(name)) else _nearest(name, [*names, *beside], cutoff=0.75)
     return UserError(
         got,
         why=" ".join(reason.split()) if reason else f"there is no class {name} for this key",

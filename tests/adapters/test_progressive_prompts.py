@@ -63,7 +63,7 @@ def test_virtual_positions_do_not_shift_the_scores(prompted: Any) -> None:
     model = module.model
     with torch.no_grad():
         embedded = prepend([*model.prompts], model.embeddings(batch.input_ids))
-        by_hand = model.model(inputs_embeds=embedded).logits[:, 9:]
+        by_hand = model.base_model(inputs_embeds=embedded).logits[:, 9:]
         width = batch.input_ids.shape[1]
         wanted = by_hand[batch.target_at // width, batch.target_at % width]
         torch.testing.assert_close(module.forward(batch), wanted, rtol=0, atol=1e-5)

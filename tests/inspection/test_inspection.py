@@ -228,7 +228,9 @@ def test_every_adapter_can_be_looked_into(adapter: str, llama: Path, tmp_path: P
     module.build(seed=0)
     draw = torch.Generator().manual_seed(1)
     start = {name: tensor.clone() for name, tensor in module.adapter.state(module.model).items()}
-    moved = {n: t + 0.05 * torch.randn(t.shape, generator=draw) for n, t in start.items()}
+    moved = {
+        n: t + 0.05 * torch.randn(t.shape, generator=draw) if t.is_floating_point() else t for n, t in start.items()
+    }
     module.adapter.load_state(module.model, moved)
     module.model.train()
     parts = {"module": module, "data": stream(tmp_path / "run"), "k": 1, "seed": 0, "facts": {}}
@@ -239,9 +241,11 @@ def test_every_adapter_can_be_looked_into(adapter: str, llama: Path, tmp_path: P
     products = module.adapter.low_rank(module.model, start)
     from_nothing = not products and not any(tensor.any() for tensor in start.values())
     assert (found["weights"]["frobenius"] is None) == from_nothing
-    assert found["kl"]["mean"] > 0
+    # Who is told the domain answers as the base does as long as it has learned none.
+    as_base = module.adapter.task_id_at_test and adapter.startswith("per_domain")
+    assert (found["kl"]["mean"] == 0) == as_base
     # New embeddings of tokens that no probe has show at the tied head only.
-    assert found["representations"]["mean"] > 0 or adapter == "trainable_tokens"
+    assert found["representations"]["mean"] > 0 or as_base or adapter == "trainable_tokens"
     assert module.model.training
     if adapter == "adaption_prompt":
         # It puts the attention of a block into a module of its own: nothing can be compared, and that is said.

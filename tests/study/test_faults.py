@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from residency import storage, store
+from dying import in_child
 from residency.store import Store
 from residency.study.events import Event, Watcher
 from residency.study.executors import Outcome, Task
 from residency.study.executors.local import LocalExecutor
-from running import PRELOAD
 from sweeping import EWC, Inline, matrices, run_sweep, write_study
 
 AXES: dict[str, Any] = {"mitigation": {"none": {}, "ewc": EWC(1000.0)}}
@@ -39,40 +36,6 @@ def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 # -- the program is killed --------------------------------------------------------------------------------------
-
-
-def _killed_at(count: int) -> None:
-    """SIGKILL when something has been brought to the disk for the n-th time; 0 = never."""
-    seen = 0
-    original = storage.sync_folder
-
-    def sync(folder: Path) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(folder)
-
-    for module in (storage, store):
-        module.sync_folder = sync
-
-
-def _child(path: Path, into: Path, at: int, options: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ["WANDB_MODE"] = "disabled"
-    _killed_at(at)
-    code, out = run_sweep(path, into, **options)
-    print(out, file=sys.stderr)
-    os._exit(code)
-
-
-def in_child(path: Path, into: Path, *, at: int = 0, **options: Any) -> Any:
-    """Start a sweep in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "residency.cli", "residency.study.prepare"])
-    process = context.Process(target=_child, args=(path, into, at, options))
-    process.start()
-    return process
 
 
 def kill_again_and_again(whole: tuple[Path, Path], into: Path, kills: int) -> None:

@@ -43,7 +43,7 @@ class Prompted(nn.Module):
 
     def __init__(self, model: nn.Module, *, hidden: int) -> None:
         super().__init__()
-        self.model = model
+        self.base_model = model
         self.prompts = nn.ParameterList()
         size = self.embeddings.embedding_dim
         self.reparam = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, size)) if hidden else None
@@ -53,16 +53,16 @@ class Prompted(nn.Module):
     @property
     def config(self) -> Any:
         """The backbone's config."""
-        return self.model.config
+        return self.base_model.config
 
     @property
     def embeddings(self) -> nn.Embedding:
         """The backbone's input embeddings."""
-        return self.model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+        return self.base_model.get_input_embeddings()  # type: ignore[operator, no-any-return]
 
     def get_base_model(self) -> nn.Module:
         """The backbone."""
-        return self.model
+        return self.base_model
 
     def front(self) -> list[Tensor]:
         """The prompts in use; the newest one by way of its MLP while that trains."""
@@ -81,15 +81,15 @@ class Prompted(nn.Module):
             raise ValueError("soft prompts stand in front of a row, and a packed row holds several examples")
         prompts = self.front()
         if not prompts:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **options)
         embedded = prepend(prompts, self.embeddings(input_ids))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.model(inputs_embeds=embedded, attention_mask=_widened(mask, embedded.shape[1]), **options)
+        return self.base_model(inputs_embeds=embedded, attention_mask=_widened(mask, embedded.shape[1]), **options)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """(B, T + new) the row and its continuation, as the backbone's own `generate` returns them."""
         prompts = self.front()
-        run: Any = self.model.generate
+        run: Any = self.base_model.generate
         if not prompts:
             return run(input_ids=input_ids, attention_mask=attention_mask, **options)  # type: ignore[no-any-return]
         embedded = prepend(prompts, self.embeddings(input_ids))
@@ -208,7 +208,7 @@ class ProgressivePrompts(Adapter):
         assert isinstance(model, Prompted)
         front = torch.cat([*reversed(model.front())]).detach()
         tuned: Any = get_peft_model(
-            model.model,  # type: ignore[arg-type]
+            model.base_model,  # type: ignore[arg-type]
             PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(front)),
         )
         with torch.no_grad():

@@ -13,7 +13,7 @@ Which question the arms answer:
     unconstrained   modular, matrix free                     configs/adapter/sinkhorn_unconstrained.yaml
 
 Zero drift is a property of *frozen* already, so what the mixing adds is modular minus frozen; and what its constraint
-adds is modular minus unconstrained. Give all arms the same clipping (see `residency.metrics.stability`).
+adds is modular minus unconstrained. Give all arms the same clipping (see `residency.metrics.gradients`).
 """
 
 from __future__ import annotations

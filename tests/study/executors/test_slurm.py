@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-RECIPE = Path(__file__).parents[3] / "configs" / "studies" / "slurm-ray.sbatch"
+RECIPE = Path(__file__).parents[3] / "experiments" / "slurm" / "ray.sbatch"
 ALLOCATION = {
     "SLURM_JOB_NODELIST": "node[1-3]",
     "SLURM_JOB_NUM_NODES": "3",

@@ -4,7 +4,7 @@ Without RAY_ADDRESS a private instance is started on this machine and ends with 
 cluster. Ray places tasks and notices lost nodes; nothing of Ray Tune or Train is used, and Ray retries nothing: what a
 failure means is decided in one place, by the scheduler.
 
-On Slurm see `configs/studies/slurm-ray.sbatch`.
+On Slurm see `experiments/slurm/ray.sbatch`.
 """
 
 from __future__ import annotations

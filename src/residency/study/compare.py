@@ -46,4 +46,8 @@ def compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], co
     for picture in save(comparison(finished, study.scorer), folder / "report" / study.scorer):
         console.print(f"  heat maps: {escape(str(picture))}")
     console.print(f"  records: {escape(str(folder / 'cells'))}/<cell>/results.json")
-    console.print(f"  report: {escape(str(build(folder)))}")
+    try:
+        page = str(build(folder))
+    except Exception as error:  # a picture that cannot be drawn must not look like a study that failed
+        page = f"not built ({type(error).__name__}); the records are complete: residency report {folder} says why"
+    console.print(f"  report: {escape(page)}")

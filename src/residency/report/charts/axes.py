@@ -57,7 +57,8 @@ def grid(
     width = max(80, min(120, 9 * max(map(len, x_names))))
     chart = alt.LayerChart(layer=layers, width=width * len(x_names), height=38 * len(y_names))
     # The ink of a number has no scale, and Vega-Lite cannot merge that with the one of the cells.
-    return chart.resolve_scale(color="independent")
+    resolved: alt.LayerChart = chart.resolve_scale(color="independent")
+    return resolved
 
 
 def sensitivity(rows: Sequence[Row], *, setting: str, unit: str, higher: bool) -> alt.HConcatChart:

@@ -13,7 +13,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from residency.adapters.base import Adapter, Observe, PromptNLL, Served, missing_capability
+from residency.adapters.base import Adapter, Observe, PromptNLL, Served, copy_state, missing_capability
 from residency.adapters.names import KEY, read_names, write_names
 from residency.adapters.peft import wrap
 from residency.adapters.tuners import capabilities, check_config, kind_of
@@ -127,18 +127,8 @@ class PerDomain(Adapter):
         """
         names = read_names(state[KEY]) if KEY in state else []
         self._resize(model, max(1, len(names)))
-        live = self.state(model)
-        shapes = [n for n in {*live} & {*state} - {KEY} if live[n].shape != state[n].shape]
-        if wrong := sorted({*live} ^ {*state} | {*shapes}):
-            raise UserError(
-                f"a stored state does not fit PerDomain: {len(wrong)} tensors differ, first {wrong[0]!r}",
-                why="it was written with another adapter, rank, target or backbone",
-                fix="use the config that lies beside the state (config.yaml), or another --run_dir",
-            )
         write_names(model, names)
-        for name, tensor in live.items():
-            if name != KEY:
-                tensor.copy_(state[name])
+        copy_state(self.state(model), state, owner=type(self).__name__)
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """All adapters off."""

@@ -11,7 +11,7 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from residency.adapters.base import Adapter, Observe, PromptNLL, Served
+from residency.adapters.base import Adapter, Observe, PromptNLL, Served, copy_state
 from residency.adapters.names import KEY, read_names, write_names
 from residency.errors import UserError
 from residency.types import Example, Stage, Tensors
@@ -179,18 +179,8 @@ class ProgressivePrompts(Adapter):
         assert isinstance(model, Prompted)
         names = read_names(state[KEY]) if KEY in state else []
         _resize(model, max(1, len(names)), self.length)
-        live = self.state(model)
-        shapes = [n for n in {*live} & {*state} - {KEY} if live[n].shape != state[n].shape]
-        if wrong := sorted({*live} ^ {*state} | {*shapes}):
-            raise UserError(
-                f"a stored state does not fit ProgressivePrompts: {len(wrong)} tensors differ, first {wrong[0]!r}",
-                why="it was written with another adapter, length or backbone",
-                fix="use the config that lies beside the state (config.yaml), or another --run_dir",
-            )
         write_names(model, names)
-        for name, tensor in live.items():
-            if name != KEY:
-                tensor.copy_(state[name])
+        copy_state(self.state(model), state, owner=type(self).__name__)
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """No prompts."""

@@ -156,6 +156,7 @@ class ContinualModule(LightningModule):
         logged: dict[str, Any] = {f"loss/{name}": value.detach() for name, value in terms.items()}
         if logs_step(self.global_step + 1, every=self.trainer.log_every_n_steps, last=self.stage.steps):  # type: ignore[attr-defined]
             logged |= {f"adapter/{n}": float(v) for n, v in self.adapter.numbers(self.model, self.stage).items()}
+            logged |= {f"{m.name}/{n}": float(v) for m in self.mitigations.values() for n, v in m.numbers(self).items()}
         self.log_dict(logged | {"loss": loss.detach()} | dict(outputs.log), batch_size=batch.size)
         return loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_the_state_can_be_stored_and_restored() -> None:
     leaf.grad = torch.ones(3)
     optimizer.step()
     other = fuse(AdamW([leaf.detach().clone().requires_grad_()], lr=1e-3))
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     (twin,) = other.param_groups[0]["params"]
     for o, p in ((optimizer, leaf), (other, twin)):
         p.grad = torch.full((3,), 2.0)

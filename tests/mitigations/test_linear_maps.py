@@ -45,7 +45,8 @@ def test_axes_are_input_and_output_features(architecture: str, request: pytest.F
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_factors_of_lora(architecture: str, request: pytest.FixtureRequest) -> None:
     targets = ["q_proj", "up_proj"] if architecture == "llama" else ["c_attn"]
-    module = make_module(request.getfixturevalue(architecture), lora(target_modules=targets, r=2), {})
+    adapter = lora(target_modules=targets, r=2, fan_in_fan_out=architecture == "gpt2")
+    module = make_module(request.getfixturevalue(architecture), adapter, {})
     module.build(seed=0)
     leaves = module.adapter.trainable(module.model)
     with torch.no_grad():

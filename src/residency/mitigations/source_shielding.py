@@ -66,7 +66,7 @@ def shield_factors(
     if not b.any() or columns.norm() <= _ZERO * a.norm():
         return torch.where(frozen, torch.zeros_like(a), new_a), new_b
     # Directions of the r-dimensional space that frozen columns occupy: B must go on mapping them to the same.
-    energy, axes = torch.linalg.eigh((columns @ columns.T).double())
+    energy, axes = torch.linalg.eigh(columns.double() @ columns.double().T)
     span = axes[:, energy > _ZERO**2 * energy.max()]
     if span.shape[1] == len(a):
         final_b = b

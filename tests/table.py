@@ -5,6 +5,7 @@ A new plug-in is one row here, and inherits all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +33,19 @@ from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
-from residency.mitigations import EWC, Mitigation, Replay, WeightMixing
+from residency.mitigations import (
+    AGEM,
+    EWC,
+    GEM,
+    GPM,
+    MIGU,
+    OGD,
+    Mitigation,
+    Replay,
+    SourceShielding,
+    WeightMixing,
+    ZClip,
+)
 from residency.objectives import SFT, Objective
 
 __all__ = ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "READERS", "AdapterRow", "MitigationRow"]
@@ -149,6 +162,19 @@ MITIGATIONS: dict[str, MitigationRow] = {
     "ewc_online": MitigationRow(
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),
         off=lambda: EWC(strength=0.0, mode="online"),
+    ),
+    "agem": MitigationRow(
+        make=lambda: AGEM(capacity=12, samples=3), off=lambda: AGEM(strength=0.0, capacity=12, samples=3)
+    ),
+    "gem": MitigationRow(make=lambda: GEM(capacity=6, samples=3), off=lambda: GEM(strength=0.0, capacity=6)),
+    "gpm": MitigationRow(make=lambda: GPM(samples=6), off=lambda: GPM(energy=0.0)),
+    "ogd": MitigationRow(make=lambda: OGD(examples=3), off=lambda: OGD(strength=0.0, examples=3)),
+    "source_shielding": MitigationRow(
+        make=lambda: SourceShielding(samples=3, tokens=8), off=lambda: SourceShielding(ratio=0.0)
+    ),
+    "migu": MitigationRow(make=MIGU, off=lambda: MIGU(threshold=0.0)),
+    "zclip": MitigationRow(
+        make=lambda: ZClip(threshold=0.01, warmup=1), off=lambda: ZClip(threshold=math.inf, warmup=1)
     ),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }

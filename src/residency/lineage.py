@@ -161,7 +161,7 @@ class Lineage:
     def _mitigation(self, name: str, mitigation: Mitigation, *, without: frozenset[str] = frozenset()) -> list[Any]:
         written = self.config["model"]["mitigations"][name]
         arguments = {k: v for k, v in (written.get("init_args") or {}).items() if k not in without}
-        return [name, written["class_path"], arguments, _code(type(mitigation))]
+        return [name, written["class_path"], arguments, mitigation.fingerprint(), _code(type(mitigation))]
 
     def _weights(self, stage: Stage, trained: str, before: str, states: Mapping[str, str]) -> str:
         changing = [[*self._mitigation(n, m), states[n]] for n, m in self._named() if m.changes_weights(stage.index)]

@@ -52,7 +52,7 @@ class IncLoRA(Adapter):
         UserError: The blocks would not be a sum (DoRA, a base-changing initialisation, a trained bias).
     """
 
-    provides = frozenset({"averageable", "reference", "mergeable", "exportable"})
+    provides = frozenset({"averageable", "linear", "reference", "mergeable", "exportable"})
 
     def __init__(self, *, config: LoraConfig, penalty: Orthogonality | None = None) -> None:
         check_additive(config, owner="IncLoRA")

@@ -82,7 +82,7 @@ class PerDomain(Adapter):
         self.routing = routing
         self.compare = compare
         self.task_id_at_test = routing == "oracle"
-        self.provides = frozenset({"reference", "exportable"})
+        self.provides = capabilities(config) & {"reference", "exportable", "linear"}
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The first domain's adapter."""

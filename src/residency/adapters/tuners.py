@@ -141,12 +141,19 @@ def capabilities(config: PeftConfig) -> frozenset[Capability]:
         found.add("reference")
     if _averages(config, kind):
         found.add("averageable")
+    if _is_plain_lora(config):
+        found.add("linear")
     if kind not in _UNMERGEABLE and not getattr(config, "lora_bias", False):
         found.add("mergeable")
     # PEFT repeats a base-changing initialisation when it loads; a drawn one comes out differently.
     if not init.startswith("pissa_niter"):
         found.add("exportable")
     return frozenset(found)
+
+
+def _is_plain_lora(config: PeftConfig) -> bool:
+    # DoRA rescales whole rows; BD-LoRA's factors are stored as blocks.
+    return kind_of(config) == "LORA" and not any(getattr(config, o, None) for o in ("use_dora", "use_bdlora"))
 
 
 def _averages(config: PeftConfig, kind: str) -> bool:

@@ -2,7 +2,25 @@
 
 from residency.mitigations.base import Mitigation
 from residency.mitigations.ewc import EWC
+from residency.mitigations.gem import AGEM, GEM
+from residency.mitigations.gpm import GPM
+from residency.mitigations.migu import MIGU
+from residency.mitigations.ogd import OGD
 from residency.mitigations.replay import Replay
+from residency.mitigations.source_shielding import SourceShielding
 from residency.mitigations.weight_mixing import WeightMixing
+from residency.mitigations.zclip import ZClip
 
-__all__ = ["EWC", "Mitigation", "Replay", "WeightMixing"]
+__all__ = [
+    "AGEM",
+    "EWC",
+    "GEM",
+    "GPM",
+    "MIGU",
+    "OGD",
+    "Mitigation",
+    "Replay",
+    "SourceShielding",
+    "WeightMixing",
+    "ZClip",
+]

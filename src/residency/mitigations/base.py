@@ -146,6 +146,10 @@ class Mitigation(Callback):
         """Whether `transform_weights` can return anything but `after` once the stage with this index is trained."""
         return overrides(self, "transform_weights")
 
+    def fingerprint(self) -> str:
+        """Of what its arguments name and do not hold, such as the contents of files; part of the keys of a study."""
+        return ""
+
     # -- state --------------------------------------------------------------------------------------------------
 
     @property

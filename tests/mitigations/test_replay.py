@@ -15,7 +15,8 @@ from residency.backbones import CausalLM
 from residency.domains.sampler import StageExamples
 from residency.errors import UserError
 from residency.mitigations import Replay
-from residency.mitigations.replay import Mixture, pack_examples, replayed_slot, reservoir_slot, unpack_examples
+from residency.mitigations.memory import Mixture, pack_examples, replayed_slot, unpack_examples
+from residency.mitigations.selection import reservoir_slot
 from residency.storage import load_tree, save_tree
 from residency.types import Example, Stage
 from running import domains, train

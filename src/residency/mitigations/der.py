@@ -10,7 +10,7 @@ logits, because logits have no zero: a constant added to all of them changes not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -196,8 +196,3 @@ class DER(Mitigation):
     def touches_training(self, index: int) -> bool:
         """Not with both weights 0."""
         return (self.alpha > 0 or self.beta > 0) and super().touches_training(index)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the declared state, as every mitigation does; nothing unpacked before is used again."""
-        super().load_state_dict(state_dict)
-        self._view = (None, [])

@@ -117,7 +117,8 @@ class GenerativeReplay(Mitigation):
         new = learned_examples(module.dataset, stage.domain)
         packed, shots = self.state["shapes"], self._packed("shots")
         assert isinstance(packed, Tensor)
-        shapes = {**unpack_shapes(packed), stage.domain: shape_of(new)}
+        # A stage of old examples alone has taught nothing that could be written about.
+        shapes = unpack_shapes(packed) | ({stage.domain: shape_of(new)} if new else {})
         shots += [new[i] for i in permutation(len(new), stage.seed, "shots", stage.index)[: self.kept]]
         self.state.update(shapes=pack_shapes(shapes), shots=pack_examples(shots))
         counts, found = torch.zeros(3, dtype=torch.long), []
@@ -166,7 +167,7 @@ class GenerativeReplay(Mitigation):
         return [accepted[i] for i in kmeans_order(mean_hidden(module, accepted), quota, seed=seed)]
 
     def numbers(self, module: ContinualModule) -> Mapping[str, float]:
-        """`accept_rate` of what was asked for, `cut`: share of answers that were cut, `examples`, and `bytes` of state."""
+        """`accept_rate` of what was asked for, `cut`: share of answers that were cut, `examples`, `bytes` of state."""
         counts = self.state["counts"]
         assert isinstance(counts, Tensor)
         asked, accepted, cut = counts.tolist()
@@ -198,7 +199,7 @@ def _check_shares(*, ratio: float, examples: int, oversample: int, temperature: 
         raise UserError(
             f"GenerativeReplay with ratio={ratio}, examples={examples}, oversample={oversample}, "
             f"temperature={temperature}, top_k={top_k}",
-            why="the ratio is the share of written examples in a batch, in [0, 1); examples and oversample are at least 1, "
+            why="the ratio is the share of written examples in a batch, in [0, 1); examples, oversample are 1 or more, "
             "the temperature is positive, top_k is a number of tokens or 0",
             fix="for 25 % written examples give ratio: 0.25, with examples: 64, temperature: 1.0, top_k: 20",
         )

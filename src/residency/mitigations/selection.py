@@ -41,8 +41,8 @@ def fair_quotas(counts: Sequence[int], capacity: int) -> list[int]:
         capacity: Examples that may be kept together.
 
     Returns:
-        Quotas <= counts with sum min(capacity, Σ counts). Two domains that have enough differ by at most 1, the older
-        one having more; what a small domain leaves over goes to the others.
+        Quotas <= counts with sum min(capacity, Σ counts). Two domains that have enough differ by at most 1, of equal
+        ones the older having more; what a small domain leaves over goes to the others.
     """
     quotas, left = [0] * len(counts), capacity
     # Smallest first: what it does not need is for the rest. Of equals the newest, so that the oldest gets the odd one.

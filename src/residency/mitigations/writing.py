@@ -42,7 +42,7 @@ class Shape:
 
 
 def shape_of(examples: Sequence[Example]) -> Shape:
-    """The shape of a domain's examples, at least one. A single prompt has neither head nor tail, for all of it is both."""
+    """The shape of a domain's examples, at least one. A single prompt has neither head nor tail: it is all both."""
     prompts = list({example.prompt: None for example in examples})
     head: tuple[int, ...] = ()
     tail: tuple[int, ...] = ()

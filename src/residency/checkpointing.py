@@ -121,7 +121,7 @@ class History(Callback):
     def _add(self, metrics: Mapping[str, torch.Tensor], step: int) -> None:
         self._micro += 1
         for name, value in metrics.items():
-            if name.startswith(("loss", "adapter/")):
+            if name == "loss" or "/" in name:  # loss/<term>, adapter/<name>, <mitigation>/<name>
                 number = float(value)
                 if not math.isfinite(number):
                     raise _not_finite(name, number, self.stage, step)

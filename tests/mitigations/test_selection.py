@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ def cloud(rows: int, *, seed: int = 0) -> Tensor:
 # --- quotas -----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None, database=None, max_examples=100)
 @given(counts=st.lists(st.integers(0, 30), max_size=6), capacity=st.integers(1, 60))
 def test_quotas_are_as_equal_as_they_can_be(counts: list[int], capacity: int) -> None:
     quotas = fair_quotas(counts, capacity)

@@ -183,10 +183,13 @@ class DER(Mitigation):
         assert isinstance(values, Tensor)
         assert isinstance(tokens, Tensor)
         if self._view[0] is not buffer:
-            examples = unpack_examples(buffer)
-            lengths = [len(example.completion) for example in examples]
-            read = zip(values.split(lengths), tokens.split(lengths), strict=True) if examples else ()
-            self._view = buffer, list(zip(examples, read, strict=True))
+            items: list[_Item] = []
+            start = 0
+            for example in unpack_examples(buffer):
+                own = slice(start, start + len(example.completion))
+                items.append((example, (values[own], tokens[own])))
+                start = own.stop
+            self._view = buffer, items
         return list(self._view[1])
 
     def numbers(self, module: ContinualModule) -> Mapping[str, float]:

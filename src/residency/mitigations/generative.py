@@ -121,7 +121,8 @@ class GenerativeReplay(Mitigation):
         shapes = unpack_shapes(packed) | ({stage.domain: shape_of(new)} if new else {})
         shots += [new[i] for i in permutation(len(new), stage.seed, "shots", stage.index)[: self.kept]]
         self.state.update(shapes=pack_shapes(shapes), shots=pack_examples(shots))
-        counts, found = torch.zeros(3, dtype=torch.long), []
+        counts = torch.zeros(3, dtype=torch.long)
+        found: list[Example] = []
         for domain, quota in zip(shapes, fair_quotas([self.examples] * len(shapes), self.examples), strict=True):
             asked = quota * self.oversample
             prompts = self._prompts(module, stage, domain, asked)

@@ -35,11 +35,13 @@ from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
 from residency.mitigations import (
     AGEM,
+    DER,
     EWC,
     GEM,
     GPM,
     MIGU,
     OGD,
+    GenerativeReplay,
     Mitigation,
     Replay,
     SourceShielding,
@@ -158,6 +160,23 @@ ADAPTERS: dict[str, AdapterRow] = {
 
 MITIGATIONS: dict[str, MitigationRow] = {
     "replay": MitigationRow(make=lambda: Replay(ratio=0.25, capacity=12), off=lambda: Replay(ratio=0.0)),
+    "replay_herding_loss": MitigationRow(
+        make=lambda: Replay(ratio=1.0, every=2, capacity=6, policy="herding", draw="loss"),
+        off=lambda: Replay(ratio=0.0, capacity=6, policy="herding", draw="loss"),
+    ),
+    "replay_kmeans_mir": MitigationRow(
+        make=lambda: Replay(ratio=0.5, capacity=6, policy="kmeans", draw="mir", candidates=4),
+        off=lambda: Replay(ratio=0.0, capacity=6, policy="kmeans", draw="mir"),
+    ),
+    "der": MitigationRow(make=lambda: DER(alpha=0.3, capacity=6, top_k=4), off=lambda: DER(alpha=0.0, beta=0.0)),
+    "generative_replay": MitigationRow(
+        make=lambda: GenerativeReplay(ratio=0.5, examples=6, kept=4, oversample=2),
+        off=lambda: GenerativeReplay(ratio=0.0, examples=2, kept=2),
+    ),
+    "lamol": MitigationRow(
+        make=lambda: GenerativeReplay(ratio=0.5, examples=6, shots=0, kept=0, prompt_loss=0.25),
+        off=lambda: GenerativeReplay(ratio=0.0, examples=2, shots=0, kept=0),
+    ),
     "ewc": MitigationRow(make=lambda: EWC(strength=1000.0, fisher_samples=6), off=lambda: EWC(strength=0.0)),
     "ewc_online": MitigationRow(
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),

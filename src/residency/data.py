@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -123,7 +124,8 @@ class StreamData(LightningDataModule):
         rows = domain.rows(split)
         count = len(rows) if competing is None else competing
         encode = partial(domain.template.encode, tokenizer, domain=name)
-        return [encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows)]
+        examples = [encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows)]
+        return [replace(example, split=split) for example in examples]
 
     def fingerprints(self) -> Mapping[str, str]:
         """Content hash of every domain and probe."""

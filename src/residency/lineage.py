@@ -66,9 +66,21 @@ def _core_code() -> str:
 
 
 def _code(kind: type) -> str:
-    """The source of a class and of what it inherits from: plug-ins are edited between studies."""
-    modules = [base.__module__ for base in kind.__mro__]
-    return digest([_source(name) for name in modules if name.partition(".")[0] not in _LIBRARIES])
+    """The source of a class, of what it inherits from and of the files beside it that these use: plug-ins are edited
+    between studies.
+    """
+    names = [base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] not in _LIBRARIES]
+    for name in names:  # grows as it is read
+        names += [used for used in _neighbours(name) if used not in names]
+    return digest([_source(name) for name in dict.fromkeys(names)])
+
+
+def _neighbours(module: str) -> list[str]:
+    """Modules of the same package from which a module has taken functions or classes."""
+    package = module.rpartition(".")[0]
+    known = vars(sys.modules[module]) if package and module in sys.modules else {}
+    found = {str(getattr(value, "__module__", "")) for value in known.values()}
+    return sorted(name for name in found - {module} if name.rpartition(".")[0] == package)
 
 
 @cache

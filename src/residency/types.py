@@ -10,7 +10,7 @@ Shape suffixes used in names and docstrings:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -63,6 +63,8 @@ class Example:
         prompt: Prompt tokens, at least one.
         completion: Supervised tokens, the end-of-text token included.
         alternatives: For scoring a label: other completions that share the prompt.
+        split: Where the row came from. Nothing but `train` may be learned from or kept (`mitigations.replay`). It says
+            nothing about the tokens and takes no part in comparisons.
     """
 
     domain: str
@@ -70,6 +72,7 @@ class Example:
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     alternatives: tuple[tuple[int, ...], ...] = ()
+    split: Split = field(default="train", compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion) + sum(len(a) for a in self.alternatives)

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from residency.types import Batch
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "Sampling"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How continuations are drawn.
+
+    Args:
+        seed: Of all draws of one call.
+        temperature: Logits are divided by it.
+        top_k: Draw from the k most likely tokens; 0 = from all.
+    """
+
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
 
 
 class Backbone(ABC):
@@ -30,8 +46,18 @@ class Backbone(ABC):
         """(M, V) logits at the supervised positions of a batch, nowhere else."""
 
     @abstractmethod
-    def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations, one per prompt, without the end token."""
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> list[list[int]]:
+        """Continuations, one per prompt, without the end token: greedy, or drawn as `sampling` says.
+
+        A function of the model, the prompts and the sampling alone: the global generator is left as it was.
+        """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:

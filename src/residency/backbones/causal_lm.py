@@ -6,7 +6,8 @@ import copy
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from residency.backbones import packed_attention
-from residency.backbones.base import Backbone
+from residency.backbones.base import Backbone, Sampling
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from residency.errors import UserError
 from residency.kernels.norm import fuse_norms
@@ -156,8 +157,15 @@ class CausalLM(Backbone):
         return model(**inputs, logits_to_keep=columns).logits[row, at]  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations; prompts are padded on the left and masked."""
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> list[list[int]]:
+        """Greedy or drawn continuations; prompts are padded on the left and masked."""
         from transformers import GenerationConfig
 
         width = max(len(prompt) for prompt in prompts)
@@ -165,9 +173,12 @@ class CausalLM(Backbone):
         device = next(model.parameters()).device
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+        how: dict[str, Any] = {"do_sample": False}
+        if sampling is not None:
+            how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": 1.0}
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, **how)
         generate: Any = model.generate
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _seeded(sampling, device):
             # PEFT gives virtual tokens their positions itself, and says so at every step.
             warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
             out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
@@ -198,6 +209,17 @@ class CausalLM(Backbone):
         remark = f"bitsandbytes {self.quantisation.kind}" if self.quantisation else ""
         described = {"name": self.path, "licence": "see the model's card", "remark": remark}
         return described if self.revision is None else {**described, "revision": self.revision}
+
+
+@contextmanager
+def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
+    """transformers draws from the global generator: lend it a seed, and bring it back."""
+    if sampling is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield
 
 
 def _keeps_logits(model: nn.Module) -> bool:

@@ -1,8 +1,10 @@
 """What protects earlier knowledge; any number per run, in order."""
 
 from residency.mitigations.base import Mitigation
+from residency.mitigations.der import DER
 from residency.mitigations.ewc import EWC
 from residency.mitigations.gem import AGEM, GEM
+from residency.mitigations.generative import GenerativeReplay
 from residency.mitigations.gpm import GPM
 from residency.mitigations.migu import MIGU
 from residency.mitigations.ogd import OGD
@@ -13,11 +15,13 @@ from residency.mitigations.zclip import ZClip
 
 __all__ = [
     "AGEM",
+    "DER",
     "EWC",
     "GEM",
     "GPM",
     "MIGU",
     "OGD",
+    "GenerativeReplay",
     "Mitigation",
     "Replay",
     "SourceShielding",

@@ -32,7 +32,7 @@ from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
-from residency.mitigations import EWC, Mitigation, Replay, WeightMixing
+from residency.mitigations import EWC, L2SP, MAS, SI, KroneckerEWC, Mitigation, Replay, WeightMixing
 from residency.objectives import SFT, Objective
 
 __all__ = ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "READERS", "AdapterRow", "MitigationRow"]
@@ -150,6 +150,19 @@ MITIGATIONS: dict[str, MitigationRow] = {
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),
         off=lambda: EWC(strength=0.0, mode="online"),
     ),
+    "ewc_sampled": MitigationRow(
+        make=lambda: EWC(strength=1e6, fisher="sampled", granularity="token", fisher_samples=4),
+        off=lambda: EWC(strength=0.0, fisher="sampled"),
+    ),
+    "ewc_kfac": MitigationRow(
+        make=lambda: KroneckerEWC(strength=1e5, fisher_samples=6), off=lambda: KroneckerEWC(strength=0.0)
+    ),
+    "l2_sp": MitigationRow(make=lambda: L2SP(alpha=1.0, anchor="previous"), off=lambda: L2SP(alpha=0.0)),
+    "l2_sp_decoupled": MitigationRow(
+        make=lambda: L2SP(alpha=10.0, anchor="previous", decoupled=True), off=lambda: L2SP(alpha=0.0, decoupled=True)
+    ),
+    "mas": MitigationRow(make=lambda: MAS(strength=10.0, samples=6), off=lambda: MAS(strength=0.0)),
+    "si": MitigationRow(make=lambda: SI(strength=10.0), off=lambda: SI(strength=0.0)),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
 

@@ -19,7 +19,8 @@ from residency.backbones import CausalLM
 from residency.batching import make_batch
 from residency.errors import UserError
 from residency.mitigations import EWC
-from residency.mitigations.ewc import add_quadratics, fisher_diagonal, quadratic_penalty
+from residency.mitigations.fisher import fisher_diagonal
+from residency.mitigations.quadratic import add_quadratics, quadratic_penalty
 from residency.module import ContinualModule
 from residency.objectives import SFT
 from residency.randomness import permutation

@@ -108,7 +108,7 @@ def test_lora_is_pulled_in_the_space_of_the_update(llama: Path) -> None:
     pulled = l2_sp.transform_gradients(module, {name: torch.zeros_like(t) for name, t in leaves.items()})
     for name, gradient in gradients.items():
         torch.testing.assert_close(pulled[name], gradient, rtol=1e-3, atol=1e-5)
-    assert l2_sp.numbers(module)["distance"] == pytest.approx(float(2 * wanted / 0.7) ** 0.5, rel=1e-3)
+    assert l2_sp.numbers(module)["distance"] == pytest.approx((2 * float(found) / 0.7) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("made", ["factors", "full", "ia3"])

@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from residency.errors import UserError
-from residency.mitigations import fisher as estimates
 from residency.mitigations.base import Mitigation
-from residency.mitigations.fisher import batch_fisher_diagonal, fisher_diagonal, true_fisher_diagonal
+from residency.mitigations.fisher import (
+    batch_fisher_diagonal,
+    data_losses,
+    fisher_diagonal,
+    one_per_token,
+    sampled_losses,
+    true_fisher_diagonal,
+)
 from residency.mitigations.quadratic import add_quadratics, penalty_numbers, penalty_term, pulled_gradients
 from residency.mitigations.sampling import batches_of, lay_out, pack_facts, sample_examples, stage_labels
 from residency.tensors import snapshot
@@ -137,7 +143,7 @@ class EWC(Mitigation):
 
     def _estimate(self, module: ContinualModule, stage: Stage, examples: Sequence[Example]) -> dict[str, Tensor]:
         model, leaves = module.model, module.adapter.trainable(module.model)
-        losses = estimates.data_losses(module.forward)
+        losses = data_losses(module.forward)
         if self.fisher == "batch":
             size = stage.batch_size
             groups = [examples[k : k + size] for k in range(0, len(examples), size)]
@@ -146,11 +152,11 @@ class EWC(Mitigation):
             labels = stage_labels(module, stage, asked_by=f"{self.name}.fisher=true")
             return true_fisher_diagonal(model, leaves, examples, labels, losses, lambda group: lay_out(module, group))
         if self.fisher == "sampled":
-            losses = estimates.sampled_losses(module.forward, seed=stage.seed, stage=stage.index)
+            losses = sampled_losses(module.forward, seed=stage.seed, stage=stage.index)
         if self.granularity == "sequence":
             batches = batches_of(module, examples, tokens=self.batch_tokens)
             return fisher_diagonal(model, leaves, batches, losses)
-        tokens = list(estimates.one_per_token(examples))
+        tokens = list(one_per_token(examples))
         batches = batches_of(module, tokens, tokens=self.batch_tokens)
         per_token = fisher_diagonal(model, leaves, batches, losses)
         return {name: mean * (len(tokens) / len(examples)) for name, mean in per_token.items()}

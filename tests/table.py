@@ -39,9 +39,13 @@ from residency.mitigations import (
     EWC,
     GEM,
     GPM,
+    L2SP,
+    MAS,
     MIGU,
     OGD,
+    SI,
     GenerativeReplay,
+    KroneckerEWC,
     Mitigation,
     Replay,
     SourceShielding,
@@ -195,6 +199,19 @@ MITIGATIONS: dict[str, MitigationRow] = {
     "zclip": MitigationRow(
         make=lambda: ZClip(threshold=0.01, warmup=1), off=lambda: ZClip(threshold=math.inf, warmup=1)
     ),
+    "ewc_sampled": MitigationRow(
+        make=lambda: EWC(strength=1e6, fisher="sampled", granularity="token", fisher_samples=4),
+        off=lambda: EWC(strength=0.0, fisher="sampled"),
+    ),
+    "ewc_kfac": MitigationRow(
+        make=lambda: KroneckerEWC(strength=1e5, fisher_samples=6), off=lambda: KroneckerEWC(strength=0.0)
+    ),
+    "l2_sp": MitigationRow(make=lambda: L2SP(alpha=1.0, anchor="previous"), off=lambda: L2SP(alpha=0.0)),
+    "l2_sp_decoupled": MitigationRow(
+        make=lambda: L2SP(alpha=10.0, anchor="previous", decoupled=True), off=lambda: L2SP(alpha=0.0, decoupled=True)
+    ),
+    "mas": MitigationRow(make=lambda: MAS(strength=10.0, samples=6), off=lambda: MAS(strength=0.0)),
+    "si": MitigationRow(make=lambda: SI(strength=10.0), off=lambda: SI(strength=0.0)),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
 

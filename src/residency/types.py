@@ -20,13 +20,15 @@ __all__ = ["Batch", "Capability", "Example", "Layout", "Outputs", "Row", "Split"
 Tensors = Mapping[str, Tensor]
 """Parameter name -> tensor. May compute its values on access: iterate, do not copy."""
 
-Capability = Literal["fixed_coordinates", "averageable", "linear", "reference", "mergeable", "exportable"]
+Capability = Literal["fixed_coordinates", "averageable", "linear", "low_rank", "reference", "mergeable", "exportable"]
 """What an adapter can promise to a mitigation or to the user.
 
 `fixed_coordinates`: the same trainable coordinates persist over all domains (EWC, SI, MAS need it).
 `averageable`: there is a space in which averaging two states is meaningful (`Adapter.weights`).
 `linear`: what moves are weights of linear layers (with norms, biases and embeddings), or factors A and B of an update
     that is added to them; to fix input or output features of these is to fix the layer's (GPM, MIGU, SSU need it).
+`low_rank`: all that moves are the factors of updates s B A that are added to weights of linear layers (plain LoRA), so
+    that a distance between two states can be measured in the space of the weights (`Adapter.low_rank_layers`).
 `reference`: the pretrained behaviour is available without a second model (`Adapter.reference`).
 `mergeable`: the adapter folds into the backbone's own weights without changing the function (`Adapter.merge`).
 `exportable`: plain `transformers` or `peft` load what `Adapter.export` writes.

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import Optimizer
 
-from residency.adapters.base import Adapter, OptimizerFactory, missing_capability
+from residency.adapters.base import Adapter, LowRankLayer, OptimizerFactory, missing_capability
 from residency.adapters.low_rank import low_rank_factors
 from residency.adapters.tuners import capabilities, check_config, check_quantised, kind_of
 from residency.errors import UserError
@@ -127,6 +127,18 @@ class Peft(Adapter):
         if "averageable" not in self.provides:
             return {}
         return {a: (_scale(model, a) * state[b].float(), state[a].float()) for a, b in _pairs(state)}
+
+    def low_rank_layers(self, model: nn.Module) -> list[LowRankLayer]:
+        """The LoRA layers.
+
+        Raises:
+            UserError: The tuner is not plain LoRA, or adapts an embedding.
+        """
+        leaves = self.trainable(model)
+        pairs = [(a, b) for a, b in _pairs(leaves) if _PAIRS[0][0] in a]
+        if "low_rank" not in self.provides or len(leaves) != 2 * len(pairs):
+            raise missing_capability(self, "low_rank")
+        return [LowRankLayer(path=a.split(_PAIRS[0][0])[0], a=a, b=b, scale=_scale(model, a)) for a, b in pairs]
 
     def adapted_weight(self, model: nn.Module, name: str) -> torch.Tensor:
         """The weight of the layer whose A has this name."""

@@ -100,7 +100,11 @@ class Mitigation(Callback):
         return batch
 
     def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
-        """Named scalars, already weighted, that are added to the loss; logged as `loss/<mitigation>/<term>`."""
+        """Named scalars, already weighted, that are added to the loss; logged as `loss/<mitigation>/<term>`.
+
+        A term whose gradient is known in closed form is returned detached, for the log and the sum, and its gradient is
+        added in `transform_gradients`: once per optimizer step, however many micro-batches there are.
+        """
         return {}
 
     def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:

@@ -130,6 +130,27 @@ def test_generation_in_batches_is_greedy_one_by_one(scored_module: ContinualModu
     assert max(map(len, wanted)) == 12
 
 
+def test_sampling_is_a_function_of_its_seed(scored_module: ContinualModule) -> None:
+    """The global generator is neither read nor moved; k = 1 is greedy, and so is a temperature near 0."""
+    backbone, model = scored_module.backbone, scored_module.model
+    prompts = [[5, 6, 7], [9], [30, 40]]
+
+    def drawn(**options: Any) -> list[list[int]]:
+        torch.manual_seed(options.pop("other", 0))
+        before = torch.get_rng_state()
+        written = backbone.generate(model, prompts, max_new_tokens=8, **{"temperature": 1.0, "seed": 3} | options)
+        assert torch.equal(before, torch.get_rng_state())
+        return written
+
+    assert drawn() == drawn(other=1)
+    assert drawn() != drawn(seed=4)
+    greedy_ones = backbone.generate(model, prompts, max_new_tokens=8)
+    assert drawn(top_k=1) == drawn(temperature=1e-4) == greedy_ones != drawn()
+    for wrong in ({"temperature": None}, {"seed": None}, {"temperature": None, "seed": None, "top_k": 2}):
+        with pytest.raises(ValueError, match="sampling needs"):
+            drawn(**wrong)
+
+
 def test_generated_scores_by_brute_force(scored_module: ContinualModule, scored_data: StreamData) -> None:
     """What is generated is compared with the row's text; one text is what the model writes anyway."""
     module, tokenizer = scored_module, scored_module.backbone.tokenizer

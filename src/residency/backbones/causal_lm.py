@@ -6,7 +6,8 @@ import copy
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,18 +155,35 @@ class CausalLM(Backbone):
         return model(**inputs, logits_to_keep=columns).logits[row, at]  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations; prompts are padded on the left and masked."""
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """Greedy or sampled continuations; prompts are padded on the left and masked."""
         from transformers import GenerationConfig
 
+        if (temperature is None) != (seed is None) or (temperature is None and top_k is not None):
+            raise ValueError(
+                f"temperature={temperature}, top_k={top_k}, seed={seed}: sampling needs the first and last"
+            )
         width = max(len(prompt) for prompt in prompts)
         end = self.tokenizer.eos_token_id
         device = next(model.parameters()).device
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+        # What is left out would come from the folder's generation_config.json.
+        drawn = {} if temperature is None else {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=bool(drawn), eos_token_id=end, pad_token_id=end, **drawn
+        )
         generate: Any = model.generate
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _seeded(seed, device):
             # PEFT gives virtual tokens their positions itself, and says so at every step.
             warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
             out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
@@ -196,6 +214,17 @@ class CausalLM(Backbone):
         remark = f"bitsandbytes {self.quantisation.kind}" if self.quantisation else ""
         described = {"name": self.path, "licence": "see the model's card", "remark": remark}
         return described if self.revision is None else {**described, "revision": self.revision}
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    # transformers draws from the global generators only.
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _keeps_logits(model: nn.Module) -> bool:

@@ -32,7 +32,15 @@ from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
-from residency.mitigations import EWC, Mitigation, Replay, WeightMixing
+from residency.mitigations import (
+    EWC,
+    SDFT,
+    Mitigation,
+    OnPolicyDistillation,
+    Replay,
+    SelfDistillation,
+    WeightMixing,
+)
 from residency.objectives import SFT, Objective
 
 __all__ = ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "READERS", "AdapterRow", "MitigationRow"]
@@ -149,6 +157,26 @@ MITIGATIONS: dict[str, MitigationRow] = {
     "ewc_online": MitigationRow(
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),
         off=lambda: EWC(strength=0.0, mode="online"),
+    ),
+    "on_policy_distillation": MitigationRow(
+        make=lambda: OnPolicyDistillation(fraction=0.5, top_k=8, ema_rate=0.1),
+        off=lambda: OnPolicyDistillation(strength=0.0),
+    ),
+    "sdft": MitigationRow(
+        # An untrained model hardly ever ends what it writes: greedy and short, nothing would be accepted.
+        make=lambda: SDFT(temperature=1.0, max_new_tokens=96),
+        off=lambda: SDFT(share=0.0),
+    ),
+    "self_distillation": MitigationRow(make=SelfDistillation, off=lambda: SelfDistillation(strength=0.0)),
+    "self_distillation_base": MitigationRow(
+        make=lambda: SelfDistillation(teacher="base"), off=lambda: SelfDistillation(teacher="base", strength=0.0)
+    ),
+    "self_distillation_cached": MitigationRow(
+        make=lambda: SelfDistillation(cache=8), off=lambda: SelfDistillation(cache=8, strength=0.0)
+    ),
+    "self_distillation_ema": MitigationRow(
+        make=lambda: SelfDistillation(teacher="ema", ema_rate=0.1),
+        off=lambda: SelfDistillation(teacher="ema", strength=0.0),
     ),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }

@@ -107,7 +107,8 @@ class History(Callback):
         due = step % self.every_n_steps == 0 or step == self.stage.steps
         complete = step != self.totals["steps"]
         if due or (step + 1) % self.every_n_steps == 0 or step + 1 == self.stage.steps:
-            self._add(trainer.callback_metrics, step)
+            owners = ("loss", "adapter/", *(f"{name}/" for name in module.mitigations))  # type: ignore[union-attr]
+            self._add({n: v for n, v in trainer.callback_metrics.items() if n.startswith(owners)}, step)
         if complete:
             self.totals["steps"] = step
             if due and trainer.is_global_zero:
@@ -121,11 +122,10 @@ class History(Callback):
     def _add(self, metrics: Mapping[str, torch.Tensor], step: int) -> None:
         self._micro += 1
         for name, value in metrics.items():
-            if name.startswith(("loss", "adapter/")):
-                number = float(value)
-                if not math.isfinite(number):
-                    raise _not_finite(name, number, self.stage, step)
-                self._window[name] = self._window.get(name, 0.0) + number
+            number = float(value)
+            if not math.isfinite(number):
+                raise _not_finite(name, number, self.stage, step)
+            self._window[name] = self._window.get(name, 0.0) + number
 
     def _line(self, trainer: Trainer, step: int) -> dict[str, Any]:
         seconds, tokens = self._last

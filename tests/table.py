@@ -164,7 +164,7 @@ MITIGATIONS: dict[str, MitigationRow] = {
     ),
     "sdft": MitigationRow(
         # An untrained model hardly ever ends what it writes: greedy and short, nothing would be accepted.
-        make=lambda: SDFT(temperature=1.0, max_new_tokens=96),
+        make=lambda: SDFT(template="{prompt}={reference}:", temperature=1.0, max_new_tokens=96),
         off=lambda: SDFT(share=0.0),
     ),
     "self_distillation": MitigationRow(make=SelfDistillation, off=lambda: SelfDistillation(strength=0.0)),

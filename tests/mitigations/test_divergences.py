@@ -34,7 +34,8 @@ def test_distillation_is_forward_kl_with_its_closed_gradient(temperature: float)
     student, teacher = random_logits(0).requires_grad_(), random_logits(1).requires_grad_()
     loss = distillation_loss(student, teacher, temperature=temperature)
     torch.testing.assert_close(loss, written_out(student, teacher, temperature))
-    assert abs(float(loss - written_out(teacher, student, temperature))) > 0.1, "the other direction is another number"
+    other = written_out(teacher, student, temperature)
+    assert not torch.isclose(loss, other, rtol=1e-3), "the other direction is another number"
     (3 * loss).backward()
     p_s, p_t = (F.softmax(z.detach() / temperature, -1) for z in (student, teacher))
     torch.testing.assert_close(student.grad, 3 * temperature * (p_s - p_t) / M)
@@ -63,7 +64,7 @@ def test_the_gradient_keeps_its_size_as_the_temperature_grows() -> None:
     """With τ², λ means the same at every temperature: the limit is (z_s - z_t) / V for centred logits."""
     student, teacher = (z - z.mean(-1, keepdim=True) for z in (random_logits(0), random_logits(1)))
     student.requires_grad_()
-    pull = gradient(distillation_loss(student, teacher, temperature=1e4), student)
+    pull = gradient(distillation_loss(student, teacher, temperature=1e5), student)
     torch.testing.assert_close(pull, (student.detach() - teacher) / (V * M), rtol=1e-3, atol=1e-6)
 
 

@@ -95,9 +95,7 @@ class History(Callback):
         self._clock = time.perf_counter()
         self._last = (self.totals["seconds"], int(self.totals["tokens"]))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Add up the micro-batches; write a line when a step is complete and due."""
         now = time.perf_counter()
         self.totals["seconds"] += now - self._clock
@@ -107,8 +105,7 @@ class History(Callback):
         due = step % self.every_n_steps == 0 or step == self.stage.steps
         complete = step != self.totals["steps"]
         if due or (step + 1) % self.every_n_steps == 0 or step + 1 == self.stage.steps:
-            owners = ("loss", "adapter/", *(f"{name}/" for name in module.mitigations))  # type: ignore[union-attr]
-            self._add({n: v for n, v in trainer.callback_metrics.items() if n.startswith(owners)}, step)
+            self._add(trainer.callback_metrics, step, ("loss", "adapter", *module.mitigations))
         if complete:
             self.totals["steps"] = step
             if due and trainer.is_global_zero:
@@ -119,13 +116,14 @@ class History(Callback):
         """What the optimizer kept is gone with the Trainer."""
         self.optimizer_state_bytes = sum(optimizer_state_bytes(o) for o in trainer.optimizers)
 
-    def _add(self, metrics: Mapping[str, torch.Tensor], step: int) -> None:
+    def _add(self, metrics: Mapping[str, torch.Tensor], step: int, groups: tuple[str, ...]) -> None:
         self._micro += 1
         for name, value in metrics.items():
-            number = float(value)
-            if not math.isfinite(number):
-                raise _not_finite(name, number, self.stage, step)
-            self._window[name] = self._window.get(name, 0.0) + number
+            if name.partition("/")[0] in groups:
+                number = float(value)
+                if not math.isfinite(number):
+                    raise _not_finite(name, number, self.stage, step)
+                self._window[name] = self._window.get(name, 0.0) + number
 
     def _line(self, trainer: Trainer, step: int) -> dict[str, Any]:
         seconds, tokens = self._last

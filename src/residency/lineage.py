@@ -66,9 +66,19 @@ def _core_code() -> str:
 
 
 def _code(kind: type) -> str:
-    """The source of a class and of what it inherits from: plug-ins are edited between studies."""
+    """The source of a class, of what it inherits from, and of the neighbours it takes functions from: plug-ins are
+    edited between studies.
+    """
     modules = [base.__module__ for base in kind.__mro__]
-    return digest([_source(name) for name in modules if name.partition(".")[0] not in _LIBRARIES])
+    found = dict.fromkeys(name for name in modules if name.partition(".")[0] not in _LIBRARIES)
+    package = kind.__module__.rpartition(".")[0]
+    waiting = [kind.__module__] if package else []
+    while waiting:
+        used = {getattr(v, "__module__", None) for v in vars(sys.modules[waiting.pop()]).values()}
+        fresh = sorted(n for n in used if isinstance(n, str) and n.startswith(f"{package}.") and n not in found)
+        found |= dict.fromkeys(fresh)
+        waiting += fresh
+    return digest([_source(name) for name in found])
 
 
 @cache

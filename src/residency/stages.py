@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def train_stage(
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
     resumed = checkpoint if checkpoint.is_file() else None
-    stored = module.mitigations if resumed else ()
+    stored: Container[str] = module.mitigations if resumed else ()
     module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer), stored=stored)
     keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)

@@ -193,13 +193,12 @@ def test_the_tasks_own_loss_can_be_taken_away(llama: Path) -> None:
     assert {*terms(build(llama))} == {"distillation"}
 
 
-@pytest.mark.parametrize("options", [{"teacher": "ema", "ema_rate": 0.3}, {"task_weight": 0.0}], ids=str)
-def test_a_stopped_run_goes_on_bit_for_bit(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(llama: Path, tmp_path: Path) -> None:
     lines = goes_on_exactly(
         tmp_path,
         llama,
         ADAPTERS["lora"].make,
-        lambda: {"own": OnPolicyDistillation(strength=3.0, **options)},
+        lambda: {"own": OnPolicyDistillation(strength=3.0, ema_rate=0.3, task_weight=0.5)},
         data={"micro_batch_size": 2},
     )
     assert all(line["loss/own/distillation"] > 0 for line in lines)

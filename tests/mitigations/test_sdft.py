@@ -174,9 +174,9 @@ def test_the_longest_completion_is_the_default_limit(llama: Path, monkeypatch: p
     mitigation = SDFT(template=TEMPLATE)
     module = build(llama, mitigation)
     own = rows(module, [" yes", " certainly"])
-    monkeypatch.setattr(module.backbone, "generate", scripted(module, {"q0": "123456789", "q1": "1234567890"}, []))
+    monkeypatch.setattr(module.backbone, "generate", scripted(module, {"q0": "1234567890", "q1": "12345678901"}, []))
     module.begin_stage(stage(), own)
-    assert module.dataset[0].completion == (*encode(module, " 123456789"), END)
+    assert module.dataset[0].completion == (*encode(module, " 1234567890"), END)
     assert module.dataset[1] is own[1], "as long as the limit: it did not come to an end"
 
 

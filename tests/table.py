@@ -43,11 +43,14 @@ from residency.mitigations import (
     MAS,
     MIGU,
     OGD,
+    SDFT,
     SI,
     GenerativeReplay,
     KroneckerEWC,
     Mitigation,
+    OnPolicyDistillation,
     Replay,
+    SelfDistillation,
     SourceShielding,
     WeightMixing,
     ZClip,
@@ -212,6 +215,26 @@ MITIGATIONS: dict[str, MitigationRow] = {
     ),
     "mas": MitigationRow(make=lambda: MAS(strength=10.0, samples=6), off=lambda: MAS(strength=0.0)),
     "si": MitigationRow(make=lambda: SI(strength=10.0), off=lambda: SI(strength=0.0)),
+    "on_policy_distillation": MitigationRow(
+        make=lambda: OnPolicyDistillation(fraction=0.5, top_k=8, ema_rate=0.1),
+        off=lambda: OnPolicyDistillation(strength=0.0),
+    ),
+    "sdft": MitigationRow(
+        # An untrained model hardly ever ends what it writes: greedy and short, nothing would be accepted.
+        make=lambda: SDFT(template="{prompt}={reference}:", temperature=1.0, max_new_tokens=96),
+        off=lambda: SDFT(share=0.0),
+    ),
+    "self_distillation": MitigationRow(make=SelfDistillation, off=lambda: SelfDistillation(strength=0.0)),
+    "self_distillation_base": MitigationRow(
+        make=lambda: SelfDistillation(teacher="base"), off=lambda: SelfDistillation(teacher="base", strength=0.0)
+    ),
+    "self_distillation_cached": MitigationRow(
+        make=lambda: SelfDistillation(cache=8), off=lambda: SelfDistillation(cache=8, strength=0.0)
+    ),
+    "self_distillation_ema": MitigationRow(
+        make=lambda: SelfDistillation(teacher="ema", ema_rate=0.1),
+        off=lambda: SelfDistillation(teacher="ema", strength=0.0),
+    ),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
+from residency.backbones.base import Sampling
 from residency.data import StreamData
 from residency.domains.base import Domain, Kind
 from residency.domains.template import Template
@@ -128,6 +129,25 @@ def test_generation_in_batches_is_greedy_one_by_one(scored_module: ContinualModu
     assert backbone.generate(model, prompts[1:2], max_new_tokens=12) == wanted[1:2]
     assert len(wanted[1]) < 12
     assert max(map(len, wanted)) == 12
+
+
+def test_sampling_is_a_function_of_its_seed(scored_module: ContinualModule) -> None:
+    """The global generator is neither read nor moved; k = 1 is greedy, and so is a temperature near 0."""
+    backbone, model = scored_module.backbone, scored_module.model
+    prompts = [[5, 6, 7], [9], [30, 40]]
+
+    def drawn(**options: Any) -> list[list[int]]:
+        torch.manual_seed(options.pop("other", 0))
+        before = torch.get_rng_state()
+        how = Sampling(**{"temperature": 1.0, "seed": 3} | options)
+        written = backbone.generate(model, prompts, max_new_tokens=8, sampling=how)
+        assert torch.equal(before, torch.get_rng_state())
+        return written
+
+    assert drawn() == drawn(other=1)
+    assert drawn() != drawn(seed=4)
+    greedy_ones = backbone.generate(model, prompts, max_new_tokens=8)
+    assert drawn(top_k=1) == drawn(temperature=1e-4) == greedy_ones != drawn()
 
 
 def test_generated_scores_by_brute_force(scored_module: ContinualModule, scored_data: StreamData) -> None:

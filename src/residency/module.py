@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -34,6 +34,7 @@ class ContinualModule(LightningModule):
     mitigation overrides is not called and costs nothing):
 
         for stage in stream:                                  # residency.stream.train_stream, a fresh Trainer each
+            M.prepare_dataset(module, dataset, stage)         # once, also across resumes; before each one's transform
             dataset = M.transform_dataset(examples, stage)
             before  = adapter.state(model)                    # only if somebody overrides transform_weights
             adapter.begin_stage(model, stage, observe)        # a new block, factors drawn anew
@@ -112,17 +113,27 @@ class ContinualModule(LightningModule):
             self.model = self.adapter.attach(model)
         self.layout, self.layout_reason = choose_layout(self.layout_choice, self.backbone, self.model)
 
-    def begin_stage(self, stage: Stage, examples: Sequence[Example]) -> None:
+    def begin_stage(self, stage: Stage, examples: Sequence[Example], *, stored: Container[str] = ()) -> None:
         """Prepare one stage: fold the training set through the mitigations, let the adapter open its block.
 
         A function of the state that the stage before left: a stage that goes on after a kill is begun again.
+
+        Args:
+            stage: Which one.
+            examples: Its own training set.
+            stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
         """
         self.stage = stage
         self._started = False
         self.weights_log = {}
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
-        self.dataset = self._fold("transform_dataset", examples, lambda m, d: m.transform_dataset(d, stage))
+        self.dataset = examples
+        for name, mitigation in self.mitigations.items():
+            if mitigation in self._active["prepare_dataset"] and name not in stored:
+                mitigation.prepare_dataset(self, self.dataset, stage)
+            if mitigation in self._active["transform_dataset"]:
+                self.dataset = mitigation.transform_dataset(self.dataset, stage)
         self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
         self._adapter_stage(self.adapter.begin_stage, "begin")
 

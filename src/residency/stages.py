@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,10 @@ def train_stage(
     """
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
-    module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
-    keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     resumed = checkpoint if checkpoint.is_file() else None
+    stored: Container[str] = module.mitigations if resumed else ()
+    module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer), stored=stored)
+    keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
     return {
         "stage": stage.index + 1,
@@ -99,7 +100,7 @@ def adopt_training(
         device: Where to compute.
     """
     module.to(device)
-    module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
+    module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer), stored=tree["mitigations"])
     # Whoever did not take part in the training has yet to see the weights from which it started.
     absent = [m for name, m in module.mitigations.items() if name not in tree["mitigations"]]
     for mitigation in absent:

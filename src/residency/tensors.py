@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from residency.types import Tensors
 
-__all__ = ["Computed", "size_in_bytes", "snapshot"]
+__all__ = ["Computed", "size_in_bytes", "snapshot", "swapped"]
 
 
 class Computed(Mapping[str, Tensor]):
@@ -46,6 +47,25 @@ class Computed(Mapping[str, Tensor]):
 def snapshot(tensors: Tensors) -> dict[str, Tensor]:
     """Detached copies that later steps do not change."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def swapped(leaves: Tensors, values: Tensors) -> Iterator[None]:
+    """Inside the context the leaves have other values; a graph that was built before it is differentiated as if nothing
+    had happened, because the leaves have their own memory again by then.
+
+    Args:
+        leaves: Live leaves by name.
+        values: Values of some or all of them, same shapes.
+    """
+    own = {name: leaves[name].data for name in values}
+    try:
+        for name, value in values.items():
+            leaves[name].data = value
+        yield
+    finally:
+        for name, data in own.items():
+            leaves[name].data = data
 
 
 def size_in_bytes(tree: Any) -> int:

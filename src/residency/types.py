@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["Batch", "Capability", "Example", "Layout", "Outputs", "Row", "Split", "Stage", "Tensors"]
+__all__ = ["Batch", "Capability", "Example", "Kind", "Layout", "Outputs", "Row", "Split", "Stage", "Tensors"]
 
 Tensors = Mapping[str, Tensor]
 """Parameter name -> tensor. May compute its values on access: iterate, do not copy."""
@@ -36,6 +36,8 @@ Capability = Literal["fixed_coordinates", "averageable", "linear", "low_rank", "
 
 Split = Literal["train", "validation", "test"]
 Layout = Literal["packed", "padded"]
+Kind = Literal["label", "generative"]
+"""Of a domain. `label`: completions are few and closed (classification). `generative`: completions are free text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +161,7 @@ class Stage:
         seed: The run's seed.
         steps: Optimizer steps of the stage.
         batch_size: Examples per optimizer step, over all devices and accumulated micro-batches.
+        kind: Of the domain.
     """
 
     index: int
@@ -167,3 +170,4 @@ class Stage:
     seed: int
     steps: int
     batch_size: int
+    kind: Kind = "generative"

@@ -11,7 +11,10 @@ from residency.mitigations.l2_sp import L2SP
 from residency.mitigations.mas import MAS
 from residency.mitigations.migu import MIGU
 from residency.mitigations.ogd import OGD
+from residency.mitigations.on_policy_distillation import OnPolicyDistillation
 from residency.mitigations.replay import Replay
+from residency.mitigations.sdft import SDFT
+from residency.mitigations.self_distillation import SelfDistillation
 from residency.mitigations.si import SI
 from residency.mitigations.source_shielding import SourceShielding
 from residency.mitigations.weight_mixing import WeightMixing
@@ -27,11 +30,14 @@ __all__ = [
     "MAS",
     "MIGU",
     "OGD",
+    "SDFT",
     "SI",
     "GenerativeReplay",
     "KroneckerEWC",
     "Mitigation",
+    "OnPolicyDistillation",
     "Replay",
+    "SelfDistillation",
     "SourceShielding",
     "WeightMixing",
     "ZClip",

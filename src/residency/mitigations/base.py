@@ -1,4 +1,4 @@
-"""The contract of a mitigation: a Lightning callback with two more lifecycle hooks and six two-way hooks."""
+"""The contract of a mitigation: a Lightning callback with three more lifecycle hooks and six two-way hooks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ State = Tensor | dict[str, Tensor]
 HOOKS = (
     "on_domain_start",
     "on_domain_end",
+    "prepare_dataset",
     "transform_dataset",
     "transform_batch",
     "loss_terms",
@@ -88,6 +89,19 @@ class Mitigation(Callback):
 
     def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
         """After the last step and after every `transform_weights`: estimate, remember. Never changes weights."""
+
+    def prepare_dataset(self, module: ContinualModule, dataset: Sequence[Example], stage: Stage) -> None:
+        """Right before its own `transform_dataset`, with the weights that the stage before left: where the model itself
+        has to write or choose data. May set `self.state`, never weights.
+
+        Not called where the state of this stage is stored already. `transform_dataset` must therefore return a view
+        that reads `self.state` when an example is asked for: by then it is loaded.
+
+        Args:
+            module: The module, on the device; the adapter has not begun the stage.
+            dataset: As the mitigations before this one left it.
+            stage: Which one.
+        """
 
     # -- two-way ------------------------------------------------------------------------------------------------
 

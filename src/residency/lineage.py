@@ -58,9 +58,19 @@ def _core_code() -> str:
 
 
 def _code(kind: type) -> str:
-    """The source of a class and of what it inherits from: plug-ins are edited between studies."""
-    modules = [base.__module__ for base in kind.__mro__]
-    return digest([_source(name) for name in modules if name.partition(".")[0] not in _LIBRARIES])
+    """The source of a class, of what it inherits from, and of the files beside it that these import names from:
+    plug-ins are edited between studies.
+    """
+    modules = [base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] not in _LIBRARIES]
+    for name in modules:
+        names = vars(sys.modules[name]) if name in sys.modules else {}
+        beside = {str(getattr(value, "__module__", "")) for value in names.values()}
+        modules += sorted(n for n in beside if n not in modules and _folder(n) == _folder(name) != "")
+    return digest([_source(name) for name in modules])
+
+
+def _folder(module: str) -> str:
+    return module.rpartition(".")[0]
 
 
 @cache

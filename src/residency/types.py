@@ -20,11 +20,12 @@ __all__ = ["Batch", "Capability", "Example", "Layout", "Outputs", "Row", "Split"
 Tensors = Mapping[str, Tensor]
 """Parameter name -> tensor. May compute its values on access: iterate, do not copy."""
 
-Capability = Literal["fixed_coordinates", "averageable", "reference", "mergeable", "exportable"]
+Capability = Literal["fixed_coordinates", "averageable", "low_rank", "reference", "mergeable", "exportable"]
 """What an adapter can promise to a mitigation or to the user.
 
 `fixed_coordinates`: the same trainable coordinates persist over all domains (EWC, SI, MAS need it).
 `averageable`: there is a space in which averaging two states is meaningful (`Adapter.weights`).
+`low_rank`: what moves is one product per weight, added to it (`Adapter.low_rank`, `Adapter.adapted_weight`).
 `reference`: the pretrained behaviour is available without a second model (`Adapter.reference`).
 `mergeable`: the adapter folds into the backbone's own weights without changing the function (`Adapter.merge`).
 `exportable`: plain `transformers` or `peft` load what `Adapter.export` writes.

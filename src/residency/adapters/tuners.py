@@ -141,6 +141,8 @@ def capabilities(config: PeftConfig) -> frozenset[Capability]:
         found.add("reference")
     if _averages(config, kind):
         found.add("averageable")
+        if kind == "LORA" and not getattr(config, "use_dora", False):
+            found.add("low_rank")
     if kind not in _UNMERGEABLE and not getattr(config, "lora_bias", False):
         found.add("mergeable")
     # PEFT repeats a base-changing initialisation when it loads; a drawn one comes out differently.

@@ -1,4 +1,4 @@
-"""What protects earlier domains: any number, in order."""
+"""What protects earlier knowledge; any number per run, in order."""
 
 from residency.mitigations.base import Mitigation
 from residency.mitigations.dare import DARE

@@ -59,8 +59,8 @@ def dare_merge(base: Tensors, tuned: Sequence[Tensors], *, drop: float, strength
 class DARE(Mitigation):
     """θ_t ← θ_0 + λ Σ_i DARE(τ_i) over the last stages: task arithmetic of sparse task vectors.
 
-    For LoRA the vectors are the updates s B A; a sparse update has full rank, and bringing it back to the adapter's rank
-    averages much of the sparsity out again (what is lost is in the record as `truncation`).
+    For LoRA the vectors are the updates s B A; a sparse update has full rank, and bringing it back to the adapter's
+    rank averages much of the sparsity out again (what is lost is in the record as `truncation`).
 
     Args:
         drop: p, the share that is dropped, in [0, 1).

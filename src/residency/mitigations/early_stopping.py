@@ -62,8 +62,8 @@ class EarlyStopping(Mitigation):
     """Go back to the state of a stage that did best on the validation rows of the domain it learns.
 
     Looks at the model every few steps and after the last one. The stage ends in the best state seen; it ends before its
-    last step only if `patience` is given (then `steps` in the record is what was run, and a learning-rate schedule is cut
-    off). Validation rows of other domains are never read, so nothing is chosen by what it would forget.
+    last step only if `patience` is given (then `steps` in the record is what was run, and a learning-rate schedule is
+    cut off). Validation rows of other domains are never read, so nothing is chosen by what it would forget.
 
     Args:
         every: Optimizer steps between two looks. 0 = off.

@@ -22,8 +22,8 @@ __all__ = ["EMA", "ema_step", "ema_weight"]
 def ema_weight(n: int, decay: float) -> float:
     """Weight of the n-th value (from 1) in the bias-corrected average of n values: (1 - β) / (1 - βⁿ).
 
-    The average m_n = Σ_k βⁿ⁻ᵏ θ_k (1 - β) / (1 - βⁿ) obeys m_n = m_{n-1} + weight · (θ_n - m_{n-1}): the correction needs no
-    division of a small number by a small number, and the first average is the first value.
+    The average m_n = Σ_k βⁿ⁻ᵏ θ_k (1 - β) / (1 - βⁿ) obeys m_n = m_{n-1} + weight · (θ_n - m_{n-1}): the correction
+    needs no division of a small number by a small number, and the first average is the first value.
     """
     return (1 - decay) / (1 - decay**n) if n > 1 else 1.0
 
@@ -49,7 +49,8 @@ class EMA(Mitigation):
     What is averaged are the parameters that train: within a stage they keep their meaning, whatever the adapter is. For
     LoRA the product of the averages of B and A differs from the average of the products by their covariance over the
     window, of second order in how far the factors move in it; between stages, where it would not be small, nothing is
-    averaged. The average replaces the parameters before the adapter ends the stage; the course of training is untouched.
+    averaged. The average replaces the parameters before the adapter ends the stage; the course of training is
+    untouched.
 
     Args:
         decay: β in [0, 1): the window is about 1 / (1 - β) steps. With fewer steps it is nearly their mean. 0 = off.

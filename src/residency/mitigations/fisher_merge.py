@@ -41,9 +41,10 @@ def fisher_merge(
 class FisherMerge(Mitigation):
     """θ_t ← Σ_i F_i θ_i / Σ_i F_i over all stages so far, F_i the diagonal Fisher information of domain i at θ_i.
 
-    The mode of the product of one Laplace approximation per domain, in the coordinates that train: for LoRA these are the
-    factors A and B of the one adapter that all stages go on with, as for EWC, and not the updates B A, whose Fisher
-    information would be as large as the backbone. It merges what the stages have trained; put it before other mixing.
+    The mode of the product of one Laplace approximation per domain, in the coordinates that train: for LoRA these are
+    the factors A and B of the one adapter that all stages go on with, as for EWC, and not the updates B A, whose
+    Fisher information would be as large as the backbone. It merges what the stages have trained; put it before other
+    mixing.
 
     Args:
         past: Factor on the Fisher information of all earlier stages, >= 0. 0 = off, 1 = all count alike.

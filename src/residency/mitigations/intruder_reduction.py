@@ -1,8 +1,8 @@
 """Scaling down intruder dimensions (Shuttleworth et al. 2024, "LoRA vs full fine-tuning: an illusion of equivalence").
 
-What `peft.tuners.lora.intruders.reduce_intruder_dimension` computes, as a function of two matrices. PEFT's own function adds a
-second adapter to the model, reads quantised codes as weights, and mixes up the factors where a layer stores its weight
-transposed (embeddings, GPT-2); the tests compare both where it applies.
+What `peft.tuners.lora.intruders.reduce_intruder_dimension` computes, as a function of two matrices. PEFT's own
+function adds a second adapter to the model, reads quantised codes as weights, and mixes up the factors where a layer
+stores its weight transposed (embeddings, GPT-2); the tests compare both where it applies.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def intruders(base: Tensor, update: Tensor, *, top_k: int, threshold: float) -> 
 
 
 def reduce_intruders(base: Tensor, update: Tensor, *, top_k: int, threshold: float, scale: float) -> Tensor:
-    """ΔW + (scale - 1) Σ s u vᵀ over the intruders: their part of W + ΔW is multiplied by `scale`; 1 changes nothing."""
+    """ΔW + (scale - 1) Σ s u vᵀ over the intruders: their part of W + ΔW is multiplied by `scale`."""
     left, right = intruders(base, update, top_k=top_k, threshold=threshold)
     return update + (scale - 1) * (left @ right)
 

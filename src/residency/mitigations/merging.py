@@ -1,8 +1,8 @@
 """What the merging mitigations share: the states of finished stages, and arithmetic on named tensors.
 
 A state is remembered as the adapter stores it (LoRA: its factors), as training left it, and looked at in the adapter's
-averaging space when it is merged. In that space τ_i = θ_i - θ_0 is the task vector of state i, θ_0 the weights before the
-first stage. Names are merged one at a time, when read; integer tensors are never touched.
+averaging space when it is merged. In that space τ_i = θ_i - θ_0 is the task vector of state i, θ_0 the weights before
+the first stage. Names are merged one at a time, when read; integer tensors are never touched.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def slerp_merge(base: Tensors, before: Tensors, after: Tensors, *, alpha: float)
 class SLERP(Mitigation):
     """θ_t ← θ_0 + slerp(θ_{t-1} - θ_0, θ_t - θ_0; α): stage mixing that keeps the length of the task vector.
 
-    Of task vectors, because the whole weights before and after a stage are all but parallel, where SLERP is the straight
-    line. Per named tensor.
+    Of task vectors, because the whole weights before and after a stage are all but parallel, where SLERP is the
+    straight line. Per named tensor.
 
     Args:
         alpha: Share of the stage just trained, in [0, 1]. 1 = off, 0 = undo the stage (both exact).

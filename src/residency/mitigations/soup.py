@@ -55,8 +55,8 @@ class Soup(Mitigation):
     """After a stage, take the mean of several states in the adapter's averaging space.
 
     Args:
-        over: `stages`: the states that the stages so far have left, as trained; `steps`: states of the running stage alone,
-            `every` optimizer steps apart, its last step included.
+        over: `stages`: the states that the stages so far have left, as trained; `steps`: states of the running stage
+            alone, `every` optimizer steps apart, its last step included.
         last: How many states at most, the newest included; null = all stages so far, or all the stage has. 1 = off.
         choose: `uniform`, or `greedy`: add a state only if the mean does not get worse on the validation rows of the
             current domain (of no other).

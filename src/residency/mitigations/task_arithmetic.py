@@ -1,4 +1,4 @@
-"""Task arithmetic (Ilharco et al. 2023, "Editing models with task arithmetic"): add the task vectors of several states."""
+"""Task arithmetic (Ilharco et al. 2023): add the task vectors of several states to the base."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def task_arithmetic(base: Tensors, tuned: Sequence[Tensors], *, strength: float)
 class TaskArithmetic(Mitigation):
     """θ_t ← θ_0 + λ Σ_i τ_i over the last stages, τ_i = what lies between the base and the state that stage i left.
 
-    States are remembered as training left them. Training goes on from the merged weights, so τ_t holds a part of what came
-    before: λ = 1 / `last` keeps the mean of the states, and the sum of what each stage alone has changed is
+    States are remembered as training left them. Training goes on from the merged weights, so τ_t holds a part of what
+    came before: λ = 1 / `last` keeps the mean of the states, and the sum of what each stage alone has changed is
     `WeightMixing`, θ_{t-1} + α (θ_t - θ_{t-1}).
 
     Args:

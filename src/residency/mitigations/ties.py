@@ -68,8 +68,8 @@ def ties_merge(base: Tensors, tuned: Sequence[Tensors], *, density: float, stren
 class TIES(Mitigation):
     """θ_t ← θ_0 + λ TIES(τ_1, ..., τ_t) over the last stages, in the adapter's averaging space.
 
-    For LoRA the vectors are the updates s B A, and the result, whose entries were chosen one by one, is brought back to the
-    adapter's rank: what that loses is in the record as `truncation`.
+    For LoRA the vectors are the updates s B A, and the result, whose entries were chosen one by one, is brought back
+    to the adapter's rank: what that loses is in the record as `truncation`.
 
     Args:
         density: Share of every task vector that is kept, in (0, 1].

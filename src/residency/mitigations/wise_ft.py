@@ -19,7 +19,7 @@ __all__ = ["WiseFT"]
 class WiseFT(Mitigation):
     """θ_t ← (1 - α) θ_0 + α θ_t after every stage, θ_0 = the weights before the first one, in the averaging space.
 
-    For LoRA θ_0 is "no update": the mix is α s B A, the adapter with its scale multiplied by α, exactly and at any rank.
+    For LoRA θ_0 is "no update": the mix is α s B A, the adapter with its scale multiplied by α, exactly.
 
     Args:
         alpha: Weight of the trained model, in [0, 1]. 1 = off, 0 = the pretrained model (both exact).

@@ -188,10 +188,10 @@ RESUMED: dict[str, Callable[[], Mitigation]] = {
 }
 
 
-@pytest.mark.parametrize("stop", [(1, 2), (1, 3)])
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_stopped_run_goes_on_bit_for_bit(name: str, stop: tuple[int, int], llama: Path) -> None:
-    whole, again = (two_stages(llama, "lora", RESUMED[name], stop=at) for at in (None, stop))
+def test_a_stopped_run_goes_on_bit_for_bit(name: str, llama: Path) -> None:
+    """Stopped where patience has run out too: nothing more is trained then."""
+    whole, again = (two_stages(llama, "lora", RESUMED[name], stop=at) for at in (None, (1, 3)))
     assert again.record["scores"] == whole.record["scores"]
     for one, other in zip(whole.weights, again.weights, strict=True):
         assert equal(one, other)

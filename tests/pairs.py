@@ -26,9 +26,10 @@ from residency.storage import load_tree
 from residency.tensors import snapshot
 from running import domains, train
 
-__all__ = ["ADAPTERS", "Named", "Pair", "equal", "randn", "two_stages"]
+__all__ = ["ADAPTERS", "LAST", "Named", "Pair", "equal", "randn", "two_stages"]
 
 Named = dict[str, Tensor]
+LAST = -1
 
 ADAPTERS: dict[str, Callable[[], Adapter]] = {
     "full": Full,
@@ -50,13 +51,17 @@ class Steps(Callback):
 
 
 class StopAt(Callback):
-    """A signal at the end of a step of a stage (from 0)."""
+    """A signal at the end of a step of a stage (from 0), or after its `LAST`."""
 
     def __init__(self, stage: int, step: int) -> None:
         self.at = (stage, step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         if (pl_module.stage.index, trainer.global_step) == self.at:
+            raise Stopped("SIGKILL")
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if (pl_module.stage.index, LAST) == self.at:
             raise Stopped("SIGKILL")
 
 
@@ -100,7 +105,7 @@ def two_stages(
         backbone: Folder of the model.
         adapter: A name in `ADAPTERS`.
         make: A fresh mitigation; the very function is the key.
-        stop: (stage from 0, step): stopped at the end of that step, and gone on with.
+        stop: (stage from 0, step or `LAST`): stopped at the end of that step, and gone on with.
         steps: Of each stage.
     """
     folder = Path(tempfile.mkdtemp(prefix="pair-"))

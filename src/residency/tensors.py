@@ -10,7 +10,7 @@ from torch import Tensor
 
 from residency.types import Tensors
 
-__all__ = ["Computed", "Products", "Term", "size_in_bytes", "snapshot", "terms_of", "weighted_sum"]
+__all__ = ["Computed", "Products", "Term", "size_in_bytes", "snapshot", "terms_of", "weighted_sum", "wide"]
 
 Term = tuple[float, Tensor, Tensor]
 """(c, L, R): the product c L R with L (out, r) and R (r, in)."""
@@ -73,6 +73,11 @@ def terms_of(tensors: Tensors, name: str) -> Sequence[Term] | None:
     return tensors.terms(name) if isinstance(tensors, Products) else None
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, or in float32 on a device that has nothing wider (mps)."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
 def weighted_sum(parts: Sequence[tuple[float, Tensors]]) -> Tensors:
     """Σ c θ, name by name, when read; in float64, so that neither the order nor the number of equal parts shows.
 
@@ -85,9 +90,9 @@ def weighted_sum(parts: Sequence[tuple[float, Tensors]]) -> Tensors:
         last = like[name]
         if not last.is_floating_point():
             return last
-        total = torch.zeros_like(last, dtype=torch.float64)
+        total = torch.zeros_like(wide(last))
         for factor, tensors in parts:
-            total += factor * tensors[name].double()
+            total += factor * wide(tensors[name])
         return total.to(last.dtype)
 
     def terms(name: str) -> Sequence[Term] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pairs import ADAPTERS, equal, two_stages
+from pairs import ADAPTERS, LAST, equal, two_stages
 from residency.errors import UserError
 from residency.mitigations import EarlyStopping, Mitigation
 from residency.mitigations import early_stopping as module_of_stopping
@@ -54,10 +54,6 @@ def impatient() -> Mitigation:
     return EarlyStopping(every=1, min_delta=100.0, patience=2)
 
 
-def rarely() -> Mitigation:
-    return EarlyStopping(every=3)
-
-
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_stage_ends_in_its_best_state(adapter: str, llama: Path) -> None:
     """Found again by looking at every step's state afterwards; looking has not changed the course of training."""
@@ -92,6 +88,14 @@ def test_patience_ends_a_stage(llama: Path) -> None:
     assert run.record["scores"] == whole.record["scores"]
 
 
+def test_a_stage_that_was_killed_after_patience_ran_out_is_not_trained_on(llama: Path) -> None:
+    whole, again = two_stages(llama, "lora", impatient), two_stages(llama, "lora", impatient, stop=(1, LAST))
+    assert again.steps == [[]], "its last checkpoint knows that it is over"
+    assert all(equal(one, other) for one, other in zip(again.weights, whole.weights, strict=True))
+    assert again.tree(2)["facts"]["steps"] == 3
+    assert again.record["scores"] == whole.record["scores"]
+
+
 def test_the_last_step_is_always_looked_at(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only rows of the domain that is being learned."""
     seen: list[tuple[str, int, set[str], bool]] = []
@@ -107,7 +111,7 @@ def test_the_last_step_is_always_looked_at(llama: Path, monkeypatch: pytest.Monk
         return nll
 
     monkeypatch.setattr(module_of_stopping, "validation_nll", watched)
-    two_stages(llama, "lora", rarely)
+    two_stages(llama, "lora", lambda: EarlyStopping(every=3))
     assert seen == [(d, step, {d}, True) for d in "ab" for step in (3, 4)]
 
 

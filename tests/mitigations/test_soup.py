@@ -114,7 +114,7 @@ def test_greedy_looks_at_the_current_domain_only(llama: Path, monkeypatch: pytes
         return nll
 
     monkeypatch.setattr(module_of_soup, "validation_nll", watched)
-    run = two_stages(llama, "lora", chosen)
+    run = two_stages(llama, "lora", lambda: Soup(over="steps", choose="greedy"))
     assert {(domain, *read) for domain, read, _ in seen} == {("a", "a"), ("b", "b")}
     for domain in "ab":
         losses = [nll for of, _, nll in seen if of == domain]

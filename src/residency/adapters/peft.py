@@ -19,7 +19,12 @@ from residency.adapters.base import Adapter, OptimizerFactory, missing_capabilit
 from residency.adapters.low_rank import low_rank_factors, product_factors
 from residency.adapters.tuners import capabilities, check_config, check_quantised, kind_of
 from residency.errors import UserError
+<<<<<<< HEAD
 from residency.tensors import Products, Term, terms_of
+=======
+from residency.kernels.lora import fuse_lora
+from residency.tensors import Computed
+>>>>>>> main
 from residency.types import Tensors
 
 __all__ = ["Peft", "expected_remarks", "is_quantised", "lora", "low_rank_factors", "wrap"]
@@ -190,7 +195,9 @@ def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.M
         torch.sparse.check_sparse_tensor_invariants.disable()
     try:
         with expected_remarks():
-            return get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type, no-any-return]
+            wrapped = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
+        fuse_lora(wrapped)
+        return wrapped  # type: ignore[no-any-return]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
             f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",

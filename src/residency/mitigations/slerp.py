@@ -11,7 +11,7 @@ from torch import Tensor
 from residency.errors import UserError
 from residency.mitigations.base import Mitigation
 from residency.mitigations.merging import unless_first
-from residency.tensors import Products, Term, terms_of
+from residency.tensors import Products, Term, terms_of, wide
 from residency.types import Capability, Tensors
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def slerp_weights(a: Tensor, b: Tensor, *, alpha: float) -> tuple[float, float]:
     Returns:
         (1 - α, α) where the angle says nothing: |cos Ω| > 0.9995, or a vector of length 0.
     """
-    lengths = float(a.double().norm()) * float(b.double().norm())
-    cosine = float((a.double() * b.double()).sum()) / lengths if lengths else 1.0
+    lengths = float(wide(a).norm()) * float(wide(b).norm())
+    cosine = float((wide(a) * wide(b)).sum()) / lengths if lengths else 1.0
     if abs(cosine) > _PARALLEL:
         return 1 - alpha, alpha
     angle = torch.tensor(cosine, dtype=torch.float64).arccos()

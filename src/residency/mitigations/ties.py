@@ -12,6 +12,7 @@ from torch import Tensor
 from residency.errors import UserError
 from residency.mitigations.base import Mitigation
 from residency.mitigations.merging import check_last, merged_vectors, stage_weights, unless_first
+from residency.tensors import wide
 from residency.types import Capability, Tensors
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def ties(vectors: Sequence[Tensor], *, density: float) -> Tensor:
     Returns:
         0 where nothing is left or the sum is 0; equal vectors at density 1 give that vector, bit for bit.
     """
-    trimmed = torch.stack([trim(vector, density=density) for vector in vectors]).double()
+    trimmed = wide(torch.stack([trim(vector, density=density) for vector in vectors]))
     sign = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == sign) & (sign != 0)
     mean = (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1)

@@ -8,6 +8,7 @@ import torch
 
 from residency.batching import by_token_budget, make_batch
 from residency.objectives.sft import token_nll
+from residency.tensors import wide
 
 if TYPE_CHECKING:
     from residency.module import ContinualModule
@@ -30,7 +31,7 @@ def validation_nll(module: ContinualModule) -> float:
         with torch.random.fork_rng(devices=[]):
             for group in by_token_budget(sorted(module.validation(), key=len), tokens=VALIDATION_TOKENS):
                 batch = make_batch(group, layout=module.layout).to(module.device)
-                total += float(token_nll(module.forward(batch), batch.targets).double().sum())
+                total += float(wide(token_nll(module.forward(batch), batch.targets)).sum())
                 count += len(batch.targets)
     finally:
         module.model.train(training)

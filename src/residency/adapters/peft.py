@@ -19,12 +19,8 @@ from residency.adapters.base import Adapter, OptimizerFactory, missing_capabilit
 from residency.adapters.low_rank import low_rank_factors, product_factors
 from residency.adapters.tuners import capabilities, check_config, check_quantised, kind_of
 from residency.errors import UserError
-<<<<<<< HEAD
-from residency.tensors import Products, Term, terms_of
-=======
 from residency.kernels.lora import fuse_lora
-from residency.tensors import Computed
->>>>>>> main
+from residency.tensors import Products, Term, terms_of
 from residency.types import Tensors
 
 __all__ = ["Peft", "expected_remarks", "is_quantised", "lora", "low_rank_factors", "wrap"]

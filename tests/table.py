@@ -35,7 +35,9 @@ from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
 from residency.mitigations import (
     AGEM,
+    DARE,
     DER,
+    EMA,
     EWC,
     GEM,
     GPM,
@@ -45,14 +47,22 @@ from residency.mitigations import (
     OGD,
     SDFT,
     SI,
+    SLERP,
+    TIES,
+    EarlyStopping,
+    FisherMerge,
     GenerativeReplay,
+    IntruderReduction,
     KroneckerEWC,
     Mitigation,
     OnPolicyDistillation,
     Replay,
     SelfDistillation,
+    Soup,
     SourceShielding,
+    TaskArithmetic,
     WeightMixing,
+    WiseFT,
     ZClip,
 )
 from residency.objectives import SFT, Objective
@@ -184,6 +194,12 @@ MITIGATIONS: dict[str, MitigationRow] = {
         make=lambda: GenerativeReplay(ratio=0.5, examples=6, shots=0, kept=0, prompt_loss=0.25),
         off=lambda: GenerativeReplay(ratio=0.0, examples=2, shots=0, kept=0),
     ),
+    "dare": MitigationRow(make=lambda: DARE(drop=0.3, strength=0.6), off=lambda: DARE(drop=0.0, strength=1.0, last=1)),
+    # That every improvement is too small makes it go back to the first state that it saw.
+    "early_stopping": MitigationRow(
+        make=lambda: EarlyStopping(every=1, min_delta=100.0), off=lambda: EarlyStopping(every=0)
+    ),
+    "ema": MitigationRow(make=lambda: EMA(decay=0.9), off=lambda: EMA(decay=0.0)),
     "ewc": MitigationRow(make=lambda: EWC(strength=1000.0, fisher_samples=6), off=lambda: EWC(strength=0.0)),
     "ewc_online": MitigationRow(
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),
@@ -235,6 +251,17 @@ MITIGATIONS: dict[str, MitigationRow] = {
         make=lambda: SelfDistillation(teacher="ema", ema_rate=0.1),
         off=lambda: SelfDistillation(teacher="ema", strength=0.0),
     ),
+    "fisher_merge": MitigationRow(make=lambda: FisherMerge(fisher_samples=6), off=lambda: FisherMerge(past=0.0)),
+    "intruder_reduction": MitigationRow(
+        make=lambda: IntruderReduction(scale=0.2, threshold=0.9, first=False), off=lambda: IntruderReduction(scale=1.0)
+    ),
+    "slerp": MitigationRow(make=lambda: SLERP(alpha=0.6), off=lambda: SLERP(alpha=1.0)),
+    "soup": MitigationRow(make=lambda: Soup(), off=lambda: Soup(last=1)),
+    "task_arithmetic": MitigationRow(
+        make=lambda: TaskArithmetic(strength=0.4), off=lambda: TaskArithmetic(strength=1.0, last=1)
+    ),
+    "ties": MitigationRow(make=lambda: TIES(density=0.5), off=lambda: TIES(density=1.0, last=1)),
+    "wise_ft": MitigationRow(make=lambda: WiseFT(alpha=0.6, first=False), off=lambda: WiseFT(alpha=1.0)),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
 

@@ -292,8 +292,8 @@ def test_pair_trains_or_is_refused_with_a_sentence(
         return
     record, module = run(adapter, llama, tmp_path / "run", {mitigation: make()}, **SHORT)
     without = plain(adapter, short=True).record
-    if not make().touches_training(0):
-        assert record["scores"]["nll"]["R"][:2] == without["scores"]["nll"]["R"][:2], "the first stage is shared"
+    shared = 1 if make().touches_training(0) or make().changes_weights(0) else 2
+    assert record["scores"]["nll"]["R"][:shared] == without["scores"]["nll"]["R"][:shared], "the first stage is shared"
     assert record["scores"]["nll"]["R"] != without["scores"]["nll"]["R"], "the mitigation did nothing"
     assert all(torch.isfinite(p).all() for p in module.model.parameters() if p.is_floating_point())
 

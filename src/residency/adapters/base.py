@@ -195,7 +195,7 @@ class Adapter(ABC):
         raise missing_capability(self, "low_rank")
 
     def adapted_weight(self, model: nn.Module, name: str) -> Tensor:
-        """The frozen weight under an update of `low_rank`, dequantised, as the model stores it."""
+        """The frozen weight under an update of `low_rank`, dequantised, in the update's own shape (out, in)."""
         raise KeyError(name)
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:

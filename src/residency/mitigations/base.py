@@ -66,6 +66,14 @@ class Mitigation(Callback):
     uses_stream_length: ClassVar[bool] = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 
+    uses_base: bool = False
+    """Whether `transform_weights` reads `module.base_weights`, the weights before the first stage; may be set per
+    instance. Costs a snapshot of the adapter's state in memory, and nothing on disk."""
+
+    uses_validation: bool = False
+    """Whether it reads `module.validation()`, the validation rows of the stage's own domain; may be set per instance. A
+    stream whose domains have none is refused."""
+
     def __init__(self) -> None:
         self.name = type(self).__name__.lower()
         self.state: dict[str, State] = {}
@@ -139,7 +147,8 @@ class Mitigation(Callback):
         Args:
             module: The module.
             before: `Adapter.weights` as the stage found them.
-            after: As it left them. Return this very object to change nothing, `before` to undo the stage exactly.
+            after: As it left them. Return this very object to change nothing, `before` to undo the stage exactly,
+                `module.base_weights` (with `uses_base`) for the model before the first stage, exactly.
         """
         return after
 

@@ -6,6 +6,7 @@ that keyword (padded batches, generation) it is transformers' own scaled-dot-pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,11 +17,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from residency.types import Segment, segment_tokens
+
 __all__ = ["NAME", "register"]
 
 NAME = "residency_packed"
 
-Segments = tuple[tuple[int, ...], ...]
+Segments = tuple[Segment, ...]
 
 
 def register() -> None:
@@ -87,34 +90,52 @@ def attend_segments(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    sizes = [sum(segment) for segment in segments]
+    sizes = [segment_tokens(segment) for segment in segments]
     parts = zip(segments, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     out = []
     for segment, q, k, v in parts:
-        plain = len(segment) == 1 and (window is None or segment[0] <= window)
+        plain = len(segment) == 1 and (window is None or q.shape[2] <= window)
         mask = None if plain else segment_mask(segment, window).to(q.device)
         out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=plain, scale=scale))
     return torch.cat(out, 2)
 
 
 @lru_cache(maxsize=256)
-def segment_mask(segment: tuple[int, ...], window: int | None = None) -> Tensor:
-    """Which key (column) each query (row) of one segment may see.
+def segment_mask(segment: Segment, window: int | None = None) -> Tensor:
+    """Which key (column) each query (row) of one segment may see: the tokens it follows, and itself.
 
     Args:
-        segment: `(n,)` or `(prompt, branch, branch, ...)` lengths in tokens.
+        segment: See `Segment`; n tokens.
         window: Keys further back than this are hidden.
 
     Returns:
         (n, n) bool.
     """
-    lengths = torch.tensor(segment)
-    prompt = segment[0]
-    branch = torch.repeat_interleave(torch.arange(len(segment)), lengths)
-    starts = torch.cumsum(lengths, 0) - lengths
-    inner = torch.arange(int(lengths.sum())) - starts[branch]
-    position = torch.where(branch == 0, inner, prompt + inner)
-    same = (branch[:, None] == branch[None, :]) | (branch[None, :] == 0)
+    n = segment_tokens(segment)
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    position = torch.zeros(n, dtype=torch.long)
+    _fill(seen, position, segment, 0, [])
     distance = position[:, None] - position[None, :]
-    seen = same & (distance >= 0)
     return seen if window is None else seen & (distance < window)
+
+
+def _fill(seen: Tensor, position: Tensor, segment: Segment, start: int, before: Sequence[int]) -> None:
+    """Write what the tokens of a segment see and where they stand.
+
+    Args:
+        seen: (n, n).
+        position: (n,).
+        segment: The part whose first token is `start`.
+        start: Place in the row.
+        before: Places of the tokens that all of the part's tokens follow.
+    """
+    length = segment_tokens(segment[:1])
+    run = range(start, start + length)
+    seen[start : start + length, list(before)] = True
+    seen[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+    position[start : start + length] = torch.arange(length) + len(before)
+    start += length
+    for branch in segment[1:]:
+        part = (branch,) if isinstance(branch, int) else branch
+        _fill(seen, position, part, start, [*before, *run])
+        start += segment_tokens(part)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from residency.backbones import CausalLM
 from residency.backbones.packed_attention import attend_segments, segment_mask
@@ -40,17 +40,6 @@ BRANCHED = [
     # Labels that share beginnings: one is the beginning of another, two part in the middle, two are equal.
     replace(random_example(5, 4, 6), alternatives=((7, 8, 9), (7, 8), (7, 9, 9, 1), (7, 8, 9), (7, 8, 9, 4, 4))),
 ]
-
-
-@pytest.fixture(scope="session")
-def mistral_folder(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
-    """A model with a sliding window that is shorter than the examples."""
-    folder = tmp_path_factory.mktemp("mistral")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 257, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    MistralForCausalLM(MistralConfig(sliding_window=5, **sizes, **heads)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session", params=["llama", "gpt2", "mistral_folder"])

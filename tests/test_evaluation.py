@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
+from residency.batching import make_batch
 from residency.data import StreamData
 from residency.domains.base import Domain, Kind
 from residency.domains.template import Template
@@ -25,7 +27,7 @@ from residency.evaluation import Evaluation, EvaluationSettings, RowScore, evalu
 from residency.module import ContinualModule
 from residency.objectives import SFT
 from residency.scorers import check_scorers, exact_match, label_is_best, rouge_l
-from residency.types import Row, Split
+from residency.types import Example, Layout, Row, Split
 
 LABELS = ("no", "yes, of course", "maybe", "k")
 PLAIN = EvaluationSettings()
@@ -116,7 +118,7 @@ def greedy(model: nn.Module, prompt: Sequence[int], *, end: int, limit: int) -> 
 
 
 def test_generation_in_batches_is_greedy_one_by_one(scored_module: ContinualModule) -> None:
-    """Prompts of different length, padded on the left; some reach the end token, others the limit."""
+    """Prompts of different length, padded on the left or packed; some reach the end token, others the limit."""
     backbone, model = CausalLM(path=str(scored_module.backbone.folder)), scored_module.model
     draw = random.Random(0)
     prompts = [draw.choices(range(1, 257), k=n) for n in (1, 9, 4, 4, 15)]
@@ -124,8 +126,9 @@ def test_generation_in_batches_is_greedy_one_by_one(scored_module: ContinualModu
     end = greedy(model, prompts[1], end=-1, limit=3)[-1]
     backbone.tokenizer = SimpleNamespace(eos_token_id=end)
     wanted = [greedy(model, prompt, end=end, limit=12) for prompt in prompts]
-    assert backbone.generate(model, prompts, max_new_tokens=12) == wanted
-    assert backbone.generate(model, prompts[1:2], max_new_tokens=12) == wanted[1:2]
+    for layout in ("padded", "packed"):
+        assert backbone.generate(model, prompts, max_new_tokens=12, layout=layout) == wanted
+        assert backbone.generate(model, prompts[1:2], max_new_tokens=12, layout=layout) == wanted[1:2]
     assert len(wanted[1]) < 12
     assert max(map(len, wanted)) == 12
 
@@ -172,6 +175,52 @@ def test_scores_do_not_depend_on_batches(
     found = comparable(evaluate(scored_module, scored_data, split="test", settings=EvaluationSettings(**settings)))
     assert found == pytest.approx(wanted, abs=1e-5)
     assert [*found] == [*wanted]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_labels_scored_as_a_tree_are_scored_as_if_alone(layout: Any, scored_module: ContinualModule) -> None:
+    """Random labels that share beginnings, against one row per label; twice the same bits."""
+    draw = random.Random(1)
+    rows = []
+    for name in range(6):
+        prompt, *labels = (tuple(draw.choices(range(1, 4), k=draw.randint(1, 9))) for _ in range(9))
+        rows.append(
+            Example(domain="d", row=str(name), prompt=prompt, completion=labels[0], alternatives=(*labels[1:],))
+        )
+    flat = [replace(e, completion=t, alternatives=()) for e in rows for t in (e.completion, *e.alternatives)]
+
+    def nll(examples: list[Example], kind: Layout) -> torch.Tensor:
+        batch = make_batch(examples, layout=kind)
+        return scored_module.backbone.target_nll(scored_module.model, batch)
+
+    found = nll(rows, layout)
+    torch.testing.assert_close(found, nll(flat, "padded"), atol=1e-5, rtol=0)
+    assert torch.equal(found, nll(rows, layout))
+    assert layout == "padded" or make_batch(rows, layout=layout).tokens < 0.8 * make_batch(flat, layout=layout).tokens
+
+
+@pytest.mark.parametrize("threshold", [0, 10**9])
+def test_scores_do_not_depend_on_merging(
+    threshold: int, llama: Path, scored_data: StreamData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folded into the weights or beside them: scores are equal, and the weights are bit for bit what they were."""
+    module = ContinualModule(
+        backbone=CausalLM(path=str(llama)), adapter=lora(target_modules="all-linear", r=2), objective=SFT()
+    )
+    module.build(seed=0)
+    torch.manual_seed(0)
+    for leaf in module.adapter.trainable(module.model).values():
+        leaf.data.normal_(std=0.3)
+    before = digest(module)
+    monkeypatch.setattr("residency.evaluation.MERGE_FROM_TOKENS", 10**9)
+    wanted = comparable(evaluate(module, scored_data, split="test", settings=PLAIN))
+    monkeypatch.setattr("residency.evaluation.MERGE_FROM_TOKENS", threshold)
+    found = comparable(evaluate(module, scored_data, split="test", settings=PLAIN))
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert (found == wanted) == (threshold > 0), "merging must have taken place, and rounding shows that it has"
+    assert digest(module) == before
+    one = comparable(evaluate(module, scored_data, split="test", settings=PLAIN, columns=["texts"]))
+    assert one == {key: value for key, value in found.items() if key[0] == "texts"}, "whatever else is scored beside"
 
 
 # --- nothing changes --------------------------------------------------------------------------------------------------

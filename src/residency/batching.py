@@ -20,7 +20,8 @@ def make_batch(examples: Sequence[Example], *, layout: Layout) -> Batch:
     Args:
         examples: At least one; each with at least one prompt and one completion token.
         layout: `packed` puts them side by side in one row; an example's `alternatives` become branches that share
-            its prompt and the beginnings they have in common. `padded` gives every (example, branch) a row of its own, padded on the right.
+            its prompt and the beginnings they have in common. `padded` gives every (example, branch) a row of its
+            own, padded on the right.
 
     Returns:
         The batch; targets in the order example by example, branch by branch, token by token.
@@ -80,7 +81,7 @@ def _single(length: int, tokens: tuple[int, ...]) -> _Tree:
 
 
 def _segment(length: int, branches: Sequence[tuple[int, ...]], depth: int) -> Segment:
-    """A run of `length` tokens and the sorted, distinct `branches`, whose first `depth` tokens belong to runs before."""
+    """A run of `length` tokens and the sorted, distinct branches; their first `depth` tokens belong to earlier runs."""
     while branches and branches[0][depth] == branches[-1][depth]:
         length, depth = length + 1, depth + 1
         branches = _longer(branches, depth)

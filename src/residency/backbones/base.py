@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from residency.types import Batch
+from residency.objectives.sft import token_nll
+from residency.types import Batch, Layout
 
 __all__ = ["Backbone"]
 
@@ -29,9 +30,22 @@ class Backbone(ABC):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions of a batch, nowhere else."""
 
+    def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M,) negative log-likelihood of each target in nats, float32, for scoring: without a gradient."""
+        return token_nll(self.logits(model, batch), batch.targets)
+
     @abstractmethod
-    def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations, one per prompt, without the end token."""
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, layout: Layout = "padded"
+    ) -> list[list[int]]:
+        """Greedy continuations, one per prompt, without the end token.
+
+        Args:
+            model: With its adapter.
+            prompts: At least one token each.
+            max_new_tokens: Most tokens of a continuation.
+            layout: `packed` if the model has been found to run packed rows (`residency.layout`).
+        """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Attention per segment of a packed row, through transformers' attention interface.
 
-Works for every architecture that calls the interface: the segments arrive as a keyword of the model's forward. Without
-that keyword (padded batches, generation) it is transformers' own scaled-dot-product attention.
+Works for every architecture that calls the interface: the segments arrive as a keyword of the model's forward, and so
+does the memory of `residency.backbones.greedy`. Without these keywords (padded batches) it is transformers' own
+scaled-dot-product attention.
 """
 
 from __future__ import annotations
@@ -19,11 +20,80 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from residency.types import Segment, segment_tokens
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "Memory", "attend_segments", "register", "segment_mask"]
 
 NAME = "residency_packed"
 
 Segments = tuple[Segment, ...]
+
+
+class Memory:
+    """Keys and values of several texts, layer by layer, while they are continued one token at a time.
+
+    Args:
+        lengths: Tokens of each text, B of them.
+        room: Tokens that may be added to each.
+        device: Of the model.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, room: int, device: Any) -> None:
+        self.lengths = torch.tensor(lengths, device=device)
+        self._room = room
+        self._part = range(0)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reads(self, part: range) -> None:
+        """The next packed row holds these texts."""
+        self._part = part
+
+    def advance(self) -> None:
+        """The next pass adds one token to every text."""
+        self.lengths = self.lengths + 1
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Forget all other texts."""
+        at = torch.tensor(places, device=self.lengths.device)
+        self.lengths = self.lengths[at]
+        self._layers = {layer: (k[at], v[at]) for layer, (k, v) in self._layers.items()}
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep keys and values, (1, K, N, d), of the packed row that is being read."""
+        if layer not in self._layers:
+            shape = (len(self.lengths), key.shape[1], int(self.lengths.max()) + self._room, key.shape[3])
+            self._layers[layer] = key.new_zeros(shape), value.new_zeros((*shape[:3], value.shape[3]))
+        sizes = self.lengths[self._part.start : self._part.stop].tolist()
+        for kept, new in zip(self._layers[layer], (key, value), strict=True):
+            for text, tokens in zip(self._part, new[0].split(sizes, 1), strict=True):
+                kept[text, :, : tokens.shape[1]] = tokens
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Add one token to every text and let it see its text.
+
+        Args:
+            layer: Number of the layer.
+            query: (B, H, 1, d).
+            key: (B, K, 1, d).
+            value: (B, K, 1, d).
+            scale: Of the logits; `None` = 1 / sqrt(d).
+            window: Size of a sliding window in tokens, or `None`.
+
+        Returns:
+            (B, H, 1, d).
+        """
+        count, last = len(self.lengths), self.lengths - 1
+        keys, values = self._layers[layer]
+        rows = torch.arange(count, device=last.device)
+        keys[rows, :, last], values[rows, :, last] = key[:, :, 0], value[:, :, 0]
+        width = int(self.lengths.max())
+        back = last[:, None] - torch.arange(width, device=last.device)
+        seen = back >= 0 if window is None else (back >= 0) & (back < window)
+        # The query heads of one key head become queries of their own, so that keys need not be repeated.
+        grouped = query.view(count, keys.shape[1], -1, query.shape[3])
+        mask = seen[:, None, None, :].expand(count, 1, grouped.shape[2], width)
+        out = F.scaled_dot_product_attention(grouped, keys[:, :, :width], values[:, :, :width], mask, scale=scale)
+        return out.view(count, query.shape[1], 1, -1)
 
 
 def register() -> None:
@@ -51,9 +121,16 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments | None = None,
+    memory: Memory | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if memory is not None:
+        layer: Any = module.layer_idx
+        if segments is None:
+            seen = memory.attend(layer, query, key, value, scale=scaling, window=sliding_window)
+            return seen.transpose(1, 2).contiguous(), None
+        memory.store(layer, key, value)
     if segments is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs

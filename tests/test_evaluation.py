@@ -24,6 +24,7 @@ from residency.domains.base import Domain, Kind
 from residency.domains.template import Template
 from residency.errors import UserError
 from residency.evaluation import Evaluation, EvaluationSettings, RowScore, evaluate, means
+from residency.likelihoods import branch_nll, completions_and_labels
 from residency.module import ContinualModule
 from residency.objectives import SFT
 from residency.scorers import check_scorers, exact_match, label_is_best, rouge_l
@@ -199,6 +200,33 @@ def test_labels_scored_as_a_tree_are_scored_as_if_alone(layout: Any, scored_modu
     assert layout == "padded" or make_batch(rows, layout=layout).tokens < 0.8 * make_batch(flat, layout=layout).tokens
 
 
+def test_labels_that_have_lost_are_not_read(scored_module: ContinualModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same winners as when every label is scored in full, with fewer tokens."""
+    draw = random.Random(2)
+    rows = []
+    for name in range(60):
+        labels = [tuple(draw.choices(range(1, 257), k=1 + (k + name) % 4)) for k in range(5)]
+        prompt = tuple(draw.choices(range(1, 257), k=draw.choice((2, 40))))
+        first, *others = labels
+        rows.append(Example(domain="d", row=str(name), prompt=prompt, completion=first, alternatives=tuple(others)))
+    read: list[int] = []
+
+    def count(examples: Sequence[Example], **options: Any) -> Any:
+        batch = make_batch(examples, **options)
+        read.append(batch.tokens)
+        return batch
+
+    monkeypatch.setattr("residency.likelihoods.make_batch", count)
+    whole = branch_nll(scored_module, rows, batch_tokens=1024)
+    tokens = sum(read)
+    read.clear()
+    found = completions_and_labels(scored_module, rows, batch_tokens=1024)
+    assert sum(read) < tokens
+    assert {row: best for row, (_, best) in found.items()} == {row: label_is_best(nll) for row, nll in whole.items()}
+    assert {best for _, best in found.values()} == {True, False}
+    assert [nll for nll, _ in found.values()] == pytest.approx([float(whole[e.row][0]) for e in rows], abs=1e-5)
+
+
 @pytest.mark.parametrize("threshold", [0, 10**9])
 def test_scores_do_not_depend_on_merging(
     threshold: int, llama: Path, scored_data: StreamData, monkeypatch: pytest.MonkeyPatch
@@ -298,6 +326,31 @@ def test_limits_of_the_costly_scores(
         assert [*values(scores, "accuracy", column)] == (ids[:accuracy_rows] if domain.kind == "label" else [])
         for scorer in ("exact_match", "rougeL"):
             assert [*values(scores, scorer, column)] == (ids[:generation_rows] if domain.kind == "generative" else [])
+
+
+def test_rows_are_tokenised_once(scored_module: ContinualModule) -> None:
+    """However many states are scored; anew for another tokenizer, split or number of competing rows."""
+    tokenizer, calls = scored_module.backbone.tokenizer, []
+
+    class Counting:
+        eos_token_id, bos_token_id = 0, None
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            calls.append(text)
+            return tokenizer(text, **options)
+
+    data, counting = StreamData(domains={"labels": Words("label")}), Counting()
+    first = data.evaluation_examples("labels", "test", counting, competing=2)
+    count = len(calls)
+    first.clear()
+    again = data.evaluation_examples("labels", "test", counting, competing=2)
+    assert len(calls) == count
+    assert again == data.evaluation_examples("labels", "test", tokenizer, competing=2)
+    assert [bool(e.alternatives) for e in again] == [True] * 2 + [False] * 9
+    for split, competing in (("train", 2), ("test", 3)):
+        count = len(calls)
+        data.evaluation_examples("labels", split, counting, competing=competing)
+        assert len(calls) > count
 
 
 def test_columns_splits_and_progress(scored_module: ContinualModule, scored_data: StreamData) -> None:

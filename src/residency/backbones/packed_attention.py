@@ -125,11 +125,11 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    layer: Any = getattr(module, "layer_idx", None)
+    if memory is not None and segments is None:
+        seen = memory.attend(layer, query, key, value, scale=scaling, window=sliding_window)
+        return seen.transpose(1, 2).contiguous(), None
     if memory is not None:
-        layer: Any = module.layer_idx
-        if segments is None:
-            seen = memory.attend(layer, query, key, value, scale=scaling, window=sliding_window)
-            return seen.transpose(1, 2).contiguous(), None
         memory.store(layer, key, value)
     if segments is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(

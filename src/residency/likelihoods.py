@@ -41,7 +41,8 @@ def completions_and_labels(
     completion has lost, and is not read. Where prompts are long and labels short, reading a prompt twice would cost
     more than that saves, and all is done at once.
     """
-    looks = {e.row: _first_look(e) for e in examples}
+    # Padded, every label is a row of its own with the whole prompt in it: then nothing is free.
+    looks = {e.row: _first_look(e) if module.layout == "packed" else e for e in examples}
     found: dict[str, Tensor] = {}
     for group in by_token_budget(sorted(looks.values(), key=len), tokens=batch_tokens):
         found |= zip((e.row for e in group), _branch_nll(module, group), strict=True)

@@ -20,6 +20,7 @@ from residency.backbones.base import Backbone
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from residency.backbones.greedy import greedy
 from residency.errors import UserError
+from residency.kernels.norm import fuse_norms
 from residency.types import Batch, Layout
 
 __all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
@@ -133,6 +134,7 @@ class CausalLM(Backbone):
             enable({"use_reentrant": False})
         if self.quantisation is not None:
             _forbid_repacking(model)
+        fuse_norms(model)
         return model.eval()  # type: ignore[no-any-return]
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -32,7 +32,7 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
     Args:
         model: With a PEFT adapter or without; the active adapters are folded, all of them.
     """
-    layers = [layer for layer in model.modules() if _foldable(layer)]
+    layers: list[Any] = [layer for layer in model.modules() if _foldable(layer)]
     size = sum(layer.get_base_layer().weight.nbytes for layer in layers)
     kept: list[tuple[Any, Any, Tensor]] = []
     try:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from residency.adapters.base import Adapter, LowRankLayer, OptimizerFactory, missing_capability
 from residency.adapters.low_rank import low_rank_factors, product_factors
+from residency.adapters.merging import merged_lora
 from residency.adapters.tuners import capabilities, check_config, check_quantised, kind_of
 from residency.errors import UserError
 from residency.kernels.lora import fuse_lora
@@ -161,6 +162,10 @@ class Peft(Adapter):
         if "reference" not in self.provides:
             return super().reference(model)
         return model.disable_adapter()  # type: ignore[operator, no-any-return]
+
+    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The plain transformers model with the adapter folded in; `model` is used up.

@@ -76,10 +76,21 @@ class AdapterRow:
 
 @dataclass(frozen=True, kw_only=True)
 class MitigationRow:
-    """A mitigation that acts on the tiny stream, and the same at strength 0."""
+    """A mitigation that acts on the tiny stream of two domains with two and three steps, and the same at strength 0.
+
+    Args:
+        make: Acts: the weights after the second stage differ from those without it. Whether the first stage does is
+            read off `touches_training` and `changes_weights`.
+        off: Changes no bit.
+        refuses: What the refusal says of adapters that it cannot work with for another reason than their capabilities;
+            nothing where it works.
+        idle: Adapter rows with which it is permitted and has nothing to do on that stream.
+    """
 
     make: Callable[[], Mitigation]
     off: Callable[[], Mitigation]
+    refuses: Callable[[Adapter], str] = lambda adapter: ""
+    idle: tuple[str, ...] = ()
 
 
 # One PEFT tuner for each kind of promise: exact or near start, no reference, averaged as factors or as they are,

@@ -7,27 +7,26 @@
     evaluate  scoring changes neither model nor mitigation
     seed      nothing outside of a step touches the global generators, and inside of it they are seeded
 
-A pair that cannot work is refused with a sentence, before a model is loaded. What a mitigation shares with a study's other
-cells (`touches_training`, `changes_weights`) is taken at its word here, and so tested.
+A pair that cannot work is refused with a sentence, before a model is loaded. What a mitigation lets a study share
+(`touches_training`, `changes_weights`) is taken at its word here, and so tested.
 """
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback
 
+from comparing import assert_still, differing, generators, live_tensors, undrawn
+from copying import copied
 from fitting import Fit, stored
 from residency.adapters import Adapter
+from residency.adapters.base import changes
 from residency.backbones import CausalLM
 from residency.data import StreamData
 from residency.errors import UserError
@@ -37,15 +36,17 @@ from residency.mitigations.base import overrides
 from residency.module import ContinualModule
 from residency.objectives import SFT
 from residency.stages import finish_stage, restore_stage
-from residency.types import Stage
+from residency.tensors import snapshot
+from residency.types import Stage, Tensors
 from running import domains
 from table import ADAPTERS, MITIGATIONS, MitigationRow
 
-__all__ = ["Pairs", "Run", "differing"]
+__all__ = ["Pairs", "Run"]
 
 STEPS = {"a": 2, "b": 3}
 SAVED = 2  # step of the second stage after which a run is saved and continued elsewhere
 CPU = torch.device("cpu")
+_OURS = {"weights", "residency", "optimizer_states"}  # of a stored tree: what is there without a mitigation too
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Pairs:
             self._attached[adapter] = self.module(adapter, {}, fresh=True)
         source = self._attached[adapter]
         module.backbone, module.layout = source.backbone, source.layout
-        module.adapter, module.model = copy.deepcopy((source.adapter, source.model))
+        memo: dict[int, Any] = {}
+        module.adapter, module.model = copied(source.adapter, memo), copied(source.model, memo)
         return module
 
     # -- runs ---------------------------------------------------------------------------------------------------
@@ -112,44 +114,47 @@ class Pairs:
         clip = ADAPTERS[adapter].trainer.get("gradient_clip_val", 1.0)
         first, second = self.stages
         if after is None:
-            self._fit(module, first, Fit, clip=clip)
-            between = self._finish(module)
-            self._evaluate(module, first)
+            _, live = self._fit(module, first, clip=clip)
+            between, live = self._finish(module, live)
+            self._evaluate(module, first, live)
         else:
             between = after.between
             restore_stage(module, between)
-        fit = self._fit(module, second, Fit, clip=clip, save_at=SAVED, checkpoint=after and after.checkpoint)
-        return Run(between, fit.checkpoint, self._finish(module))
+        fit, live = self._fit(module, second, clip=clip, save_at=SAVED, checkpoint=after and after.checkpoint)
+        return Run(between, fit.checkpoint, self._finish(module, live)[0])
 
-    def _fit(self, module: ContinualModule, stage: Stage, fit: Any, *, checkpoint: Any = None, **options: Any) -> Fit:
-        with _undrawn("begin_stage"):
+    def _fit(
+        self, module: ContinualModule, stage: Stage, *, checkpoint: Any = None, **options: Any
+    ) -> tuple[Fit, Tensors]:
+        """The fit, and the tensors that it left."""
+        with undrawn("begin_stage"):
             module.begin_stage(stage, self.data.examples(stage, module.backbone.tokenizer))
-        fit = Fit(module, **options)
-        fit.callbacks.append(_Watch())
+        fit, watch = Fit(module, **options), _Watch()
+        fit.callbacks.append(watch)
         fit.run(checkpoint)
-        return fit
+        return fit, live_tensors(module) if changes(module.adapter, "end_stage") else watch.live
 
-    def _finish(self, module: ContinualModule) -> dict[str, Any]:
-        """What follows training; as stored."""
+    def _finish(self, module: ContinualModule, live: Tensors) -> tuple[dict[str, Any], Tensors]:
+        """What follows training: as stored, and the tensors that it left."""
         mixes = any(overrides(m, "transform_weights") for m in module.mitigations.values())
-        movable = {*module.adapter.state(module.model)} | {*module.adapter.trainable(module.model)} if mixes else set()
-        still = _tensors(module, without=movable)
-        with _undrawn("finish_stage"):
+        movable = {*module.adapter.state(module.model), *module.adapter.trainable(module.model)} if mixes else set()
+        before = snapshot({name: tensor for name, tensor in live.items() if name not in movable})
+        with undrawn("finish_stage"):
             tree = finish_stage(module, {}, device=CPU)
-        _assert_still(still, module, "frozen: what follows training moved")
+        assert_still(before, live, "frozen: what follows training moved")
         for name, tensor in tree["weights"].items():
             assert not tensor.is_floating_point() or tensor.isfinite().all(), f"acts: {name} is not finite"
-        return stored(tree)
+        return stored(tree), live_tensors(module) if mixes else live
 
-    def _evaluate(self, module: ContinualModule, stage: Stage) -> None:
-        before, states = _tensors(module), _states(module)
-        data, tokenizer = self.data, module.backbone.tokenizer
-        examples = data.evaluation_examples(stage.domain, "validation", tokenizer)[:2]
-        with _undrawn("evaluation"), torch.inference_mode():
-            for context, rows in module.adapter.serve(module.model, stage.domain, examples, partial(prompt_nll, module)):
+    def _evaluate(self, module: ContinualModule, stage: Stage, live: Tensors) -> None:
+        before, states = snapshot(live), _states(module)
+        examples = self.data.evaluation_examples(stage.domain, "validation", module.backbone.tokenizer)[:2]
+        routing = partial(prompt_nll, module)
+        with undrawn("evaluation"), torch.inference_mode():
+            for context, rows in module.adapter.serve(module.model, stage.domain, examples, routing):
                 with context:
                     completion_nll(module, rows)
-        _assert_still(before, module, "evaluate: scoring moved")
+        assert_still(before, live, "evaluate: scoring moved")
         assert not (found := differing(states, _states(module))), f"evaluate: scoring changed {found[0]}"
 
     def plain(self, adapter: str) -> Run:
@@ -213,9 +218,10 @@ class Pairs:
         plain = self.plain(adapter)
         module = self.module(adapter, {name: self.rows[name].off() for name in mitigations})
         run = self.train(adapter, module)
-        pairs = ((plain.between, run.between), (plain.checkpoint, run.checkpoint), (plain.final, run.final))
-        without = [({**a, "mitigations": 0, "facts": 0, "callbacks": 0}, {**b, "mitigations": 0, "facts": 0, "callbacks": 0}) for a, b in pairs]
-        return next((name for one, other in without for name in differing(one, other)), "")
+        for one, other in ((plain.between, run.between), (plain.checkpoint, run.checkpoint), (plain.final, run.final)):
+            if found := differing(*({k: v for k, v in tree.items() if k in _OURS} for tree in (one, other))):
+                return found[0]
+        return ""
 
 
 class _Watch(Callback):
@@ -223,18 +229,19 @@ class _Watch(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         declared = pl_module.adapter.trainable(pl_module.model)
-        grad = {name for name, p in pl_module.model.named_parameters() if p.requires_grad}
+        self.live = live_tensors(pl_module)
+        grad = {name for name, tensor in self.live.items() if tensor.requires_grad}
         assert {*declared} == grad, "frozen: declared as trainable is not what requires a gradient"
-        self.still = _tensors(pl_module, without={*declared})
-        self.random: Any = _generators()
+        self.before = snapshot({name: tensor for name, tensor in self.live.items() if name not in declared})
+        self.random: Any = generators()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if self.random is not None:
-            assert self.random == _generators(), "seed: preparing the domain drew from a global generator"
+            assert self.random == generators(), "seed: preparing the domain drew from a global generator"
         self.random = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        _assert_still(self.still, pl_module, "frozen: training moved")
+        assert_still(self.before, self.live, "frozen: training moved")
 
 
 def _refusal(adapter: Adapter, row: MitigationRow) -> str:
@@ -246,42 +253,5 @@ def _refusal(adapter: Adapter, row: MitigationRow) -> str:
     return "comes after the backward pass" if adapter.steps_in_backward and late else row.refuses(adapter)
 
 
-def differing(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two trees are not equal bit for bit."""
-    if isinstance(one, torch.Tensor):
-        same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-        return [] if same else [name]
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        if {*one} != {*other}:
-            return [f"{name}: {sorted({*map(str, one)} ^ {*map(str, other)})}"]
-        return [found for key in one for found in differing(one[key], other[key], f"{name}/{key}")]
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        return [found for i, (a, b) in enumerate(zip(one, other, strict=True)) for found in differing(a, b, f"{name}/{i}")]
-    return [] if one == other else [name]
-
-
 def _states(module: ContinualModule) -> dict[str, Any]:
     return stored({name: m.state_dict() for name, m in module.mitigations.items()})
-
-
-def _tensors(module: ContinualModule, *, without: set[str] = frozenset()) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[assignment]
-    """Parameters and buffers by name: live, and a copy."""
-    live = dict(module.model.named_parameters()) | dict(module.model.named_buffers())
-    return {name: (t, t.detach().clone()) for name, t in live.items() if name not in without}
-
-
-def _assert_still(tensors: dict[str, tuple[torch.Tensor, torch.Tensor]], module: ContinualModule, message: str) -> None:
-    for name, (live, before) in tensors.items():
-        assert torch.equal(live.detach(), before), f"{message} {name}"
-
-
-def _generators() -> Any:
-    numbers = np.random.get_state(legacy=False)["state"]
-    return (torch.get_rng_state().numpy().tobytes(), random.getstate(), numbers["key"].tobytes(), numbers["pos"])
-
-
-@contextmanager
-def _undrawn(what: str) -> Iterator[None]:
-    before = _generators()
-    yield
-    assert before == _generators(), f"seed: {what} drew from a global generator"

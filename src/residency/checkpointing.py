@@ -95,9 +95,7 @@ class History(Callback):
         self._clock = time.perf_counter()
         self._last = (self.totals["seconds"], int(self.totals["tokens"]))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Add up the micro-batches; write a line when a step is complete and due."""
         now = time.perf_counter()
         self.totals["seconds"] += now - self._clock
@@ -107,7 +105,7 @@ class History(Callback):
         due = step % self.every_n_steps == 0 or step == self.stage.steps
         complete = step != self.totals["steps"]
         if due or (step + 1) % self.every_n_steps == 0 or step + 1 == self.stage.steps:
-            self._add(trainer.callback_metrics, step)
+            self._add(trainer.callback_metrics, step, ("loss", "adapter", *module.mitigations))
         if complete:
             self.totals["steps"] = step
             if due and trainer.is_global_zero:
@@ -118,10 +116,10 @@ class History(Callback):
         """What the optimizer kept is gone with the Trainer."""
         self.optimizer_state_bytes = sum(optimizer_state_bytes(o) for o in trainer.optimizers)
 
-    def _add(self, metrics: Mapping[str, torch.Tensor], step: int) -> None:
+    def _add(self, metrics: Mapping[str, torch.Tensor], step: int, groups: tuple[str, ...]) -> None:
         self._micro += 1
         for name, value in metrics.items():
-            if name.startswith(("loss", "adapter/")):
+            if name.partition("/")[0] in groups:
                 number = float(value)
                 if not math.isfinite(number):
                     raise _not_finite(name, number, self.stage, step)

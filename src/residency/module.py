@@ -19,6 +19,7 @@ from residency.layout import LayoutChoice, choose_layout
 from residency.mitigations.base import HOOKS, Mitigation, overrides
 from residency.objectives.base import Objective
 from residency.observation import logs_step, observe
+from residency.optim.fused import fuse
 from residency.randomness import seed_of
 from residency.tensors import snapshot
 from residency.types import Batch, Example, Layout, Outputs, Stage, Tensors
@@ -205,7 +206,7 @@ class ContinualModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """A fresh optimizer, by way of the adapter."""
-        optimizer = self.adapter.optimizer(self.model, self.optimizer_factory)
+        optimizer = fuse(self.adapter.optimizer(self.model, self.optimizer_factory))
         if self.scheduler_factory is None:
             return optimizer
         scheduler = self.scheduler_factory(optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,13 @@ def test_a_command_with_workers_that_is_stopped(number: int, whole: tuple[Path, 
     words = [sys.executable, "-m", "residency", "sweep", str(path), "--study_dir", str(tmp_path / "out")]
     words += ["--workers=2", "--threads=1"]
     environment = {**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["RESIDENCY_TEST_STUDY"] = str(tmp_path / "out")  # by which its workers are known
     deaths = 0
-    for _ in range(20):
+    for attempt in range(5):
         with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one:
             wait_for_store(tmp_path / "out" / "store", one)
-            one.send_signal(number)
+            if attempt < 4:
+                one.send_signal(number)
             _, told = one.communicate(timeout=240)
         deaths += one.returncode in (-9, 75)
         if one.returncode == 75:
@@ -153,10 +156,17 @@ def wait_until_gone(mark: str) -> None:
     """No process of the study is left."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        lines = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/environ") if os.access(p, os.R_OK)]
-        if not any(mark.encode() in line for line in lines):
+        if not any(mark.encode() in environment for environment in environments()):
             return
         time.sleep(0.2)
+    raise AssertionError(f"a process still works on {mark}")
+
+
+def environments() -> Iterator[bytes]:
+    """Of all processes but this one; one may be gone, or not ours to look at."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes()
 
 
 # -- the store is damaged, shared, or full ----------------------------------------------------------------------

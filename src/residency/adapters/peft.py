@@ -19,6 +19,7 @@ from residency.adapters.base import Adapter, OptimizerFactory, missing_capabilit
 from residency.adapters.low_rank import low_rank_factors
 from residency.adapters.tuners import capabilities, check_config, check_quantised, kind_of
 from residency.errors import UserError
+from residency.kernels.lora import fuse_lora
 from residency.tensors import Computed
 from residency.types import Tensors
 
@@ -182,7 +183,9 @@ def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.M
         torch.sparse.check_sparse_tensor_invariants.disable()
     try:
         with expected_remarks():
-            return get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type, no-any-return]
+            wrapped = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
+        fuse_lora(wrapped)
+        return wrapped  # type: ignore[no-any-return]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
             f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",

@@ -19,6 +19,7 @@ from residency.backbones import packed_attention
 from residency.backbones.base import Backbone
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from residency.errors import UserError
+from residency.kernels.norm import fuse_norms
 from residency.types import Batch
 
 __all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
@@ -130,6 +131,7 @@ class CausalLM(Backbone):
             enable({"use_reentrant": False})
         if self.quantisation is not None:
             _forbid_repacking(model)
+        fuse_norms(model)
         return model.eval()  # type: ignore[no-any-return]
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -126,9 +126,10 @@ class Mitigation(Callback):
         return after
 
     def numbers(self, module: ContinualModule) -> Mapping[str, float]:
-        """What is worth a line beside a logged step, logged as `<mitigation>/<name>`: the norm of what a penalty acts on,
-        how many gradients were projected, how much of a teacher was kept. Called at logged steps only, in the forward
-        pass; changes nothing.
+        """What is worth a line beside a logged step: the norm of what a penalty acts on, how many gradients were
+        projected, how much of a teacher was kept. Logged as `<mitigation>/<name>`, beside `loss/<mitigation>/<term>`.
+
+        Called in the forward pass of logged steps only, after `loss_terms`; changes nothing.
         """
         return {}
 

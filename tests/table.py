@@ -85,8 +85,6 @@ class AdapterRow:
         loading: Options of the backbone (dtype, quantisation).
         trainer: Options of the Trainer that differ.
         lr: Learning rate at which four steps show.
-        pairs: Whether it meets every mitigation too. Not a tuner whose row differs from another one's in the PEFT
-            config only: to a mitigation both are named tensors behind one class, with the same capabilities.
     """
 
     make: Callable[[], Adapter]
@@ -98,7 +96,6 @@ class AdapterRow:
     loading: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     lr: float = 1e-2
-    pairs: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -108,21 +105,25 @@ class AdapterRow:
 
 @dataclass(frozen=True, kw_only=True)
 class MitigationRow:
-    """A mitigation that acts on the tiny stream, and the same at strength 0."""
+    """A mitigation that acts on the tiny stream of two domains with two and three steps, and the same at strength 0.
+
+    Args:
+        make: Acts: the weights after the second stage differ from those without it. Whether the first stage does is
+            read off `touches_training` and `changes_weights`.
+        off: Changes no bit.
+        refuses: What the refusal says of adapters that it cannot work with for another reason than their capabilities;
+            nothing where it works.
+        idle: Adapter rows with which it is permitted and has nothing to do on that stream.
+    """
 
     make: Callable[[], Mitigation]
     off: Callable[[], Mitigation]
-
-
-# One PEFT tuner for each kind of promise: exact or near start, no reference, averaged as factors or as they are,
-# not averageable, virtual tokens.
-_PAIRED = ("lora", "lora_dropout", "dora", "pissa", "ia3", "vera", "prompt_tuning")
+    refuses: Callable[[Adapter], str] = lambda adapter: ""
+    idle: tuple[str, ...] = ()
 
 
 def _peft(name: str) -> AdapterRow:
-    return AdapterRow(
-        make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"), pairs=name in _PAIRED
-    )
+    return AdapterRow(make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"))
 
 
 def _blocks(**options: Any) -> LoraConfig:
@@ -131,7 +132,7 @@ def _blocks(**options: Any) -> LoraConfig:
 
 ADAPTERS: dict[str, AdapterRow] = {
     "full": AdapterRow(make=Full, loads_with="transformers"),
-    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0), pairs=False),
+    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0)),
     "qlora": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"]()), loading={"quantisation": Quantisation()}),
     "osf": AdapterRow(
         make=lambda: OSF(config=OSFConfig(target_modules=["q_proj", "v_proj"])),
@@ -141,23 +142,18 @@ ADAPTERS: dict[str, AdapterRow] = {
     "per_domain": AdapterRow(make=lambda: PerDomain(config=CONFIGS["lora"]())),
     "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=CONFIGS["ia3"](), routing="nll")),
     "progressive_prompts": AdapterRow(make=lambda: ProgressivePrompts(length=3), identity="none"),
-    "progressive_prompts_mlp": AdapterRow(
-        make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none", pairs=False
-    ),
-    "freeze": AdapterRow(make=lambda: Freeze(bottom=1, freeze=["norm"]), loads_with="transformers", pairs=False),
-    # To a mitigation GaLore is full fine-tuning: the same named tensors with the same capabilities.
-    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers", pairs=False),
+    "progressive_prompts_mlp": AdapterRow(make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none"),
+    "freeze": AdapterRow(make=lambda: Freeze(bottom=1, freeze=["norm"]), loads_with="transformers"),
+    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers"),
     "galore_layerwise": AdapterRow(
         make=lambda: GaLore(rank=4, gap=3, layerwise=True),
         loads_with="transformers",
         trainer={"gradient_clip_val": None},
-        pairs=False,
     ),
     "sinkhorn_modular": AdapterRow(
         make=lambda: SinkhornResidual(inner=PerDomain(config=CONFIGS["lora"]()), mixing="unconstrained", rank=2),
         loads_with="residency",
         still=("residency_mixing",),
-        pairs=False,
     ),
     "bottleneck": AdapterRow(make=lambda: Bottleneck(placement="houlsby", reduction=8), loads_with="residency"),
     "sinkhorn": AdapterRow(
@@ -167,9 +163,7 @@ ADAPTERS: dict[str, AdapterRow] = {
         still=("residency_mixing",),
     ),
     "inc_lora": AdapterRow(make=lambda: IncLoRA(config=_blocks())),
-    "o_lora": AdapterRow(
-        make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01)), pairs=False
-    ),
+    "o_lora": AdapterRow(make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01))),
     "inf_lora": AdapterRow(make=lambda: InfLoRA(config=_blocks(), energy=0.9)),
     "slao": AdapterRow(make=lambda: SLAO(config=_blocks())),
     **{name: _peft(name) for name in CONFIGS},

@@ -69,7 +69,7 @@ class Backbone(ABC):
             prompts: At least one token each.
             max_new_tokens: Most tokens of a continuation; one that is as long as this was cut off.
             sampling: How to draw; `None` = greedy.
-            layout: `packed` if the model has been found to run packed rows (`residency.layout`); faster for greedy ones.
+            layout: `packed` if the model was found to run packed rows (`residency.layout`); faster for greedy ones.
         """
 
     @abstractmethod

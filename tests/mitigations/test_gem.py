@@ -16,7 +16,7 @@ from residency.batching import make_batch
 from residency.errors import UserError
 from residency.mitigations import AGEM, GEM
 from residency.mitigations.gem import dual_weights, inner, project_agem, project_gem, reference_gradient
-from residency.mitigations.replay import unpack_examples
+from residency.mitigations.memory import unpack_examples
 from residency.module import ContinualModule
 from residency.objectives import SFT
 from residency.types import Example, Stage

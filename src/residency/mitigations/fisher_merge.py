@@ -11,7 +11,8 @@ from residency.batching import by_token_budget, make_batch
 from residency.domains.sampler import learned_examples
 from residency.errors import UserError
 from residency.mitigations.base import Mitigation
-from residency.mitigations.ewc import _losses, add_quadratics, fisher_diagonal
+from residency.mitigations.fisher import data_losses, fisher_diagonal
+from residency.mitigations.quadratic import add_quadratics
 from residency.randomness import permutation
 from residency.tensors import snapshot
 from residency.types import Capability, Tensors
@@ -103,4 +104,4 @@ class FisherMerge(Mitigation):
             for group in by_token_budget(chosen, tokens=self.batch_tokens)
         )
         with torch.enable_grad():
-            return fisher_diagonal(module.model, leaves, batches, _losses(module))
+            return fisher_diagonal(module.model, leaves, batches, data_losses(module.forward))

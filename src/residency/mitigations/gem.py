@@ -25,7 +25,7 @@ from residency.batching import by_token_budget
 from residency.domains.sampler import learned_examples
 from residency.errors import UserError
 from residency.mitigations.base import Mitigation, State
-from residency.mitigations.replay import pack_examples, reservoir_slot, unpack_examples
+from residency.mitigations.memory import into_reservoir, pack_examples, unpack_examples
 from residency.randomness import permutation
 from residency.types import Example, Stage, Tensors
 
@@ -182,13 +182,9 @@ class AGEM(Mitigation):
         """Offer what the domain was learned from to the reservoir, in order of appearance."""
         memory, seen = _unpacked(self.state["buffer"]), self.state["seen"]
         assert isinstance(seen, Tensor)
-        n = int(seen)
-        for example in learned_examples(module.dataset, stage.domain):
-            slot = reservoir_slot(n, self.capacity, seed=stage.seed)
-            n += 1
-            if slot is not None:
-                memory[slot : slot + 1] = [example]
-        self.state.update(seen=torch.tensor(n), buffer=pack_examples(memory))
+        new = learned_examples(module.dataset, stage.domain)
+        kept = into_reservoir(memory, new, seen=int(seen), capacity=self.capacity, seed=stage.seed)
+        self.state.update(seen=torch.tensor(int(seen) + len(new)), buffer=pack_examples(kept))
 
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""

@@ -17,8 +17,8 @@ from residency.backbones.base import Sampling
 from residency.domains.sampler import learned_examples
 from residency.errors import UserError
 from residency.mitigations.base import Mitigation
+from residency.mitigations.memory import pack_examples, unpack_examples
 from residency.mitigations.prompting import check_placeholders, fill, without_end
-from residency.mitigations.replay import pack_examples, unpack_examples
 from residency.mitigations.teachers import run_as
 from residency.randomness import seed_of
 from residency.types import Example, Stage

@@ -114,12 +114,15 @@ class MitigationRow:
         refuses: What the refusal says of adapters that it cannot work with for another reason than their capabilities;
             nothing where it works.
         idle: Adapter rows with which it is permitted and has nothing to do on that stream.
+        conditional: Acts only where something arises (a gradient that would hurt an old domain, an outlier), which need
+            not happen with every adapter in five steps.
     """
 
     make: Callable[[], Mitigation]
     off: Callable[[], Mitigation]
     refuses: Callable[[Adapter], str] = lambda adapter: ""
     idle: tuple[str, ...] = ()
+    conditional: bool = False
 
 
 def _peft(name: str) -> AdapterRow:
@@ -200,9 +203,13 @@ MITIGATIONS: dict[str, MitigationRow] = {
         off=lambda: EWC(strength=0.0, mode="online"),
     ),
     "agem": MitigationRow(
-        make=lambda: AGEM(capacity=12, samples=3), off=lambda: AGEM(strength=0.0, capacity=12, samples=3)
+        make=lambda: AGEM(capacity=12, samples=3),
+        off=lambda: AGEM(strength=0.0, capacity=12, samples=3),
+        conditional=True,
     ),
-    "gem": MitigationRow(make=lambda: GEM(capacity=6, samples=3), off=lambda: GEM(strength=0.0, capacity=6)),
+    "gem": MitigationRow(
+        make=lambda: GEM(capacity=6, samples=3), off=lambda: GEM(strength=0.0, capacity=6), conditional=True
+    ),
     "gpm": MitigationRow(make=lambda: GPM(samples=6), off=lambda: GPM(energy=0.0)),
     "ogd": MitigationRow(make=lambda: OGD(examples=3), off=lambda: OGD(strength=0.0, examples=3)),
     "source_shielding": MitigationRow(
@@ -210,7 +217,7 @@ MITIGATIONS: dict[str, MitigationRow] = {
     ),
     "migu": MitigationRow(make=MIGU, off=lambda: MIGU(threshold=0.0)),
     "zclip": MitigationRow(
-        make=lambda: ZClip(threshold=0.01, warmup=1), off=lambda: ZClip(threshold=math.inf, warmup=1)
+        make=lambda: ZClip(threshold=0.01, warmup=1), off=lambda: ZClip(threshold=math.inf, warmup=1), conditional=True
     ),
     "ewc_sampled": MitigationRow(
         make=lambda: EWC(strength=1e6, fisher="sampled", granularity="token", fisher_samples=4),

@@ -115,9 +115,13 @@ class ContinualModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapter"))
             self.model = self.adapter.attach(model)
+        self.remember_base()
+        self.layout, self.layout_reason = choose_layout(self.layout_choice, self.backbone, self.model)
+
+    def remember_base(self) -> None:
+        """Keep the state before any training, if a mitigation mixes with it."""
         if any(mitigation.uses_base for mitigation in self.mitigations.values()):
             self._base_state = snapshot(self.adapter.state(self.model))
-        self.layout, self.layout_reason = choose_layout(self.layout_choice, self.backbone, self.model)
 
     def begin_stage(
         self,

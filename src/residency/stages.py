@@ -23,7 +23,7 @@ from residency.storage import load_tree
 from residency.trainers import Trainers, quiet_lightning
 from residency.types import Example, Stage
 
-__all__ = ["adopt_training", "check_devices", "finish_stage", "restore_stage", "train_stage"]
+__all__ = ["adopt_training", "begin_stage", "check_devices", "finish_stage", "restore_stage", "train_stage"]
 
 
 def check_devices(data: StreamData, trainers: Trainers, adapter: Adapter) -> None:
@@ -73,7 +73,7 @@ def train_stage(
     module.to(trainers.root_device)
     resumed = checkpoint if checkpoint.is_file() else None
     stored: Container[str] = module.mitigations if resumed else ()
-    _begin(module, data, stage, stored=stored)
+    begin_stage(module, data, stage, stored=stored)
     keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
     return {
@@ -100,7 +100,7 @@ def adopt_training(
         device: Where to compute.
     """
     module.to(device)
-    _begin(module, data, stage, stored=tree["mitigations"])
+    begin_stage(module, data, stage, stored=tree["mitigations"])
     # Whoever did not take part in the training has yet to see the weights from which it started.
     absent = [m for name, m in module.mitigations.items() if name not in tree["mitigations"]]
     for mitigation in absent:
@@ -144,7 +144,15 @@ def restore_stage(module: ContinualModule, tree: Mapping[str, Any]) -> dict[str,
     return dict(tree["facts"])
 
 
-def _begin(module: ContinualModule, data: StreamData, stage: Stage, *, stored: Container[str]) -> None:
+def begin_stage(module: ContinualModule, data: StreamData, stage: Stage, *, stored: Container[str] = ()) -> None:
+    """Give a module the rows of its next stage.
+
+    Args:
+        module: In the state that the stage before left.
+        data: Domains and batch size.
+        stage: Which one.
+        stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
+    """
     tokenizer = module.backbone.tokenizer
     # Without other labels as alternatives: what is validated is the likelihood of the completion.
     validation: Callable[[], Sequence[Example]] = cache(

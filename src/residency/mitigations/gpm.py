@@ -123,7 +123,8 @@ class GPM(Mitigation):
             for path, covariance in covariances.items()
         }
         memories |= {path: found[first] for path, first in shared.items()}
-        self.state["basis"] = {path: memory.basis for path, memory in memories.items()}
+        # As a checkpoint brings it back: a product with a transposed view is rounded in another order.
+        self.state["basis"] = {path: memory.basis.contiguous() for path, memory in memories.items()}
         self.state["free"] = {path: torch.tensor(memory.free) for path, memory in memories.items()}
 
     def touches_training(self, index: int) -> bool:

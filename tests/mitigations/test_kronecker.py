@@ -108,6 +108,10 @@ def test_merged_factors_of_domains_that_agree_are_exact() -> None:
     inputs, outputs, weight = merge_factors(({"x": a}, {"x": g}, 1.0), ({"x": a}, {"x": other}), decay=0.5)
     torch.testing.assert_close(torch.kron(inputs["x"], outputs["x"]), torch.kron(a, 0.5 * g + other))
     assert weight == 1.5
+    # Equal in Ḡ instead: Ā is the mean by weight, a third of it the older domain's.
+    inputs, outputs, _ = merge_factors(({"x": a}, {"x": g}, 1.0), ({"x": covariance(IN, 3)}, {"x": g}), decay=0.5)
+    wanted = torch.kron(0.5 * a + covariance(IN, 3), g)
+    torch.testing.assert_close(torch.kron(inputs["x"], outputs["x"]), wanted)
 
 
 # --- in a language model ----------------------------------------------------------------------------------------------

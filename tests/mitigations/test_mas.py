@@ -109,6 +109,28 @@ def test_importance_does_not_depend_on_batches(output: Any, layout: Layout, llam
     assert all(leaf.grad is None for leaf in module.adapter.trainable(module.model).values())
 
 
+def test_importance_of_a_language_model(llama: Path) -> None:
+    """E |∂ ‖h‖² / ∂θ|, one example at a time, with h the input of the last norm."""
+    module = build(llama, mas=MAS(batch_tokens=10_000))
+    finish(module)
+    found = module.mitigations["mas"].state["precision"]
+    assert isinstance(found, dict)
+    leaves = module.adapter.trainable(module.model)
+    wanted = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    seen: list[Tensor] = []
+    norm = module.model.get_base_model().model.norm
+    hook = norm.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    for e in EXAMPLES:
+        module.model(input_ids=torch.tensor([[*e.prompt, *e.completion]]))
+        h = seen.pop()[0, len(e.prompt) - 1 : -1]
+        gradients = torch.autograd.grad(h.square().sum(-1).mean(), list(leaves.values()))
+        for name, g in zip(leaves, gradients, strict=True):
+            wanted[name] += g.abs() / len(EXAMPLES)
+    hook.remove()
+    for name, tensor in wanted.items():
+        assert float((found[name] - tensor).norm()) <= 1e-4 * float(tensor.norm()), name
+
+
 def test_shifting_all_logits_changes_nothing(llama: Path) -> None:
     """Which is why raw logits are not offered."""
     module = build(llama, "packed", plain=MAS(output="log_probabilities"))

@@ -132,7 +132,8 @@ def label(
     """
     different = sorted(dict.fromkeys(prompts), key=len)
     end = module.backbone.tokenizer.eos_token_id
-    examples, cut = [], 0
+    examples: list[Example] = []
+    cut = 0
     for first in range(0, len(different), TOGETHER):
         group = different[first : first + TOGETHER]
         answers = module.backbone.generate(module.model, group, max_new_tokens=length)

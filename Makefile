@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 RUN    := $(BIN)/residency
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo test test-slow test-browser lint bench clean
+.PHONY: help setup assets demo test test-slow test-browser lint bench bench-smoke clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,8 +41,12 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: assets  ## throughput against a raw PyTorch loop on the same stream, in one run
-	$(BIN)/python experiments/benchmarks/throughput.py
+bench: assets  ## training steps side by side: fit, the bare step, a raw PyTorch loop, mitigations
+	$(BIN)/python experiments/benchmarks/lockstep.py --arms fit bare loop
+	$(BIN)/python experiments/benchmarks/lockstep.py --arms fit fit+ewc fit+replay fit+weight_mixing --over fit
+
+bench-smoke: assets  ## the same in two minutes, against the figures on file
+	$(BIN)/python experiments/benchmarks/lockstep.py --steps 3 --arms fit loop --file experiments/benchmarks/figures.json
 
 clean:  ## remove the environment and all results (not the assets cache)
 	rm -rf $(VENV) runs studies

@@ -5,6 +5,7 @@ A new plug-in is one row here, and inherits all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +33,38 @@ from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
-from residency.mitigations import DER, EWC, GenerativeReplay, Mitigation, Replay, WeightMixing
+from residency.mitigations import (
+    AGEM,
+    DARE,
+    DER,
+    EMA,
+    EWC,
+    GEM,
+    GPM,
+    L2SP,
+    MAS,
+    MIGU,
+    OGD,
+    SDFT,
+    SI,
+    SLERP,
+    TIES,
+    EarlyStopping,
+    FisherMerge,
+    GenerativeReplay,
+    IntruderReduction,
+    KroneckerEWC,
+    Mitigation,
+    OnPolicyDistillation,
+    Replay,
+    SelfDistillation,
+    Soup,
+    SourceShielding,
+    TaskArithmetic,
+    WeightMixing,
+    WiseFT,
+    ZClip,
+)
 from residency.objectives import SFT, Objective
 
 __all__ = ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "READERS", "AdapterRow", "MitigationRow"]
@@ -53,8 +85,6 @@ class AdapterRow:
         loading: Options of the backbone (dtype, quantisation).
         trainer: Options of the Trainer that differ.
         lr: Learning rate at which four steps show.
-        pairs: Whether it meets every mitigation too. Not a tuner whose row differs from another one's in the PEFT
-            config only: to a mitigation both are named tensors behind one class, with the same capabilities.
     """
 
     make: Callable[[], Adapter]
@@ -66,7 +96,6 @@ class AdapterRow:
     loading: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     lr: float = 1e-2
-    pairs: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,21 +105,25 @@ class AdapterRow:
 
 @dataclass(frozen=True, kw_only=True)
 class MitigationRow:
-    """A mitigation that acts on the tiny stream, and the same at strength 0."""
+    """A mitigation that acts on the tiny stream of two domains with two and three steps, and the same at strength 0.
+
+    Args:
+        make: Acts: the weights after the second stage differ from those without it. Whether the first stage does is
+            read off `touches_training` and `changes_weights`.
+        off: Changes no bit.
+        refuses: What the refusal says of adapters that it cannot work with for another reason than their capabilities;
+            nothing where it works.
+        idle: Adapter rows with which it is permitted and has nothing to do on that stream.
+    """
 
     make: Callable[[], Mitigation]
     off: Callable[[], Mitigation]
-
-
-# One PEFT tuner for each kind of promise: exact or near start, no reference, averaged as factors or as they are,
-# not averageable, virtual tokens.
-_PAIRED = ("lora", "lora_dropout", "dora", "pissa", "ia3", "vera", "prompt_tuning")
+    refuses: Callable[[Adapter], str] = lambda adapter: ""
+    idle: tuple[str, ...] = ()
 
 
 def _peft(name: str) -> AdapterRow:
-    return AdapterRow(
-        make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"), pairs=name in _PAIRED
-    )
+    return AdapterRow(make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"))
 
 
 def _blocks(**options: Any) -> LoraConfig:
@@ -99,7 +132,7 @@ def _blocks(**options: Any) -> LoraConfig:
 
 ADAPTERS: dict[str, AdapterRow] = {
     "full": AdapterRow(make=Full, loads_with="transformers"),
-    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0), pairs=False),
+    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0)),
     "qlora": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"]()), loading={"quantisation": Quantisation()}),
     "osf": AdapterRow(
         make=lambda: OSF(config=OSFConfig(target_modules=["q_proj", "v_proj"])),
@@ -109,23 +142,18 @@ ADAPTERS: dict[str, AdapterRow] = {
     "per_domain": AdapterRow(make=lambda: PerDomain(config=CONFIGS["lora"]())),
     "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=CONFIGS["ia3"](), routing="nll")),
     "progressive_prompts": AdapterRow(make=lambda: ProgressivePrompts(length=3), identity="none"),
-    "progressive_prompts_mlp": AdapterRow(
-        make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none", pairs=False
-    ),
-    "freeze": AdapterRow(make=lambda: Freeze(bottom=1, freeze=["norm"]), loads_with="transformers", pairs=False),
-    # To a mitigation GaLore is full fine-tuning: the same named tensors with the same capabilities.
-    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers", pairs=False),
+    "progressive_prompts_mlp": AdapterRow(make=lambda: ProgressivePrompts(length=2, hidden=4), identity="none"),
+    "freeze": AdapterRow(make=lambda: Freeze(bottom=1, freeze=["norm"]), loads_with="transformers"),
+    "galore": AdapterRow(make=lambda: GaLore(rank=4, gap=3), loads_with="transformers"),
     "galore_layerwise": AdapterRow(
         make=lambda: GaLore(rank=4, gap=3, layerwise=True),
         loads_with="transformers",
         trainer={"gradient_clip_val": None},
-        pairs=False,
     ),
     "sinkhorn_modular": AdapterRow(
         make=lambda: SinkhornResidual(inner=PerDomain(config=CONFIGS["lora"]()), mixing="unconstrained", rank=2),
         loads_with="residency",
         still=("residency_mixing",),
-        pairs=False,
     ),
     "bottleneck": AdapterRow(make=lambda: Bottleneck(placement="houlsby", reduction=8), loads_with="residency"),
     "sinkhorn": AdapterRow(
@@ -135,9 +163,7 @@ ADAPTERS: dict[str, AdapterRow] = {
         still=("residency_mixing",),
     ),
     "inc_lora": AdapterRow(make=lambda: IncLoRA(config=_blocks())),
-    "o_lora": AdapterRow(
-        make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01)), pairs=False
-    ),
+    "o_lora": AdapterRow(make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01))),
     "inf_lora": AdapterRow(make=lambda: InfLoRA(config=_blocks(), energy=0.9)),
     "slao": AdapterRow(make=lambda: SLAO(config=_blocks())),
     **{name: _peft(name) for name in CONFIGS},
@@ -162,11 +188,74 @@ MITIGATIONS: dict[str, MitigationRow] = {
         make=lambda: GenerativeReplay(ratio=0.5, examples=6, shots=0, kept=0, prompt_loss=0.25),
         off=lambda: GenerativeReplay(ratio=0.0, examples=2, shots=0, kept=0),
     ),
+    "dare": MitigationRow(make=lambda: DARE(drop=0.3, strength=0.6), off=lambda: DARE(drop=0.0, strength=1.0, last=1)),
+    # That every improvement is too small makes it go back to the first state that it saw.
+    "early_stopping": MitigationRow(
+        make=lambda: EarlyStopping(every=1, min_delta=100.0), off=lambda: EarlyStopping(every=0)
+    ),
+    "ema": MitigationRow(make=lambda: EMA(decay=0.9), off=lambda: EMA(decay=0.0)),
     "ewc": MitigationRow(make=lambda: EWC(strength=1000.0, fisher_samples=6), off=lambda: EWC(strength=0.0)),
     "ewc_online": MitigationRow(
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),
         off=lambda: EWC(strength=0.0, mode="online"),
     ),
+    "agem": MitigationRow(
+        make=lambda: AGEM(capacity=12, samples=3), off=lambda: AGEM(strength=0.0, capacity=12, samples=3)
+    ),
+    "gem": MitigationRow(make=lambda: GEM(capacity=6, samples=3), off=lambda: GEM(strength=0.0, capacity=6)),
+    "gpm": MitigationRow(make=lambda: GPM(samples=6), off=lambda: GPM(energy=0.0)),
+    "ogd": MitigationRow(make=lambda: OGD(examples=3), off=lambda: OGD(strength=0.0, examples=3)),
+    "source_shielding": MitigationRow(
+        make=lambda: SourceShielding(samples=3, tokens=8), off=lambda: SourceShielding(ratio=0.0)
+    ),
+    "migu": MitigationRow(make=MIGU, off=lambda: MIGU(threshold=0.0)),
+    "zclip": MitigationRow(
+        make=lambda: ZClip(threshold=0.01, warmup=1), off=lambda: ZClip(threshold=math.inf, warmup=1)
+    ),
+    "ewc_sampled": MitigationRow(
+        make=lambda: EWC(strength=1e6, fisher="sampled", granularity="token", fisher_samples=4),
+        off=lambda: EWC(strength=0.0, fisher="sampled"),
+    ),
+    "ewc_kfac": MitigationRow(
+        make=lambda: KroneckerEWC(strength=1e5, fisher_samples=6), off=lambda: KroneckerEWC(strength=0.0)
+    ),
+    "l2_sp": MitigationRow(make=lambda: L2SP(alpha=1.0, anchor="previous"), off=lambda: L2SP(alpha=0.0)),
+    "l2_sp_decoupled": MitigationRow(
+        make=lambda: L2SP(alpha=10.0, anchor="previous", decoupled=True), off=lambda: L2SP(alpha=0.0, decoupled=True)
+    ),
+    "mas": MitigationRow(make=lambda: MAS(strength=10.0, samples=6), off=lambda: MAS(strength=0.0)),
+    "si": MitigationRow(make=lambda: SI(strength=10.0), off=lambda: SI(strength=0.0)),
+    "on_policy_distillation": MitigationRow(
+        make=lambda: OnPolicyDistillation(fraction=0.5, top_k=8, ema_rate=0.1),
+        off=lambda: OnPolicyDistillation(strength=0.0),
+    ),
+    "sdft": MitigationRow(
+        # An untrained model hardly ever ends what it writes: greedy and short, nothing would be accepted.
+        make=lambda: SDFT(template="{prompt}={reference}:", temperature=1.0, max_new_tokens=96),
+        off=lambda: SDFT(share=0.0),
+    ),
+    "self_distillation": MitigationRow(make=SelfDistillation, off=lambda: SelfDistillation(strength=0.0)),
+    "self_distillation_base": MitigationRow(
+        make=lambda: SelfDistillation(teacher="base"), off=lambda: SelfDistillation(teacher="base", strength=0.0)
+    ),
+    "self_distillation_cached": MitigationRow(
+        make=lambda: SelfDistillation(cache=8), off=lambda: SelfDistillation(cache=8, strength=0.0)
+    ),
+    "self_distillation_ema": MitigationRow(
+        make=lambda: SelfDistillation(teacher="ema", ema_rate=0.1),
+        off=lambda: SelfDistillation(teacher="ema", strength=0.0),
+    ),
+    "fisher_merge": MitigationRow(make=lambda: FisherMerge(fisher_samples=6), off=lambda: FisherMerge(past=0.0)),
+    "intruder_reduction": MitigationRow(
+        make=lambda: IntruderReduction(scale=0.2, threshold=0.9, first=False), off=lambda: IntruderReduction(scale=1.0)
+    ),
+    "slerp": MitigationRow(make=lambda: SLERP(alpha=0.6), off=lambda: SLERP(alpha=1.0)),
+    "soup": MitigationRow(make=lambda: Soup(), off=lambda: Soup(last=1)),
+    "task_arithmetic": MitigationRow(
+        make=lambda: TaskArithmetic(strength=0.4), off=lambda: TaskArithmetic(strength=1.0, last=1)
+    ),
+    "ties": MitigationRow(make=lambda: TIES(density=0.5), off=lambda: TIES(density=1.0, last=1)),
+    "wise_ft": MitigationRow(make=lambda: WiseFT(alpha=0.6, first=False), off=lambda: WiseFT(alpha=1.0)),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
 

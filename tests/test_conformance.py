@@ -11,6 +11,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from comparing import differing
+from paired import Pairs
 from residency.adapters import Adapter
 from residency.adapters.peft import expected_remarks
 from residency.batching import make_batch
@@ -25,15 +27,22 @@ from running import make_module, train
 from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS
 
 adapters = pytest.mark.parametrize("name", ADAPTERS)
-pairs = pytest.mark.parametrize(
-    ("adapter", "mitigation"), [(a, m) for a, row in ADAPTERS.items() if row.pairs for m in MITIGATIONS]
-)
+# Adapter by adapter: what the pairs of one share is made once per process.
+pairs = pytest.mark.parametrize(("adapter", "mitigation"), [(a, m) for a in ADAPTERS for m in MITIGATIONS])
 
 EXAMPLES = [
     Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
     for i in range(3)
 ]
 LAST = "3-c"
+# Through Trainer, files and evaluation as well: one for each way in which an adapter and a mitigation can meet.
+WHOLE = [
+    ("lora_dropout", "replay"),
+    ("inc_lora", "replay"),
+    ("full", "ewc"),
+    ("sinkhorn", "ewc_online"),
+    ("qlora", "weight_mixing"),
+]
 # What two domains cannot show about a pair, a third does not either.
 SHORT: dict[str, Any] = {"kinds": {"a": "generative", "b": "label"}, "steps": 3}
 
@@ -280,34 +289,54 @@ def test_merging_keeps_the_function(name: str, llama: Path, plain: Any) -> None:
 # -- pairs ----------------------------------------------------------------------------------------------------------
 
 
-@pairs
-def test_pair_trains_or_is_refused_with_a_sentence(
-    adapter: str, mitigation: str, llama: Path, plain: Any, tmp_path: Path
-) -> None:
-    make = MITIGATIONS[mitigation].make
-    missing = make().requires - ADAPTERS[adapter].make().provides
-    if missing:
-        with pytest.raises(UserError, match=f"needs {sorted(missing)[0]}.*\n.*use "):
-            make_module(llama, ADAPTERS[adapter].make(), {mitigation: make()})
-        return
-    record, module = run(adapter, llama, tmp_path / "run", {mitigation: make()}, **SHORT)
-    without = plain(adapter, short=True).record
-    shared = 1 + make().first_domain
-    assert record["scores"]["nll"]["R"][:shared] == without["scores"]["nll"]["R"][:shared], "these stages are shared"
-    assert record["scores"]["nll"]["R"] != without["scores"]["nll"]["R"], "the mitigation did nothing"
-    assert all(torch.isfinite(p).all() for p in module.model.parameters() if p.is_floating_point())
+@pytest.fixture(scope="session")
+def bench(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return Pairs(llama, tmp_path_factory.mktemp("pairs"))
 
 
 @pairs
-def test_strength_zero_is_off(adapter: str, mitigation: str, llama: Path, plain: Any, tmp_path: Path) -> None:
-    off = MITIGATIONS[mitigation].off
-    if off().requires - ADAPTERS[adapter].make().provides:
-        pytest.skip("refused at construction, which another test shows")
-    record, module = run(adapter, llama, tmp_path / "off", {mitigation: off()}, **SHORT)
-    without = plain(adapter, short=True)
-    assert record["scores"] == without.record["scores"]
-    state = module.adapter.state(module.model)
-    assert all(torch.equal(state[key], tensor) for key, tensor in without.state.items())
+def test_pair_keeps_every_invariant(adapter: str, mitigation: str, bench: Pairs) -> None:
+    bench.check(adapter, mitigation)
+
+
+@adapters
+def test_a_copied_model_trains_as_a_fresh_one(name: str, bench: Pairs) -> None:
+    """Pairs train copies of a model that was attached once."""
+    fresh, copied = bench.train(name, bench.module(name, {}, fresh=True)), bench.plain(name)
+    for one, other in ((fresh.checkpoint, copied.checkpoint), (fresh.final, copied.final)):
+        assert not differing(one, other)
+
+
+@pytest.mark.parametrize("name", MITIGATIONS)
+def test_a_mitigation_draws_from_the_seed_only(name: str, bench: Pairs) -> None:
+    finals = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        module = bench.module("lora_dropout", {name: MITIGATIONS[name].make()})
+        finals.append(bench.train("lora_dropout", module).final)
+    assert not differing(*finals)
+
+
+@pytest.mark.parametrize(("adapter", "mitigation"), WHOLE)
+def test_pair_through_a_whole_stream(adapter: str, mitigation: str, llama: Path, plain: Any, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+            if (module.stage.index, trainer.global_step) == (1, 3):
+                raise Stopped("SIGTERM")
+
+    def go(folder: str, **options: Any) -> Any:
+        made = {mitigation: MITIGATIONS[mitigation].make()}
+        return run(adapter, llama, tmp_path / folder, made, **SHORT, **options)[0]["scores"]
+
+    whole = go("whole")
+    with pytest.raises(Stopped):
+        go("stopped", callbacks=[Stop()], every=1)
+    assert go("stopped") == whole
+    states = [load_tree(tmp_path / name / "stages" / "2-b" / "state.safetensors") for name in ("whole", "stopped")]
+    assert not differing(*({key: tree[key] for key in ("weights", "mitigations")} for tree in states))
+    without = plain(adapter, short=True).record["scores"]
+    assert whole["nll"]["R"][:2] == without["nll"]["R"][:2], "the first stage is shared"
+    assert whole["nll"]["R"] != without["nll"]["R"], "the mitigation did nothing"
 
 
 @pytest.mark.parametrize("name", MITIGATIONS)
@@ -316,6 +345,9 @@ def test_mitigation_declares_everything(name: str) -> None:
     assert isinstance(mitigation.first_domain, int)
     assert mitigation.instead
     assert any(overrides(mitigation, hook) for hook in HOOKS)
+    off = MITIGATIONS[name].off()
+    touched = [index for index in range(3) if off.touches_training(index) or off.changes_weights(index)]
+    assert not touched, "at strength 0 a study shares its stages with runs without it"
     restored = MITIGATIONS[name].make()
     restored.load_state_dict(copy.deepcopy(mitigation.state_dict()))
     with pytest.raises(KeyError, match="declared"):

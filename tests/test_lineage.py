@@ -164,6 +164,16 @@ def test_an_edited_plug_in_is_another_one(
     assert before.stages[0].finished != after.stages[0].finished
 
 
+def test_code_that_a_plug_in_takes_from_its_neighbours_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from residency import lineage as module
+
+    read: list[str] = []
+    monkeypatch.setattr(module, "_source", lambda name: read.append(name) or name)
+    module._code(residency.mitigations.SDFT)
+    wanted = {"sdft", "base", "prompting", "replay", "teachers"}
+    assert {*read} == {f"residency.mitigations.{name}" for name in wanted}
+
+
 # -- the declarations that keys rely on ------------------------------------------------------------------------
 
 

@@ -160,7 +160,7 @@ def save_tree(path: Path, tree: Mapping[str, Any]) -> None:
         UserError: No room on disk.
     """
     tensors: dict[str, torch.Tensor] = {}
-    structure = json.dumps(_encode(tree, "", tensors))
+    structure = json.dumps(_encode(tree, "", tensors, set()))
     header = {_HEADER: _checksum(structure) + structure}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -193,7 +193,7 @@ def _checksum(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor], memories: set[int]) -> Any:
     if isinstance(value, torch.Tensor):
         key = name or "value"
         if key in tensors:
@@ -201,16 +201,19 @@ def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         # A copy where memory is shared: safetensors stores every tensor by itself.
         owned = value.detach().contiguous()
         memory = owned.untyped_storage().data_ptr()
-        shared = any(memory == other.untyped_storage().data_ptr() for other in tensors.values()) and owned.numel() > 0
-        tensors[key] = owned.clone() if shared else owned
+        tensors[key] = owned.clone() if memory in memories and owned.numel() else owned
+        memories.add(memory)
         return {"$tensor": key}
     if isinstance(value, Mapping):
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
         inner = {key: f"{name}/{key}" if name else str(key) for key in value}
-        items = [[_encode(key, inner[key], tensors), _encode(value[key], inner[key], tensors)] for key in value]
+        items = [
+            [_encode(key, inner[key], tensors, memories), _encode(value[key], inner[key], tensors, memories)]
+            for key in value
+        ]
         return dict(items) if plain else {"$items": items}
     if isinstance(value, list | tuple):
-        items = [_encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
+        items = [_encode(item, f"{name}/{i}", tensors, memories) for i, item in enumerate(value)]
         return {"$tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, str | int | float | bool):
         return value

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from residency.backbones import packed_attention
 from residency.backbones.base import Backbone, Sampling
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from residency.backbones.greedy import greedy
 from residency.errors import UserError
 from residency.kernels.norm import fuse_norms
-from residency.types import Batch
+from residency.types import Batch, Layout
 
 __all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
 
 PACKAGED = "packaged"
+
+_HEAD_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,17 @@ class CausalLM(Backbone):
         return model(**inputs, logits_to_keep=columns).logits[row, at]  # type: ignore[no-any-return]
 
     @torch.inference_mode()
+    def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M,) nats; where several labels go on from one position, the head is computed there once."""
+        if batch.layout == "padded":
+            return super().target_nll(model, batch)
+        positions, at = batch.target_at.unique(return_inverse=True)
+        logits = self.logits(model, replace(batch, target_at=positions))
+        # A few rows at a time, so that the exponentials stay in the cache.
+        total = torch.cat([part.float().logsumexp(-1) for part in logits.split(_HEAD_ROWS)])
+        return total[at] - logits[at, batch.targets].float()
+
+    @torch.inference_mode()
     def generate(
         self,
         model: nn.Module,
@@ -164,12 +178,15 @@ class CausalLM(Backbone):
         *,
         max_new_tokens: int,
         sampling: Sampling | None = None,
+        layout: Layout = "padded",
     ) -> list[list[int]]:
-        """Greedy or drawn continuations; prompts are padded on the left and masked."""
+        """Greedy or drawn continuations: greedy ones packed without padding where the layout is, others padded."""
+        end = self.tokenizer.eos_token_id
+        if layout == "packed" and sampling is None:
+            return greedy(model, prompts, end=end, max_new_tokens=max_new_tokens)
         from transformers import GenerationConfig
 
         width = max(len(prompt) for prompt in prompts)
-        end = self.tokenizer.eos_token_id
         device = next(model.parameters()).device
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)

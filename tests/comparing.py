@@ -1,0 +1,56 @@
+"""What is equal bit for bit, what stood still, and who drew from a global generator."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from residency.module import ContinualModule
+from residency.types import Tensors
+
+__all__ = ["assert_still", "differing", "generators", "live_tensors", "undrawn"]
+
+
+def live_tensors(module: ContinualModule) -> Tensors:
+    """Every parameter and buffer."""
+    return dict(module.model.named_parameters()) | dict(module.model.named_buffers())
+
+
+def assert_still(before: Tensors, live: Tensors, message: str) -> None:
+    """Tensors against what they were."""
+    for name, tensor in before.items():
+        assert torch.equal(live[name].detach(), tensor), f"{message} {name}"
+
+
+def differing(one: Any, other: Any, name: str = "") -> list[str]:
+    """Where two trees are not equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        return [] if same else [name]
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if {*one} != {*other}:
+            return [f"{name}: {sorted({*map(str, one)} ^ {*map(str, other)})}"]
+        return [found for key in one for found in differing(one[key], other[key], f"{name}/{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        both = enumerate(zip(one, other, strict=True))
+        return [found for i, (a, b) in both for found in differing(a, b, f"{name}/{i}")]
+    return [] if one == other else [name]
+
+
+def generators() -> Any:
+    """The state of every global generator that a mitigation could draw from."""
+    numbers = np.random.get_state(legacy=False)["state"]
+    return (torch.get_rng_state().numpy().tobytes(), random.getstate(), numbers["key"].tobytes(), numbers["pos"])
+
+
+@contextmanager
+def undrawn(what: str) -> Iterator[None]:
+    """Nothing in the context may draw from a global generator."""
+    before = generators()
+    yield
+    assert before == generators(), f"seed: {what} drew from a global generator"

@@ -97,7 +97,7 @@ def test_every_batch_has_its_share(ratio: float, per_batch: int) -> None:
         assert sum(replayed_slot(step * 8 + slot, ratio) for slot in range(8)) == per_batch
 
 
-@pytest.mark.parametrize(("ratio", "every"), [(1.0, 10), (0.5, 3), (0.1, 2)])
+@pytest.mark.parametrize(("ratio", "every"), [(1.0, 10), (0.5, 3), (0.1, 2), (1 / 16, 2)])
 def test_every_kth_batch_holds_the_old_ones(ratio: float, every: int) -> None:
     """The batches in between are new; over the others the share is exact."""
     size, batches = 8, 60

@@ -13,6 +13,7 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AU
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from tiny import write_backbone
 
@@ -40,3 +41,14 @@ def llama_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2, whose linear layers are stored transposed."""
     return write_backbone(tmp_path_factory.mktemp("gpt2"), architecture="gpt2")
+
+
+@pytest.fixture(scope="session")
+def mistral_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a sliding window that is shorter than the examples."""
+    folder = tmp_path_factory.mktemp("mistral")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 257, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    MistralForCausalLM(MistralConfig(sliding_window=5, **sizes, **heads)).save_pretrained(folder)
+    return folder

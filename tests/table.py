@@ -5,6 +5,7 @@ A new plug-in is one row here, and inherits all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +33,38 @@ from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
-from residency.mitigations import EWC, Mitigation, Replay, WeightMixing
+from residency.mitigations import (
+    AGEM,
+    DARE,
+    DER,
+    EMA,
+    EWC,
+    GEM,
+    GPM,
+    L2SP,
+    MAS,
+    MIGU,
+    OGD,
+    SDFT,
+    SI,
+    SLERP,
+    TIES,
+    EarlyStopping,
+    FisherMerge,
+    GenerativeReplay,
+    IntruderReduction,
+    KroneckerEWC,
+    Mitigation,
+    OnPolicyDistillation,
+    Replay,
+    SelfDistillation,
+    Soup,
+    SourceShielding,
+    TaskArithmetic,
+    WeightMixing,
+    WiseFT,
+    ZClip,
+)
 from residency.objectives import SFT, Objective
 
 __all__ = ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "READERS", "AdapterRow", "MitigationRow"]
@@ -139,11 +171,91 @@ ADAPTERS: dict[str, AdapterRow] = {
 
 MITIGATIONS: dict[str, MitigationRow] = {
     "replay": MitigationRow(make=lambda: Replay(ratio=0.25, capacity=12), off=lambda: Replay(ratio=0.0)),
+    "replay_herding_loss": MitigationRow(
+        make=lambda: Replay(ratio=1.0, every=2, capacity=6, policy="herding", draw="loss"),
+        off=lambda: Replay(ratio=0.0, capacity=6, policy="herding", draw="loss"),
+    ),
+    "replay_kmeans_mir": MitigationRow(
+        make=lambda: Replay(ratio=0.5, capacity=6, policy="kmeans", draw="mir", candidates=4),
+        off=lambda: Replay(ratio=0.0, capacity=6, policy="kmeans", draw="mir"),
+    ),
+    "der": MitigationRow(make=lambda: DER(alpha=0.3, capacity=6, top_k=4), off=lambda: DER(alpha=0.0, beta=0.0)),
+    "generative_replay": MitigationRow(
+        make=lambda: GenerativeReplay(ratio=0.5, examples=6, kept=4, oversample=2),
+        off=lambda: GenerativeReplay(ratio=0.0, examples=2, kept=2),
+    ),
+    "lamol": MitigationRow(
+        make=lambda: GenerativeReplay(ratio=0.5, examples=6, shots=0, kept=0, prompt_loss=0.25),
+        off=lambda: GenerativeReplay(ratio=0.0, examples=2, shots=0, kept=0),
+    ),
+    "dare": MitigationRow(make=lambda: DARE(drop=0.3, strength=0.6), off=lambda: DARE(drop=0.0, strength=1.0, last=1)),
+    # That every improvement is too small makes it go back to the first state that it saw.
+    "early_stopping": MitigationRow(
+        make=lambda: EarlyStopping(every=1, min_delta=100.0), off=lambda: EarlyStopping(every=0)
+    ),
+    "ema": MitigationRow(make=lambda: EMA(decay=0.9), off=lambda: EMA(decay=0.0)),
     "ewc": MitigationRow(make=lambda: EWC(strength=1000.0, fisher_samples=6), off=lambda: EWC(strength=0.0)),
     "ewc_online": MitigationRow(
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),
         off=lambda: EWC(strength=0.0, mode="online"),
     ),
+    "agem": MitigationRow(
+        make=lambda: AGEM(capacity=12, samples=3), off=lambda: AGEM(strength=0.0, capacity=12, samples=3)
+    ),
+    "gem": MitigationRow(make=lambda: GEM(capacity=6, samples=3), off=lambda: GEM(strength=0.0, capacity=6)),
+    "gpm": MitigationRow(make=lambda: GPM(samples=6), off=lambda: GPM(energy=0.0)),
+    "ogd": MitigationRow(make=lambda: OGD(examples=3), off=lambda: OGD(strength=0.0, examples=3)),
+    "source_shielding": MitigationRow(
+        make=lambda: SourceShielding(samples=3, tokens=8), off=lambda: SourceShielding(ratio=0.0)
+    ),
+    "migu": MitigationRow(make=MIGU, off=lambda: MIGU(threshold=0.0)),
+    "zclip": MitigationRow(
+        make=lambda: ZClip(threshold=0.01, warmup=1), off=lambda: ZClip(threshold=math.inf, warmup=1)
+    ),
+    "ewc_sampled": MitigationRow(
+        make=lambda: EWC(strength=1e6, fisher="sampled", granularity="token", fisher_samples=4),
+        off=lambda: EWC(strength=0.0, fisher="sampled"),
+    ),
+    "ewc_kfac": MitigationRow(
+        make=lambda: KroneckerEWC(strength=1e5, fisher_samples=6), off=lambda: KroneckerEWC(strength=0.0)
+    ),
+    "l2_sp": MitigationRow(make=lambda: L2SP(alpha=1.0, anchor="previous"), off=lambda: L2SP(alpha=0.0)),
+    "l2_sp_decoupled": MitigationRow(
+        make=lambda: L2SP(alpha=10.0, anchor="previous", decoupled=True), off=lambda: L2SP(alpha=0.0, decoupled=True)
+    ),
+    "mas": MitigationRow(make=lambda: MAS(strength=10.0, samples=6), off=lambda: MAS(strength=0.0)),
+    "si": MitigationRow(make=lambda: SI(strength=10.0), off=lambda: SI(strength=0.0)),
+    "on_policy_distillation": MitigationRow(
+        make=lambda: OnPolicyDistillation(fraction=0.5, top_k=8, ema_rate=0.1),
+        off=lambda: OnPolicyDistillation(strength=0.0),
+    ),
+    "sdft": MitigationRow(
+        # An untrained model hardly ever ends what it writes: greedy and short, nothing would be accepted.
+        make=lambda: SDFT(template="{prompt}={reference}:", temperature=1.0, max_new_tokens=96),
+        off=lambda: SDFT(share=0.0),
+    ),
+    "self_distillation": MitigationRow(make=SelfDistillation, off=lambda: SelfDistillation(strength=0.0)),
+    "self_distillation_base": MitigationRow(
+        make=lambda: SelfDistillation(teacher="base"), off=lambda: SelfDistillation(teacher="base", strength=0.0)
+    ),
+    "self_distillation_cached": MitigationRow(
+        make=lambda: SelfDistillation(cache=8), off=lambda: SelfDistillation(cache=8, strength=0.0)
+    ),
+    "self_distillation_ema": MitigationRow(
+        make=lambda: SelfDistillation(teacher="ema", ema_rate=0.1),
+        off=lambda: SelfDistillation(teacher="ema", strength=0.0),
+    ),
+    "fisher_merge": MitigationRow(make=lambda: FisherMerge(fisher_samples=6), off=lambda: FisherMerge(past=0.0)),
+    "intruder_reduction": MitigationRow(
+        make=lambda: IntruderReduction(scale=0.2, threshold=0.9, first=False), off=lambda: IntruderReduction(scale=1.0)
+    ),
+    "slerp": MitigationRow(make=lambda: SLERP(alpha=0.6), off=lambda: SLERP(alpha=1.0)),
+    "soup": MitigationRow(make=lambda: Soup(), off=lambda: Soup(last=1)),
+    "task_arithmetic": MitigationRow(
+        make=lambda: TaskArithmetic(strength=0.4), off=lambda: TaskArithmetic(strength=1.0, last=1)
+    ),
+    "ties": MitigationRow(make=lambda: TIES(density=0.5), off=lambda: TIES(density=1.0, last=1)),
+    "wise_ft": MitigationRow(make=lambda: WiseFT(alpha=0.6, first=False), off=lambda: WiseFT(alpha=1.0)),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
 

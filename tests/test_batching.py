@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from residency.backbones import CausalLM
 from residency.backbones.packed_attention import attend_segments, segment_mask
-from residency.batching import by_token_budget, make_batch
+from residency.batching import by_token_budget, make_batch, prefix_tree
 from residency.errors import UserError
 from residency.layout import choose_layout
 from residency.objectives import SFT
@@ -36,18 +37,9 @@ BRANCHED = [
     random_example(8, 1, 1, 1),
     random_example(7, 4, 2),
     random_example(6, 8, 4, 9, 1),
+    # Labels that share beginnings: one is the beginning of another, two part in the middle, two are equal.
+    replace(random_example(5, 4, 6), alternatives=((7, 8, 9), (7, 8), (7, 9, 9, 1), (7, 8, 9), (7, 8, 9, 4, 4))),
 ]
-
-
-@pytest.fixture(scope="session")
-def mistral_folder(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
-    """A model with a sliding window that is shorter than the examples."""
-    folder = tmp_path_factory.mktemp("mistral")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 257, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    MistralForCausalLM(MistralConfig(sliding_window=5, **sizes, **heads)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session", params=["llama", "gpt2", "mistral_folder"])
@@ -154,18 +146,52 @@ def test_a_model_without_logits_to_keep_gives_the_same_logits(llama: Path) -> No
 
 def test_a_small_packed_batch_by_hand() -> None:
     examples = [
-        Example(domain="d", row="0", prompt=(1, 2), completion=(3, 4, 5), alternatives=((6,), (7, 8))),
+        Example(domain="d", row="0", prompt=(1, 2), completion=(3, 4, 5), alternatives=((6,), (7, 8), (3, 4, 9, 5))),
         Example(domain="d", row="1", prompt=(9,), completion=(10,)),
     ]
     batch = make_batch(examples, layout="packed")
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 7, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0]]
-    assert batch.segments == ((2, 2, 0, 1), (1,))
-    assert batch.target_at.tolist() == [1, 2, 3, 1, 1, 4, 5]
-    assert batch.targets.tolist() == [3, 4, 5, 6, 7, 8, 10]
-    assert batch.target_example.tolist() == [0, 0, 0, 0, 0, 0, 1]
-    assert batch.target_branch.tolist() == [0, 0, 0, 1, 2, 2, 0]
-    assert (batch.size, batch.tokens, batch.attention_mask) == (2, 6, None)
+    # 3 4 is read once for two branches; what only ends a branch is not read.
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 9, 7, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0]]
+    assert batch.segments == ((2, 3, 1), (1,))
+    assert batch.target_at.tolist() == [1, 2, 3, 1, 1, 5, 1, 2, 3, 4, 6]
+    assert batch.targets.tolist() == [3, 4, 5, 6, 7, 8, 3, 4, 9, 5, 10]
+    assert batch.target_example.tolist() == [*[0] * 10, 1]
+    assert batch.target_branch.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 0]
+    assert (batch.size, batch.tokens, batch.attention_mask) == (2, 7, None)
+
+
+TREES: list[tuple[list[tuple[int, ...]], Any, list[int]]] = [
+    ([()], (3,), []),
+    ([(5, 6)], (5,), [5, 6]),
+    ([(5, 6), (5, 6), ()], (5,), [5, 6]),
+    ([(5, 6), (5, 7)], (4, 1, 1), [5, 6, 7]),
+    ([(8,), (5, 6, 1), (5, 7)], (3, (1, 2, 1), 1), [5, 6, 1, 7, 8]),
+    ([(5,), (5, 6), (5, 6, 7, 8), (5, 6, 9)], (5, 2, 1), [5, 6, 7, 8, 9]),
+    ([(1, 2, 3), (1, 2, 4), (1, 5), (9,)], (3, (1, (1, 1, 1), 1), 1), [1, 2, 3, 4, 5, 9]),
+]
+
+
+@pytest.mark.parametrize(("branches", "segment", "tokens"), TREES)
+def test_prefix_trees_by_hand(branches: list[tuple[int, ...]], segment: Any, tokens: list[int]) -> None:
+    found, tree, places = prefix_tree(3, branches)
+    assert found == segment
+    assert [token for token, _ in tree] == tokens
+    assert [tuple(tree[k][0] for k in at) for at in places] == branches
+    assert [[tree[k][1] for k in at] for at in places] == [list(range(3, 3 + len(b))) for b in branches]
+
+
+def test_a_tree_hides_exactly_what_a_token_does_not_follow() -> None:
+    """Every token of a random tree sees the prompt and the beginning of its own branch, and nothing else."""
+    draw = random.Random(0)
+    for _ in range(50):
+        branches = [tuple(draw.choices((1, 2), k=draw.randint(0, 5))) for _ in range(draw.randint(1, 6))]
+        segment, tree, places = prefix_tree(2, branches)
+        seen = segment_mask(segment)
+        assert seen.shape == (2 + len(tree), 2 + len(tree))
+        for at in places:
+            for k, place in enumerate(at):
+                assert seen[2 + place].nonzero().flatten().tolist() == [0, 1, *(2 + p for p in at[: k + 1])]
 
 
 def test_padding_is_counted_by_nobody() -> None:
@@ -201,6 +227,9 @@ MASKS: list[tuple[tuple[int, ...], int | None, list[str]]] = [
     ((2, 1, 0, 2), None, ["1....", "11...", "111..", "11.1.", "11.11"]),
     ((2, 1, 0, 2), 2, ["1....", "11...", ".11..", ".1.1.", "...11"]),
     ((2, 1, 0, 2), 3, ["1....", "11...", "111..", "11.1.", ".1.11"]),
+    # prompt of one, a branch of one that branches into one and two, a branch of one
+    ((1, (1, 1, 2), 1), None, ["1.....", "11....", "111...", "11.1..", "11.11.", "1....1"]),
+    ((1, (1, 1, 2), 1), 2, ["1.....", "11....", ".11...", ".1.1..", "...11.", "1....1"]),
 ]
 
 

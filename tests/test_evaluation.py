@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +18,18 @@ from transformers import AutoModelForCausalLM
 from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
+from residency.backbones.base import Sampling
+from residency.batching import make_batch
 from residency.data import StreamData
 from residency.domains.base import Domain, Kind
 from residency.domains.template import Template
 from residency.errors import UserError
 from residency.evaluation import Evaluation, EvaluationSettings, RowScore, evaluate, means
+from residency.likelihoods import branch_nll, completions_and_labels
 from residency.module import ContinualModule
 from residency.objectives import SFT
 from residency.scorers import check_scorers, exact_match, label_is_best, rouge_l
-from residency.types import Row, Split
+from residency.types import Example, Layout, Row, Split
 
 LABELS = ("no", "yes, of course", "maybe", "k")
 PLAIN = EvaluationSettings()
@@ -116,7 +120,7 @@ def greedy(model: nn.Module, prompt: Sequence[int], *, end: int, limit: int) -> 
 
 
 def test_generation_in_batches_is_greedy_one_by_one(scored_module: ContinualModule) -> None:
-    """Prompts of different length, padded on the left; some reach the end token, others the limit."""
+    """Prompts of different length, padded on the left or packed; some reach the end token, others the limit."""
     backbone, model = CausalLM(path=str(scored_module.backbone.folder)), scored_module.model
     draw = random.Random(0)
     prompts = [draw.choices(range(1, 257), k=n) for n in (1, 9, 4, 4, 15)]
@@ -124,10 +128,30 @@ def test_generation_in_batches_is_greedy_one_by_one(scored_module: ContinualModu
     end = greedy(model, prompts[1], end=-1, limit=3)[-1]
     backbone.tokenizer = SimpleNamespace(eos_token_id=end)
     wanted = [greedy(model, prompt, end=end, limit=12) for prompt in prompts]
-    assert backbone.generate(model, prompts, max_new_tokens=12) == wanted
-    assert backbone.generate(model, prompts[1:2], max_new_tokens=12) == wanted[1:2]
+    for layout in ("padded", "packed"):
+        assert backbone.generate(model, prompts, max_new_tokens=12, layout=layout) == wanted
+        assert backbone.generate(model, prompts[1:2], max_new_tokens=12, layout=layout) == wanted[1:2]
     assert len(wanted[1]) < 12
     assert max(map(len, wanted)) == 12
+
+
+def test_sampling_is_a_function_of_its_seed(scored_module: ContinualModule) -> None:
+    """The global generator is neither read nor moved; k = 1 is greedy, and so is a temperature near 0."""
+    backbone, model = scored_module.backbone, scored_module.model
+    prompts = [[5, 6, 7], [9], [30, 40]]
+
+    def drawn(**options: Any) -> list[list[int]]:
+        torch.manual_seed(options.pop("other", 0))
+        before = torch.get_rng_state()
+        how = Sampling(**{"temperature": 1.0, "seed": 3} | options)
+        written = backbone.generate(model, prompts, max_new_tokens=8, sampling=how)
+        assert torch.equal(before, torch.get_rng_state())
+        return written
+
+    assert drawn() == drawn(other=1)
+    assert drawn() != drawn(seed=4)
+    greedy_ones = backbone.generate(model, prompts, max_new_tokens=8)
+    assert drawn(top_k=1) == drawn(temperature=1e-4) == greedy_ones != drawn()
 
 
 def test_generated_scores_by_brute_force(scored_module: ContinualModule, scored_data: StreamData) -> None:
@@ -172,6 +196,81 @@ def test_scores_do_not_depend_on_batches(
     found = comparable(evaluate(scored_module, scored_data, split="test", settings=EvaluationSettings(**settings)))
     assert found == pytest.approx(wanted, abs=1e-5)
     assert [*found] == [*wanted]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_labels_scored_as_a_tree_are_scored_as_if_alone(layout: Any, scored_module: ContinualModule) -> None:
+    """Random labels that share beginnings, against one row per label; twice the same bits."""
+    draw = random.Random(1)
+    rows = []
+    for name in range(6):
+        prompt, *labels = (tuple(draw.choices(range(1, 4), k=draw.randint(1, 9))) for _ in range(9))
+        rows.append(
+            Example(domain="d", row=str(name), prompt=prompt, completion=labels[0], alternatives=(*labels[1:],))
+        )
+    flat = [replace(e, completion=t, alternatives=()) for e in rows for t in (e.completion, *e.alternatives)]
+
+    def nll(examples: list[Example], kind: Layout) -> torch.Tensor:
+        batch = make_batch(examples, layout=kind)
+        return scored_module.backbone.target_nll(scored_module.model, batch)
+
+    found = nll(rows, layout)
+    torch.testing.assert_close(found, nll(flat, "padded"), atol=1e-5, rtol=0)
+    assert torch.equal(found, nll(rows, layout))
+    assert layout == "padded" or make_batch(rows, layout=layout).tokens < 0.8 * make_batch(flat, layout=layout).tokens
+
+
+def test_labels_that_have_lost_are_not_read(scored_module: ContinualModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same winners as when every label is scored in full, with fewer tokens."""
+    draw = random.Random(2)
+    rows = []
+    for name in range(60):
+        # Short completions, so that even under a model that knows nothing many labels lose by their first token.
+        lengths = [(1, 1, 4)[name % 3], *(1 + 3 * ((k + name) % 4) for k in range(4))]
+        labels = [tuple(draw.choices(range(1, 257), k=length)) for length in lengths]
+        prompt = tuple(draw.choices(range(1, 257), k=draw.choice((2, 40))))
+        first, *others = labels
+        rows.append(Example(domain="d", row=str(name), prompt=prompt, completion=first, alternatives=tuple(others)))
+    read: list[int] = []
+
+    def count(examples: Sequence[Example], **options: Any) -> Any:
+        batch = make_batch(examples, **options)
+        read.append(batch.tokens)
+        return batch
+
+    monkeypatch.setattr("residency.likelihoods.make_batch", count)
+    whole = branch_nll(scored_module, rows, batch_tokens=1024)
+    tokens = sum(read)
+    read.clear()
+    found = completions_and_labels(scored_module, rows, batch_tokens=1024)
+    assert sum(read) < tokens
+    assert {row: best for row, (_, best) in found.items()} == {row: label_is_best(nll) for row, nll in whole.items()}
+    assert {best for _, best in found.values()} == {True, False}
+    assert [nll for nll, _ in found.values()] == pytest.approx([float(whole[e.row][0]) for e in rows], abs=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0, 10**9])
+def test_scores_do_not_depend_on_merging(
+    threshold: int, llama: Path, scored_data: StreamData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folded into the weights or beside them: scores are equal, and the weights are bit for bit what they were."""
+    module = ContinualModule(
+        backbone=CausalLM(path=str(llama)), adapter=lora(target_modules="all-linear", r=2), objective=SFT()
+    )
+    module.build(seed=0)
+    torch.manual_seed(0)
+    for leaf in module.adapter.trainable(module.model).values():
+        leaf.data.normal_(std=0.3)
+    before = digest(module)
+    monkeypatch.setattr("residency.evaluation.MERGE_FROM_TOKENS", 10**9)
+    wanted = comparable(evaluate(module, scored_data, split="test", settings=PLAIN))
+    monkeypatch.setattr("residency.evaluation.MERGE_FROM_TOKENS", threshold)
+    found = comparable(evaluate(module, scored_data, split="test", settings=PLAIN))
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert (found == wanted) == (threshold > 0), "merging must have taken place, and rounding shows that it has"
+    assert digest(module) == before
+    one = comparable(evaluate(module, scored_data, split="test", settings=PLAIN, columns=["texts"]))
+    assert one == {key: value for key, value in found.items() if key[0] == "texts"}, "whatever else is scored beside"
 
 
 # --- nothing changes --------------------------------------------------------------------------------------------------
@@ -249,6 +348,31 @@ def test_limits_of_the_costly_scores(
         assert [*values(scores, "accuracy", column)] == (ids[:accuracy_rows] if domain.kind == "label" else [])
         for scorer in ("exact_match", "rougeL"):
             assert [*values(scores, scorer, column)] == (ids[:generation_rows] if domain.kind == "generative" else [])
+
+
+def test_rows_are_tokenised_once(scored_module: ContinualModule) -> None:
+    """However many states are scored; anew for another tokenizer, split or number of competing rows."""
+    tokenizer, calls = scored_module.backbone.tokenizer, []
+
+    class Counting:
+        eos_token_id, bos_token_id = 0, None
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            calls.append(text)
+            return tokenizer(text, **options)
+
+    data, counting = StreamData(domains={"labels": Words("label")}), Counting()
+    first = data.evaluation_examples("labels", "test", counting, competing=2)
+    count = len(calls)
+    first.clear()
+    again = data.evaluation_examples("labels", "test", counting, competing=2)
+    assert len(calls) == count
+    assert again == data.evaluation_examples("labels", "test", tokenizer, competing=2)
+    assert [bool(e.alternatives) for e in again] == [True] * 2 + [False] * 9
+    for split, competing in (("train", 2), ("test", 3)):
+        count = len(calls)
+        data.evaluation_examples("labels", split, counting, competing=competing)
+        assert len(calls) > count
 
 
 def test_columns_splits_and_progress(scored_module: ContinualModule, scored_data: StreamData) -> None:

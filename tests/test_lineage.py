@@ -149,16 +149,29 @@ def test_scores_know_state_column_and_settings(lineage: Any) -> None:
     assert len({*different}) == len(different)
 
 
-def test_an_edited_plug_in_is_another_one(lineage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("plug_in", "edited"), [(EWC(10.0), "ewc"), (REPLAY, "replay"), (REPLAY, "selection")])
+def test_an_edited_plug_in_is_another_one(
+    plug_in: Mapping[str, Any], edited: str, lineage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own file, or one of those beside it from which it takes functions, near or far."""
     from residency import lineage as module
 
-    before = lineage(EWC(10.0), "--name=before")
+    before = lineage(plug_in, f"--name=before-{edited}")
     original = module._source
-    edited = "residency.mitigations.ewc"
-    monkeypatch.setattr(module, "_source", lambda name: original(name) + "#" * (name == edited))
-    after = lineage(EWC(10.0), "--name=after")
+    monkeypatch.setattr(module, "_source", lambda n: original(n) + "#" * (n == f"residency.mitigations.{edited}"))
+    after = lineage(plug_in, f"--name=after-{edited}")
     assert common(before, after) == (1, 1)
     assert before.stages[0].finished != after.stages[0].finished
+
+
+def test_code_that_a_plug_in_takes_from_its_neighbours_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from residency import lineage as module
+
+    read: list[str] = []
+    monkeypatch.setattr(module, "_source", lambda name: read.append(name) or name)
+    module._code(residency.mitigations.SDFT)
+    wanted = {"sdft", "base", "prompting", "replay", "teachers"}
+    assert {*read} == {f"residency.mitigations.{name}" for name in wanted}
 
 
 # -- the declarations that keys rely on ------------------------------------------------------------------------

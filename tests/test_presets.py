@@ -125,9 +125,11 @@ def test_a_preset_is_the_same_over_its_siblings(path: Path) -> None:
     changed = []
     if path.parts[1] == "mitigation":
         preset = _read(path)
-        first = next(name for name, value in preset["init_args"].items() if isinstance(value, float))
-        changed = [f"--{key}={preset['class_path']}", f"--{key}.{first}=0.125"]
-    over = printed_config(*words, *(f"--{key}={other}" for other in siblings), *changed, f"--{key}={path}")
+        numbers = {name: value for name, value in preset["init_args"].items() if type(value) in (float, int)}
+        first = min(numbers, key=lambda name: isinstance(numbers[name], int))
+        other = 0.125 if isinstance(numbers[first], float) else 7
+        changed = [f"--{key}={preset['class_path']}", f"--{key}.{first}={other}"]
+    over = printed_config(*words, *(f"--{key}={sibling}" for sibling in siblings), *changed, f"--{key}={path}")
     assert _at(over, key) == _at(_alone(path), key)
 
 

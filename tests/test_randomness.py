@@ -12,7 +12,7 @@ import torch
 
 from residency.domains.sampler import StageBatches, StageExamples, learned_examples
 from residency.mitigations import EWC, Mitigation, Replay, WeightMixing
-from residency.mitigations.replay import pack_examples
+from residency.mitigations.memory import pack_examples
 from residency.randomness import choice, generator, permutation, seed_of
 from residency.types import Example, Stage
 

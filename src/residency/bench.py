@@ -44,7 +44,7 @@ def plan_stages(data: StreamData, trainers: Trainers, settings: StreamSettings, 
             tokens = sum(len(encode(tokenizer, domain=name, row=row)) for row in rows)
             steps = max(1, round(settings.stage_tokens * len(rows) / (tokens * size)))
         shape = {"steps": steps, "batch_size": size, "stages": len(data.order)}
-        found.append(Stage(index=index, domain=name, seed=settings.seed, **shape))
+        found.append(Stage(index=index, domain=name, seed=settings.seed, kind=data.domains[name].kind, **shape))
     return found
 
 

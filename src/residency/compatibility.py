@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from residency.adapters.base import Adapter
+from residency.data import StreamData
 from residency.errors import UserError
 from residency.mitigations.base import Mitigation, overrides
 
-__all__ = ["check_mitigations", "check_steps"]
+__all__ = ["check_mitigations", "check_steps", "check_validation"]
 
 
 def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -> None:
@@ -34,6 +35,27 @@ def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -
                 why=f"its {hooks[0]} comes after the backward pass, and this adapter has stepped and freed every "
                 "gradient by then",
                 fix="set model.adapter.layerwise to false",
+            )
+
+
+def check_validation(mitigations: Mapping[str, Mitigation], data: StreamData) -> None:
+    """Every domain has validation rows if a mitigation looks at them.
+
+    Raises:
+        UserError: Naming mitigation and domain.
+    """
+    for name, mitigation in mitigations.items():
+        empty = [
+            domain
+            for domain in data.order
+            if mitigation.uses_validation and not data.domains[domain].rows("validation")
+        ]
+        if empty:
+            kind = type(mitigation).__name__
+            raise UserError(
+                f"model.mitigations.{name} ({kind}) and no validation rows in data.domains.{empty[0]}",
+                why="it judges the model on the validation rows of the domain that is being learned",
+                fix=f"give data.domains.{empty[0]} a validation file, or a max_validation above 0",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -46,6 +47,7 @@ class StreamData(LightningDataModule):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.num_workers = num_workers
+        self._tokenised: dict[tuple[Any, ...], tuple[tuple[Any, ...], tuple[Example, ...]]] = {}
         self._check_names()
 
     def _check_names(self) -> None:
@@ -110,7 +112,7 @@ class StreamData(LightningDataModule):
     def evaluation_examples(
         self, name: str, split: Split, tokenizer: Any, *, competing: int | None = None
     ) -> list[Example]:
-        """The rows of one split as tokens.
+        """The rows of one split as tokens; tokenised once, however many states are scored.
 
         Args:
             name: Domain or probe.
@@ -121,9 +123,17 @@ class StreamData(LightningDataModule):
         domain = self.columns[name]
         labels = domain.labels() if "accuracy" in domain.scorers else ()
         rows = domain.rows(split)
-        count = len(rows) if competing is None else competing
-        encode = partial(domain.template.encode, tokenizer, domain=name)
-        return [encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows)]
+        key = name, split, competing, bool(labels)
+        # By identity: a tokenizer or rows that were replaced since are other ones, whatever they are equal to.
+        source = tokenizer, domain.template, rows
+        known, examples = self._tokenised.get(key, ((), ()))
+        if not known or any(old is not new for old, new in zip(known, source, strict=True)):
+            count = len(rows) if competing is None else competing
+            encode = partial(domain.template.encode, tokenizer, domain=name)
+            found = (encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows))
+            examples = tuple(replace(example, split=split) for example in found)
+            self._tokenised[key] = source, examples
+        return list(examples)
 
     def fingerprints(self) -> Mapping[str, str]:
         """Content hash of every domain and probe."""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from residency.batching import by_token_budget, make_batch
 from residency.data import StreamData
 from residency.domains.base import Domain
+from residency.likelihoods import completion_nll, completions_and_labels, prompt_nll
 from residency.module import ContinualModule
-from residency.objectives.sft import token_nll
-from residency.scorers import SCORERS, exact_match, label_is_best, rouge_l
+from residency.scorers import SCORERS, exact_match, rouge_l
 from residency.types import Example, Split
 
-__all__ = ["Evaluation", "EvaluationSettings", "RowScore", "completion_nll", "evaluate", "prompt_nll"]
+__all__ = ["Evaluation", "EvaluationSettings", "RowScore", "evaluate", "means"]
 
-EXTRA_TOKENS = 1024  # per pass of `completion_nll`
+MERGE_FROM_TOKENS = 256  # of one column's rows; below, folding an adapter in costs more than it saves
 
 Advance = Callable[[str, int], None]
 
@@ -32,12 +32,12 @@ class EvaluationSettings:
     Args:
         batch_tokens: Tokens per forward pass; changes speed and memory, not scores (beyond rounding).
         accuracy_rows: Rows per domain whose labels all compete for accuracy; `null` = every row. The price of a row
-            is that of its labels: 22 long ones cost as much as nine plain rows.
+            is that of its labels: 22 long ones cost up to seven plain rows.
         generation_rows: Rows per domain that are generated for exact_match and rougeL; `null` = every row.
         generation_batch: Prompts that are continued together.
     """
 
-    batch_tokens: int = 512
+    batch_tokens: int = 1024
     accuracy_rows: int | None = None
     generation_rows: int | None = None
     generation_batch: int = 48
@@ -98,7 +98,7 @@ def evaluate(
                 examples = data.evaluation_examples(name, split, tokenizer, competing=settings.accuracy_rows)
                 generated = {e.row for e in examples[: settings.generation_rows]}
                 for context, group in module.adapter.serve(module.model, name, examples, partial(prompt_nll, module)):
-                    with context:
+                    with context, _merged(module, group):
                         scores += _likelihoods(module, domain, group, settings, advance)
                         if any(SCORERS[s].needs == "generation" for s in domain.scorers):
                             written = [e for e in group if e.row in generated]
@@ -107,6 +107,11 @@ def evaluate(
     finally:
         module.model.train(training)
     return scores
+
+
+def _merged(module: ContinualModule, group: Sequence[Example]) -> AbstractContextManager[Any]:
+    """The adapter's faster form, where the tokens repay what it costs; a function of the rows alone."""
+    return module.adapter.scoring(module.model) if sum(map(len, group)) >= MERGE_FROM_TOKENS else nullcontext()
 
 
 def means(scores: Evaluation) -> dict[str, dict[str, float]]:
@@ -134,24 +139,6 @@ def _extra(module: ContinualModule, column: str, examples: Sequence[Example]) ->
     ]
 
 
-def completion_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
-    """(B,) mean negative log-likelihood of each completion's tokens, in nats."""
-    rows = [replace(e, row=str(i), alternatives=()) for i, e in enumerate(examples)]
-    found = torch.zeros(len(rows), dtype=torch.float64)
-    with torch.no_grad():
-        for group in by_token_budget(sorted((e for e in rows if e.completion), key=len), tokens=EXTRA_TOKENS):
-            for example, nll in zip(group, _branch_nll(module, group), strict=True):
-                found[int(example.row)] = nll[0] / len(example.completion)
-    return found
-
-
-def prompt_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
-    """(B,) mean negative log-likelihood of each prompt's tokens after its first one, in nats; 0 for a single token."""
-    return completion_nll(
-        module, [replace(e, prompt=e.prompt[:1], completion=e.prompt[1:], alternatives=()) for e in examples]
-    )
-
-
 def _likelihoods(
     module: ContinualModule,
     domain: Domain,
@@ -160,30 +147,16 @@ def _likelihoods(
     advance: Advance,
 ) -> Evaluation:
     wanted = [s for s in domain.scorers if SCORERS[s].needs == "likelihood"]
-    found: dict[str, Tensor] = {}
-    # Rows of one length together: nothing is wasted where batches must be padded.
-    for group in by_token_budget(sorted(examples, key=len), tokens=settings.batch_tokens):
-        found |= zip((e.row for e in group), _branch_nll(module, group), strict=True)
-        advance(group[0].domain, len(group))
+    found = completions_and_labels(module, examples, batch_tokens=settings.batch_tokens, advance=advance)
     scores = []
     for example in examples:
-        nll = found[example.row]
+        nll, best = found[example.row]
         tokens = len(example.completion)
         if "nll" in wanted:
-            scores.append(RowScore(example.domain, example.row, "nll", float(nll[0]) / tokens, tokens))
+            scores.append(RowScore(example.domain, example.row, "nll", nll / tokens, tokens))
         if "accuracy" in wanted and example.alternatives:
-            scores.append(RowScore(example.domain, example.row, "accuracy", float(label_is_best(nll)), tokens))
+            scores.append(RowScore(example.domain, example.row, "accuracy", float(best), tokens))
     return scores
-
-
-def _branch_nll(module: ContinualModule, group: Sequence[Example]) -> list[Tensor]:
-    """Per example: (1 + alternatives,) summed negative log-likelihood of each branch, in nats."""
-    batch = make_batch(group, layout=module.layout).to(module.device)
-    nll = token_nll(module.forward(batch), batch.targets).double()
-    width = int(batch.target_branch.max()) + 1
-    table = nll.new_zeros(batch.size * width).index_add(0, batch.target_example * width + batch.target_branch, nll)
-    rows = table.view(batch.size, width).cpu()
-    return [row[: 1 + len(example.alternatives)] for row, example in zip(rows, group, strict=True)]
 
 
 def _generations(
@@ -202,7 +175,8 @@ def _generations(
     limit = max(len(e.completion) for e in examples)
     for first in range(0, len(ordered), settings.generation_batch):
         group = ordered[first : first + settings.generation_batch]
-        written = module.backbone.generate(module.model, [e.prompt for e in group], max_new_tokens=limit)
+        prompts = [e.prompt for e in group]
+        written = module.backbone.generate(module.model, prompts, max_new_tokens=limit, layout=module.layout)
         texts |= {e.row: tokenizer.decode(ids) for e, ids in zip(group, written, strict=True)}
     targets = {row.id: row.completion for row in domain.rows(split)}
     predictions = [texts[e.row].strip() for e in examples]

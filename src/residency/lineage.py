@@ -39,16 +39,9 @@ _WATCHING |= {"max_epochs", "barebones", "enable_checkpointing"}
 # The code of this package that decides numbers; a change of it must never meet results of the old one.
 _CORE = (
     *("adapters/*.py", "optim/*.py", "backbones/*.py", "batching.py", "checkpointing.py", "data.py", "domains/*.py"),
-    *(
-        "evaluation.py",
-        "kernels/*.py",
-        "layout.py",
-        "mitigations/base.py",
-        "module.py",
-        "objectives/*.py",
-        "observation.py",
-    ),
-    *("per_example.py", "randomness.py", "scorers.py", "stages.py", "tensors.py", "trainers.py", "types.py"),
+    *("evaluation.py", "kernels/*.py", "layout.py", "likelihoods.py", "mitigations/base.py", "module.py"),
+    *("objectives/*.py", "observation.py", "per_example.py", "randomness.py", "scorers.py", "stages.py", "tensors.py"),
+    *("trainers.py", "types.py"),
 )
 _LIBRARIES = ("builtins", "abc", "typing", "torch", "lightning")
 
@@ -66,9 +59,21 @@ def _core_code() -> str:
 
 
 def _code(kind: type) -> str:
-    """The source of a class and of what it inherits from: plug-ins are edited between studies."""
-    modules = [base.__module__ for base in kind.__mro__]
-    return digest([_source(name) for name in modules if name.partition(".")[0] not in _LIBRARIES])
+    """The source of a class, of what it inherits from and of the files beside it that these use: plug-ins are edited
+    between studies.
+    """
+    names = [base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] not in _LIBRARIES]
+    for name in names:  # grows as it is read
+        names += [used for used in _neighbours(name) if used not in names]
+    return digest([_source(name) for name in dict.fromkeys(names)])
+
+
+def _neighbours(module: str) -> list[str]:
+    """Modules of the same package from which a module has taken functions or classes."""
+    package = module.rpartition(".")[0]
+    known = vars(sys.modules[module]) if package and module in sys.modules else {}
+    found = {str(getattr(value, "__module__", "")) for value in known.values()}
+    return sorted(name for name in found - {module} if name.rpartition(".")[0] == package)
 
 
 @cache
@@ -161,7 +166,7 @@ class Lineage:
     def _mitigation(self, name: str, mitigation: Mitigation, *, without: frozenset[str] = frozenset()) -> list[Any]:
         written = self.config["model"]["mitigations"][name]
         arguments = {k: v for k, v in (written.get("init_args") or {}).items() if k not in without}
-        return [name, written["class_path"], arguments, _code(type(mitigation))]
+        return [name, written["class_path"], arguments, mitigation.fingerprint(), _code(type(mitigation))]
 
     def _weights(self, stage: Stage, trained: str, before: str, states: Mapping[str, str]) -> str:
         changing = [[*self._mitigation(n, m), states[n]] for n, m in self._named() if m.changes_weights(stage.index)]

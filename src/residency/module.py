@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -34,6 +34,7 @@ class ContinualModule(LightningModule):
     mitigation overrides is not called and costs nothing):
 
         for stage in stream:                                  # residency.stream.train_stream, a fresh Trainer each
+            M.prepare_dataset(module, dataset, stage)         # once, also across resumes; before each one's transform
             dataset = M.transform_dataset(examples, stage)
             before  = adapter.state(model)                    # only if somebody overrides transform_weights
             adapter.begin_stage(model, stage, observe)        # a new block, factors drawn anew
@@ -94,6 +95,10 @@ class ContinualModule(LightningModule):
         self.layout_reason = ""
         self.stage: Stage
         self.dataset: Sequence[Example] = ()
+        self.validation: Callable[[], Sequence[Example]] = tuple
+        self.ended_early = False
+        self.base_weights: Tensors = {}
+        self._base_state: dict[str, Tensor] = {}
         self.weights_log: dict[str, float] = {}
         self._before_stage: dict[str, Tensor] = {}
         self._started = False
@@ -110,19 +115,41 @@ class ContinualModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapter"))
             self.model = self.adapter.attach(model)
+        if any(mitigation.uses_base for mitigation in self.mitigations.values()):
+            self._base_state = snapshot(self.adapter.state(self.model))
         self.layout, self.layout_reason = choose_layout(self.layout_choice, self.backbone, self.model)
 
-    def begin_stage(self, stage: Stage, examples: Sequence[Example]) -> None:
+    def begin_stage(
+        self,
+        stage: Stage,
+        examples: Sequence[Example],
+        validation: Callable[[], Sequence[Example]] = tuple,
+        *,
+        stored: Container[str] = (),
+    ) -> None:
         """Prepare one stage: fold the training set through the mitigations, let the adapter open its block.
 
         A function of the state that the stage before left: a stage that goes on after a kill is begun again.
+
+        Args:
+            stage: Which one.
+            examples: Its own training set by position.
+            validation: Gives the validation rows of its domain, as `self.validation()` then does to mitigations.
+            stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
         """
         self.stage = stage
+        self.validation = validation
+        self.ended_early = False
         self._started = False
         self.weights_log = {}
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
-        self.dataset = self._fold("transform_dataset", examples, lambda m, d: m.transform_dataset(d, stage))
+        self.dataset = examples
+        for name, mitigation in self.mitigations.items():
+            if mitigation in self._active["prepare_dataset"] and name not in stored:
+                mitigation.prepare_dataset(self, self.dataset, stage)
+            if mitigation in self._active["transform_dataset"]:
+                self.dataset = mitigation.transform_dataset(self.dataset, stage)
         self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
         self._adapter_stage(self.adapter.begin_stage, "begin")
 
@@ -254,16 +281,19 @@ class ContinualModule(LightningModule):
     def _transform_weights(self) -> None:
         if not self._active["transform_weights"]:
             return
-        old = {name: tensor.to(self.device) for name, tensor in self._before_stage.items()}
+        old, base = (
+            {name: tensor.to(self.device) for name, tensor in state.items()}
+            for state in (self._before_stage, self._base_state)
+        )
         before = self.adapter.weights(self.model, old)
         after = self.adapter.weights(self.model, snapshot(self.adapter.state(self.model)))
+        self.base_weights = self.adapter.weights(self.model, base) if base else {}
         final = self._fold("transform_weights", after, lambda m, a: m.transform_weights(self, before, a))
-        if final is after:
-            return
-        if final is before:
-            self.adapter.load_state(self.model, old)
-            return
-        self.weights_log = dict(self.adapter.load_weights(self.model, final))
+        if final is before or final is self.base_weights:
+            self.adapter.load_state(self.model, old if final is before else base)
+        elif final is not after:
+            self.weights_log = dict(self.adapter.load_weights(self.model, final))
+        self.base_weights = {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the adapter's state instead of the whole model."""

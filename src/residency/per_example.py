@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from residency.batching import make_batch
-from residency.types import Batch, Tensors
+from residency.types import Batch, Tensors, segment_tokens
 
 __all__ = ["ExampleLosses", "per_example_gradients", "supports_batched"]
 
@@ -87,7 +87,7 @@ def _batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: ExampleLos
         total = losses(batch).sum()
     outputs = [output for _, output in calls.values()]
     gradients = dict(zip(calls, torch.autograd.grad(total, outputs, allow_unused=True), strict=True))
-    sizes = [sum(segment) for segment in batch.segments]
+    sizes = [segment_tokens(segment) for segment in batch.segments]
     for name, leaf in leaves.items():
         path, _, kind = name.rpartition(".")
         gradient = gradients.get(path)

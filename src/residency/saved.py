@@ -111,12 +111,18 @@ def predict_saved(
     tokenizer = module.backbone.tokenizer
     prompts = [source.template.encode(tokenizer, domain=name, row=row).prompt for row in rows]
     length = source.template.max_tokens - source.template.max_prompt_tokens
-    written = module.backbone.generate(module.model.eval(), prompts, max_new_tokens=length) if rows else []
+    written = _write(module, prompts, length)
     texts: Sequence[str] = [tokenizer.decode(ids).strip() for ids in written]
     return [
         {"row": row.id, "prompt": row.prompt, "completion": row.completion, "written": text}
         for row, text in zip(rows, texts, strict=True)
     ]
+
+
+def _write(module: ContinualModule, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    if not prompts:
+        return []
+    return module.backbone.generate(module.model.eval(), prompts, max_new_tokens=length, layout=module.layout)
 
 
 def _needs_rows(data: StreamData, split: Split) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from residency.module import ContinualModule
 from residency.provenance import peak_memory_bytes
 from residency.storage import load_tree
 from residency.trainers import Trainers, quiet_lightning
-from residency.types import Stage
+from residency.types import Example, Stage
 
 __all__ = ["adopt_training", "check_devices", "finish_stage", "restore_stage", "train_stage"]
 
@@ -71,9 +71,10 @@ def train_stage(
     """
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
-    module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
-    keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     resumed = checkpoint if checkpoint.is_file() else None
+    stored: Container[str] = module.mitigations if resumed else ()
+    _begin(module, data, stage, stored=stored)
+    keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
     return {
         "stage": stage.index + 1,
@@ -99,7 +100,7 @@ def adopt_training(
         device: Where to compute.
     """
     module.to(device)
-    module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
+    _begin(module, data, stage, stored=tree["mitigations"])
     # Whoever did not take part in the training has yet to see the weights from which it started.
     absent = [m for name, m in module.mitigations.items() if name not in tree["mitigations"]]
     for mitigation in absent:
@@ -143,6 +144,15 @@ def restore_stage(module: ContinualModule, tree: Mapping[str, Any]) -> dict[str,
     return dict(tree["facts"])
 
 
+def _begin(module: ContinualModule, data: StreamData, stage: Stage, *, stored: Container[str]) -> None:
+    tokenizer = module.backbone.tokenizer
+    # Without other labels as alternatives: what is validated is the likelihood of the completion.
+    validation: Callable[[], Sequence[Example]] = cache(
+        partial(data.evaluation_examples, stage.domain, "validation", tokenizer, competing=0)
+    )
+    module.begin_stage(stage, data.examples(stage, tokenizer), validation, stored=stored)
+
+
 def _fit(
     module: ContinualModule,
     data: StreamData,
@@ -166,9 +176,10 @@ def _fit(
     module.model.train()
     with quiet_lightning():
         trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint)
-    if trainer.global_step != stage.steps:
+    if trainer.global_step != stage.steps and not module.ended_early:
         raise UserError(
             f"stage {stage.index + 1} ({stage.domain}) ran {trainer.global_step} of {stage.steps} steps",
             why="a callback or a limit of the Trainer ended it early",
-            fix="remove trainer.max_time, trainer.limit_train_batches and early-stopping callbacks",
+            fix="remove trainer.max_time, trainer.limit_train_batches and early-stopping callbacks (to stop early, use "
+            "configs/mitigation/early_stopping.yaml)",
         )

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from residency.bench import Bench, plan_stages
+from residency.compatibility import check_validation
 from residency.data import StreamData
 from residency.evaluation import Evaluation, means
 from residency.inspection.inspection import Inspection
@@ -63,6 +64,7 @@ def train_stream(
             return done
         check_stream(data)
         check_devices(data, trainers, module.adapter)
+        check_validation(module.mitigations, data)
         bench = _bench(module, data, trainers, settings, views)
         bench.inspection = inspection or Inspection()
         shelf = _shelf(bench, config) if settings.store is not None and config is not None else None
@@ -99,6 +101,7 @@ def open_shelf(
     """
     check_stream(data)
     check_devices(data, trainers, module.adapter)
+    check_validation(module.mitigations, data)
     return _shelf(_bench(module, data, trainers, settings, views), config)
 
 

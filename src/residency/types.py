@@ -10,21 +10,38 @@ Shape suffixes used in names and docstrings:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Union
 
 from torch import Tensor
 
-__all__ = ["Batch", "Capability", "Example", "Layout", "Outputs", "Row", "Split", "Stage", "Tensors"]
+__all__ = [
+    "Batch",
+    "Capability",
+    "Example",
+    "Kind",
+    "Layout",
+    "Outputs",
+    "Row",
+    "Segment",
+    "Split",
+    "Stage",
+    "Tensors",
+    "segment_tokens",
+]
 
 Tensors = Mapping[str, Tensor]
 """Parameter name -> tensor. May compute its values on access: iterate, do not copy."""
 
-Capability = Literal["fixed_coordinates", "averageable", "reference", "mergeable", "exportable"]
+Capability = Literal["fixed_coordinates", "averageable", "linear", "low_rank", "reference", "mergeable", "exportable"]
 """What an adapter can promise to a mitigation or to the user.
 
 `fixed_coordinates`: the same trainable coordinates persist over all domains (EWC, SI, MAS need it).
 `averageable`: there is a space in which averaging two states is meaningful (`Adapter.weights`).
+`linear`: what moves are weights of linear layers (with norms, biases and embeddings), or factors A and B of an update
+    that is added to them; to fix input or output features of these is to fix the layer's (GPM, MIGU, SSU need it).
+`low_rank`: all that moves are the factors of updates s B A that are added to weights of linear layers (plain LoRA), so
+    that a distance between two states can be measured in the space of the weights (`Adapter.low_rank_layers`).
 `reference`: the pretrained behaviour is available without a second model (`Adapter.reference`).
 `mergeable`: the adapter folds into the backbone's own weights without changing the function (`Adapter.merge`).
 `exportable`: plain `transformers` or `peft` load what `Adapter.export` writes.
@@ -32,6 +49,18 @@ Capability = Literal["fixed_coordinates", "averageable", "reference", "mergeable
 
 Split = Literal["train", "validation", "test"]
 Layout = Literal["packed", "padded"]
+Kind = Literal["label", "generative"]
+"""Of a domain. `label`: completions are few and closed (classification). `generative`: completions are free text."""
+
+Segment = tuple[Union[int, "Segment"], ...]
+"""Tokens that depend on each other: `(n,)` is n tokens one after another; `(n, branch, branch, ...)` is n tokens that
+every branch goes on from without seeing the others. A branch is a number of tokens or a segment itself. In a row the
+first n tokens come first, then the branches, each whole."""
+
+
+def segment_tokens(segment: Segment) -> int:
+    """How many tokens a segment has, all branches together."""
+    return sum(part if isinstance(part, int) else segment_tokens(part) for part in segment)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +90,8 @@ class Example:
         prompt: Prompt tokens, at least one.
         completion: Supervised tokens, the end-of-text token included.
         alternatives: For scoring a label: other completions that share the prompt.
+        split: Where the row came from. Nothing but `train` may be learned from or kept (`mitigations.replay`). It says
+            nothing about the tokens and takes no part in comparisons.
     """
 
     domain: str
@@ -68,6 +99,7 @@ class Example:
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     alternatives: tuple[tuple[int, ...], ...] = ()
+    split: Split = field(default="train", compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion) + sum(len(a) for a in self.alternatives)
@@ -83,12 +115,13 @@ class Batch:
     Args:
         layout: `packed`: one row of N tokens, attention per segment. `padded`: B rows of T tokens.
         input_ids: (1, N) or (B, T), int64.
-        position_ids: Same shape; restarts at 0 in every example, and after the prompt in every branch.
+        position_ids: Same shape; restarts at 0 in every example, and in a branch goes on from where it left.
         attention_mask: (B, T), 1 = token, 0 = padding. `None` when packed.
-        segments: Per example (packed) or per row (padded): `(n,)` is one causal segment of n tokens;
-            `(p, a, b, ...)` is a prompt of p tokens with branches of a, b, ... tokens that see the prompt
-            and themselves but not each other. The last token of a branch is a target only and not in the row.
-        target_at: (M,) positions, in the row-major flattened `input_ids`, whose next token is supervised.
+        segments: Per example (packed) or per row (padded). The completion and its alternatives are the branches of
+            the prompt, and branch in turn where they part: beginnings that they share are in the row once. The last
+            token of each is a target only and not in the row.
+        target_at: (M,) positions, in the row-major flattened `input_ids`, whose next token is supervised; one position
+            may have several targets.
         targets: (M,) the supervised tokens.
         target_example: (M,) index of the example (0 ... B-1) each target belongs to.
         target_branch: (M,) 0 for the completion, 1, 2, ... for the alternatives.
@@ -99,7 +132,7 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    segments: tuple[tuple[int, ...], ...]
+    segments: tuple[Segment, ...]
     target_at: Tensor
     targets: Tensor
     target_example: Tensor
@@ -114,7 +147,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Number of tokens that are not padding."""
-        return sum(sum(segment) for segment in self.segments)
+        return sum(segment_tokens(segment) for segment in self.segments)
 
     def to(self, device: Any, **kwargs: Any) -> Batch:
         """A copy with every tensor on `device` (Lightning calls this)."""
@@ -152,6 +185,7 @@ class Stage:
         seed: The run's seed.
         steps: Optimizer steps of the stage.
         batch_size: Examples per optimizer step, over all devices and accumulated micro-batches.
+        kind: Of the domain.
     """
 
     index: int
@@ -160,3 +194,4 @@ class Stage:
     seed: int
     steps: int
     batch_size: int
+    kind: Kind = "generative"

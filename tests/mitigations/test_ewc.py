@@ -1,17 +1,17 @@
-"""EWC against closed forms: the penalty, the Fisher information, and what remains after several domains."""
+"""EWC: what remains after several domains, and what reaches the gradients."""
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from residency.adapters import Adapter, Full
 from residency.adapters.peft import lora
@@ -19,110 +19,31 @@ from residency.backbones import CausalLM
 from residency.batching import make_batch
 from residency.errors import UserError
 from residency.mitigations import EWC
-from residency.mitigations.ewc import add_quadratics, fisher_diagonal, quadratic_penalty
+from residency.mitigations.sampling import unpack_facts
 from residency.module import ContinualModule
 from residency.objectives import SFT
+from residency.objectives.sft import token_nll
 from residency.randomness import permutation
 from residency.storage import load_tree, save_tree
-from residency.types import Batch, Example, Layout, Stage
+from residency.types import Example, Layout, Stage
+from running import train
 
 Named = dict[str, Tensor]
-SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 4), "b": (5,), "c": ()}
-
-
-def random_tensors(seed: int, *, dtype: torch.dtype = torch.float64) -> Named:
-    draw = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=draw, dtype=dtype) for name, shape in SHAPES.items()}
-
-
-def random_precision(seed: int) -> Named:
-    """Not negative, and 0 in places."""
-    return {name: t.clamp_min(0) for name, t in random_tensors(seed).items()}
-
-
-def square(precision: Named, parameters: Named, anchor: Named) -> Tensor:
-    """Σ P (θ - θ*)², written out."""
-    return torch.stack([(precision[n] * (parameters[n] - anchor[n]) ** 2).sum() for n in precision]).sum()
-
-
-# --- the penalty ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strength", [1.0, 3000.0])
-def test_penalty_and_its_gradient(strength: float) -> None:
-    """λ/2 Σ F (θ - θ*)² with gradient λ F (θ - θ*), also behind a factor; checked against finite differences too."""
-    theta, anchor, precision = random_tensors(0), random_tensors(1), random_precision(2)
-    for leaf in theta.values():
-        leaf.requires_grad_()
-    penalty = quadratic_penalty(theta, anchor, precision, strength=strength)
-    torch.testing.assert_close(penalty, strength / 2 * square(precision, theta, anchor), rtol=1e-12, atol=0)
-    (3 * penalty).backward()
-    for name, leaf in theta.items():
-        wanted = 3 * strength * precision[name] * (leaf - anchor[name])
-        torch.testing.assert_close(leaf.grad, wanted.detach(), rtol=1e-12, atol=0)
-
-    def of(*values: Tensor) -> Tensor:
-        return quadratic_penalty(dict(zip(theta, values, strict=True)), anchor, precision, strength=1.0)
-
-    assert torch.autograd.gradcheck(of, tuple(theta.values()))
-
-
-def test_no_penalty_at_the_anchor() -> None:
-    theta = {name: t.requires_grad_() for name, t in random_tensors(0).items()}
-    anchor = {name: t.detach().clone() for name, t in theta.items()}
-    penalty = quadratic_penalty(theta, anchor, random_precision(1), strength=1e6)
-    penalty.backward()
-    assert penalty.detach() == 0
-    assert not any(leaf.grad.any() for leaf in theta.values() if leaf.grad is not None)
-
-
-def test_weights_in_half_precision_keep_their_type() -> None:
-    theta = random_tensors(0, dtype=torch.bfloat16)
-    anchor = {name: t + 0.5 for name, t in theta.items()}
-    precision = {name: torch.ones(t.shape) for name, t in theta.items()}
-    for leaf in theta.values():
-        leaf.requires_grad_()
-    quadratic_penalty(theta, anchor, precision, strength=2.0).backward()
-    for name, leaf in theta.items():
-        assert leaf.grad is not None
-        assert leaf.grad.dtype == torch.bfloat16
-        torch.testing.assert_close(leaf.grad, 2 * (leaf - anchor[name]).detach())
-
-
-def test_groups_do_not_disturb_each_other() -> None:
-    """A group whose F is a million times larger leaves the pull on the others as it is: nothing is normalised."""
-    theta, anchor, precision = random_tensors(0), random_tensors(1), random_precision(2)
-    theta["b"].requires_grad_()
-    large = precision | {"a": 1e6 * precision["a"]}
-    pulls = [
-        torch.autograd.grad(quadratic_penalty(theta, anchor, p, strength=1.0), theta["b"])[0]
-        for p in (precision, large)
-    ]
-    assert torch.equal(*pulls)
-    parts = [quadratic_penalty({n: theta[n]}, anchor, large, strength=1.0) for n in theta]
-    torch.testing.assert_close(quadratic_penalty(theta, anchor, large, strength=1.0), torch.stack(parts).sum())
-
-
-def test_unit_precision_is_l2_towards_the_start() -> None:
-    theta, start = random_tensors(0), random_tensors(1)
-    ones = {name: torch.ones_like(t) for name, t in theta.items()}
-    distance = torch.cat([(theta[n] - start[n]).flatten() for n in theta]).norm()
-    torch.testing.assert_close(quadratic_penalty(theta, start, ones, strength=0.1), 0.05 * distance**2)
 
 
 # --- two quadratics (C3) ----------------------------------------------------------------------------------------------
 
 
-def with_quadratic(strength: float, precision: Tensor, anchor: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The loss terms of an EWC that remembers one quadratic, as a function of θ."""
+def with_quadratic(strength: float, precision: Tensor, anchor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """What an EWC that remembers one quadratic makes of a gradient at θ."""
     ewc = EWC(strength=strength)
     ewc.state.update(precision={"w": precision}, anchor={"w": anchor})
 
-    def terms(theta: Tensor) -> dict[str, Tensor]:
+    def transform(theta: Tensor, gradient: Tensor) -> Tensor:
         module = SimpleNamespace(adapter=SimpleNamespace(trainable=lambda model: {"w": theta}), model=None)
-        return dict(ewc.loss_terms(module, None, None))
+        return dict(ewc.transform_gradients(module, {"w": gradient}))["w"]
 
-    return terms
+    return transform
 
 
 @pytest.mark.parametrize(("strength", "minimiser", "first_loss"), [(1.0, (2 / 3, 1 / 5), 0.302222), (0.0, (1, 1), 2.5)])
@@ -131,115 +52,12 @@ def test_two_quadratics_end_at_the_joint_optimum(
 ) -> None:
     """H1 = diag(1, 4) around 0, then H2 = diag(2, 1) around 1: with F = H1 and λ = 1 nothing is forgotten."""
     first, second = (torch.tensor(h, dtype=torch.float64) for h in ((1.0, 4.0), (2.0, 1.0)))
-    terms = with_quadratic(strength, first, torch.zeros(2, dtype=torch.float64))
-    theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    transform = with_quadratic(strength, first, torch.zeros(2, dtype=torch.float64))
+    theta = torch.zeros(2, dtype=torch.float64)
     for _ in range(200):
-        loss = 0.5 * (second * (theta - 1) ** 2).sum() + sum(terms(theta).values())
-        (gradient,) = torch.autograd.grad(loss, theta)
-        theta = (theta - 0.2 * gradient).detach().requires_grad_()
-    theta = theta.detach()
+        theta = theta - 0.2 * transform(theta, second * (theta - 1))
     torch.testing.assert_close(theta, torch.tensor(minimiser, dtype=torch.float64))
     assert float(0.5 * (first * theta**2).sum()) == pytest.approx(first_loss, abs=1e-6)
-
-
-# --- the sum of quadratics --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("domains", [1, 2, 3, 6])
-def test_many_quadratics_are_one(domains: int) -> None:
-    """Precision, anchor and constant of constant size give Σ_k P_k (θ - θ_k)² at every θ."""
-    quadratics = [(random_precision(10 + k), random_tensors(20 + k)) for k in range(domains)]
-    precision, anchor = quadratics[0]
-    constant = torch.zeros((), dtype=torch.float64)
-    for quadratic in quadratics[1:]:
-        precision, anchor, constant = add_quadratics((precision, anchor, constant), quadratic)
-    for seed in range(5):
-        theta = {name: 3 * t for name, t in random_tensors(seed).items()}
-        separate = torch.stack([square(p, theta, a) for p, a in quadratics]).sum()
-        torch.testing.assert_close(square(precision, theta, anchor) + constant, separate, rtol=1e-12, atol=0)
-
-
-def test_where_nothing_matters_the_anchor_is_the_latest() -> None:
-    zeros = {name: torch.zeros_like(t) for name, t in random_tensors(0).items()}
-    first, second = random_tensors(1), random_tensors(2)
-    precision, anchor, constant = add_quadratics((zeros, first, torch.zeros(())), (zeros, second))
-    assert all(torch.equal(anchor[n], second[n]) for n in second)
-    assert not any(t.any() for t in precision.values())
-    assert float(constant) == 0
-
-
-# --- the Fisher information of linear models --------------------------------------------------------------------------
-
-
-class Readout(nn.Module):
-    """A linear layer on a table of features: the prompt is the row, the completion the class or the target."""
-
-    def __init__(self, features: Tensor, classes: int) -> None:
-        super().__init__()
-        self.features = features
-        self.layer = nn.Linear(features.shape[1], classes, bias=False, dtype=features.dtype)
-
-    def outputs(self, batch: Batch) -> Tensor:
-        return self.layer(self.features[batch.input_ids]).flatten(0, 1)[batch.target_at]
-
-    def nll(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.outputs(batch), batch.targets, reduction="none")
-
-    def fisher(self, pairs: Sequence[tuple[int, int]], losses: Callable[[Batch], Tensor], *, size: int) -> Tensor:
-        """Of (prompt, completion) pairs in batches of one size."""
-        examples = [Example(domain="d", row=str(i), prompt=(x,), completion=(y,)) for i, (x, y) in enumerate(pairs)]
-        batches = [make_batch(examples[i : i + size], layout="packed") for i in range(0, len(examples), size)]
-        return fisher_diagonal(self, {"layer.weight": self.layer.weight}, batches, losses)["layer.weight"]
-
-
-@pytest.mark.parametrize("size", [1, 8, 50])
-def test_fisher_of_a_linear_softmax_model(size: int) -> None:
-    """(p_c - y_c)² x_j², averaged over examples."""
-    torch.manual_seed(0)
-    model = Readout(torch.randn(20, 6, dtype=torch.float64), classes=4)
-    pairs = [(i % 20, (i * i) % 4) for i in range(50)]
-    x = model.features[[row for row, _ in pairs]]
-    y = F.one_hot(torch.tensor([label for _, label in pairs]), 4)
-    errors = model.layer(x).softmax(-1).detach() - y
-    wanted = torch.einsum("nc,nj->cj", errors**2, x**2) / 50
-    torch.testing.assert_close(model.fisher(pairs, model.nll, size=size).double(), wanted, rtol=1e-5, atol=0)
-
-
-def test_fisher_of_logistic_regression() -> None:
-    """Labels as frequent as the model says them: the data's Fisher is the model's own, E[p (1 - p) x²]."""
-    x = torch.tensor([[2.0, 1.0], [1.0, -3.0], [-1.0, 0.5]], dtype=torch.float64)
-    model = Readout(x, classes=2)
-    # The difference of the logits is ± ln 3, so one class has p = 1/4 and three labels in four are the other.
-    w = torch.linalg.solve(x[:2], torch.tensor([math.log(3), -math.log(3)], dtype=torch.float64))
-    with torch.no_grad():
-        model.layer.weight.copy_(torch.stack([torch.zeros_like(w), w]))
-    pairs = [(0, label) for label in (1, 1, 1, 0)] + [(1, label) for label in (0, 0, 0, 1)]
-    wanted = (0.25 * 0.75 * x[:2] ** 2).mean(0)
-    for row in model.fisher(pairs, model.nll, size=4).double():
-        torch.testing.assert_close(row, wanted, rtol=1e-5, atol=0)
-
-
-def test_gradients_are_squared_before_they_are_averaged() -> None:
-    """C13: where noise dominates, the square of a batch's mean gradient is F / B; ours does not know the batch size."""
-    torch.manual_seed(0)
-    count, noise = 1024, torch.randn(1024, dtype=torch.float64)
-    noise = (noise - noise.mean()) / noise.std(correction=0)
-    model = Readout(torch.ones(1, 1, dtype=torch.float64), classes=1)
-    nn.init.constant_(model.layer.weight, 0.1)
-
-    def losses(batch: Batch) -> Tensor:
-        return 0.5 * (model.outputs(batch)[:, 0] - noise[batch.targets]) ** 2
-
-    trap = {b: float((0.1 - noise).view(-1, b).mean(1).square().mean()) for b in (1, 8, 64)}
-    assert trap == pytest.approx({1: 1.01, 8: 0.14, 64: 0.026}, rel=0.25)
-    for size in trap:
-        found = model.fisher([(0, i) for i in range(count)], losses, size=size)
-        assert float(found) == pytest.approx(1.01, rel=1e-5)
-
-
-def test_a_fisher_information_needs_examples() -> None:
-    with pytest.raises(ValueError, match="at least one example"):
-        fisher_diagonal(nn.Linear(1, 1), {}, [], lambda batch: torch.zeros(0))
 
 
 # --- in a language model ----------------------------------------------------------------------------------------------
@@ -386,8 +204,126 @@ def test_state_survives_a_file(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"strength": -1.0}, {"decay": -0.1}, {"decay": 1.1}, {"fisher_samples": 0}], ids=lambda o: next(iter(o))
+    "options",
+    [
+        {"strength": -1.0},
+        {"decay": -0.1},
+        {"decay": 1.1},
+        {"fisher_samples": 0},
+        {"fisher": "true", "granularity": "token"},
+    ],
+    ids=lambda o: next(iter(o)),
 )
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         EWC(**options)
+
+
+def test_other_estimates_of_a_language_model(llama: Path) -> None:
+    kinds = {
+        "data": {},
+        "sampled": {"fisher": "sampled"},
+        "token": {"granularity": "token"},
+        "batch": {"fisher": "batch"},
+    }
+    module = build(llama, "lora", **{name: EWC(**options) for name, options in kinds.items()})
+    finish(module, "first")
+    found = {name: module.mitigations[name].state["precision"] for name in kinds}
+    norms = {name: float(sum(t.sum() for t in fisher.values())) for name, fisher in found.items()}
+    assert len({round(value, 12) for value in norms.values()}) == 4
+    assert norms["batch"] < norms["data"]
+    single = [
+        replace(e, prompt=e.prompt + e.completion[:k], completion=e.completion[k : k + 1])
+        for e in EXAMPLES["first"]
+        for k in range(len(e.completion))
+    ]
+    wanted = {n: t * len(single) / 8 for n, t in brute_force(module, single).items()}
+    assert_named_close(found["token"], wanted, relative=1e-4)
+    facts = unpack_facts(module.mitigations["token"].state["facts"])
+    assert facts == {
+        "fisher": "empirical",
+        "granularity": "token",
+        "reduction": "sum",
+        "mode": "separate",
+        "examples": 8,
+    }
+
+
+def test_true_fisher_of_a_labelled_domain(llama: Path) -> None:
+    """Σ_c p_c (∂ log p_c)² over the labels, by brute force; free text is refused before it is learned."""
+    module = build(llama, "lora", ewc=EWC(fisher="true"))
+    labels = [(40, 41), (50,)]
+    dataset = [replace(e, completion=labels[k % 2]) for k, e in enumerate(EXAMPLES["first"])]
+    stage = Stage(index=0, domain="first", stages=2, seed=0, steps=1, batch_size=8)
+    module.begin_stage(stage, dataset)
+    ewc = module.mitigations["ewc"]
+    ewc.on_domain_start(module, stage)
+    ewc.on_domain_end(module, stage)
+    leaves = module.adapter.trainable(module.model)
+    wanted = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    for example in dataset:
+        batch = make_batch([replace(example, completion=label) for label in labels], layout=module.layout)
+        nll = token_nll(module.forward(batch), batch.targets)
+        log_p = (-nll.new_zeros(2).index_add(0, batch.target_example, nll)).log_softmax(0)
+        for c in range(2):
+            gradients = torch.autograd.grad(log_p[c], list(leaves.values()), retain_graph=True)
+            for name, g in zip(leaves, gradients, strict=True):
+                wanted[name] += log_p[c].exp().detach() * g**2 / len(dataset)
+    assert_named_close(ewc.state["precision"], wanted, relative=1e-3)
+    module.begin_stage(stage, EXAMPLES["first"])
+    with pytest.raises(UserError, match="8 completions"):
+        ewc.on_domain_start(module, stage)
+
+
+@pytest.mark.parametrize("adapter", MADE)
+def test_the_pull_is_the_gradient_of_the_logged_penalty(adapter: str, llama: Path) -> None:
+    module = build(llama, adapter, ewc=EWC(strength=50.0))
+    ewc = module.mitigations["ewc"]
+    finish(module, "first")
+    move(module, 2)
+    leaves = module.adapter.trainable(module.model)
+    gradients = {name: torch.ones_like(leaf) for name, leaf in leaves.items()}
+    pulled = ewc.transform_gradients(module, gradients)
+    slope = sum(float(((pulled[name] - 1) * 1.0).double().square().sum()) for name in leaves)
+    before = penalty(module, "ewc")
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf -= 1e-3 / slope**0.5 * (pulled[name] - 1)
+    assert before - penalty(module, "ewc") == pytest.approx(1e-3 * slope**0.5, rel=0.02)
+    numbers = ewc.numbers(module)
+    assert {*numbers} == {"distance", "pull"}
+    assert numbers["pull"] == pytest.approx(slope**0.5, rel=0.05)
+
+
+class Spy(EWC):
+    """Keeps, per optimizer step, the norms of the gradient it was given and of what it added, and its own `pull`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.steps: list[tuple[float, float, float]] = []
+
+    def transform_gradients(self, module: Any, gradients: Any) -> Any:
+        """As said."""
+        pulled = super().transform_gradients(module, gradients)
+        if pulled is not gradients:
+            given = torch.cat([g.flatten() for g in gradients.values()]).norm()
+            added = torch.cat([(pulled[name] - g).flatten() for name, g in gradients.items()]).norm()
+            self.steps.append((float(given), float(added), self.numbers(module)["pull"]))
+        return pulled
+
+
+def test_the_pull_counts_once_per_step_however_a_batch_is_cut(llama: Path, tmp_path: Path) -> None:
+    """With four micro-batches to a step λ F (θ - θ*) is added once; the losses' own gradient has none of it."""
+    spy = Spy(strength=1e9)
+    options = {"kinds": {"a": "label", "b": "label"}, "data": {"micro_batch_size": 1}}
+    train(tmp_path / "run", llama, MADE["lora"](), {"ewc": spy}, **options)
+    assert len(spy.steps) == 4, "one for each step of the second stage"
+    assert all(given < 100 for given, _, _ in spy.steps)
+    assert max(added for _, added, _ in spy.steps) > 1000
+    for _, added, pull in spy.steps:
+        assert added == pytest.approx(pull, rel=1e-3, abs=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    second = [line for line in lines if line["stage"] == 2]
+    assert [line["ewc/pull"] for line in second] == pytest.approx([pull for _, _, pull in spy.steps], rel=1e-4)
+    assert all(line["loss"] == pytest.approx(line["loss/task"] + line["loss/ewc/penalty"], rel=1e-4) for line in second)
+    assert second[-1]["loss/ewc/penalty"] > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +14,23 @@ import torch
 
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
+from residency.batching import make_batch
+from residency.data import StreamData
 from residency.domains.sampler import StageExamples
 from residency.errors import UserError
 from residency.mitigations import Replay
-from residency.mitigations.replay import Mixture, pack_examples, replayed_slot, reservoir_slot, unpack_examples
+from residency.mitigations.memory import (
+    Mixture,
+    into_reservoir,
+    pack_examples,
+    replayed_position,
+    replayed_slot,
+    unpack_examples,
+)
+from residency.mitigations.reading import mean_hidden
 from residency.storage import load_tree, save_tree
 from residency.types import Example, Stage
-from running import domains, train
+from running import domains, make_module, train
 
 RATIOS = [0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.99]
 
@@ -35,13 +47,10 @@ def make_examples(domain: str, rows: int) -> list[Example]:
 
 
 def run_reservoir(items: int, capacity: int, *, seed: int) -> list[int]:
-    """The items that are left after all of them have been offered."""
+    """The items that are left after all of them have been offered, one by one."""
     kept: list[int] = []
     for n in range(items):
-        slot = reservoir_slot(n, capacity, seed=seed)
-        if slot is not None:
-            assert 0 <= slot <= len(kept), "a slot is one that is taken, or the next"
-            kept[slot : slot + 1] = [n]
+        kept = into_reservoir(kept, [n], seen=n, capacity=capacity, seed=seed)
         assert len(kept) == min(n + 1, capacity)
     return kept
 
@@ -88,6 +97,26 @@ def test_every_batch_has_its_share(ratio: float, per_batch: int) -> None:
         assert sum(replayed_slot(step * 8 + slot, ratio) for slot in range(8)) == per_batch
 
 
+@pytest.mark.parametrize(("ratio", "every"), [(1.0, 10), (0.5, 3), (0.1, 2)])
+def test_every_kth_batch_holds_the_old_ones(ratio: float, every: int) -> None:
+    """The batches in between are new; over the others the share is exact."""
+    size, batches = 8, 60
+    old = [
+        sum(replayed_position(step * size + i, ratio=ratio, every=every, batch_size=size) for i in range(size))
+        for step in range(batches)
+    ]
+    due = [n for step, n in enumerate(old, start=1) if step % every == 0]
+    assert not any(n for step, n in enumerate(old, start=1) if step % every)
+    assert sum(due) == int(ratio * size * len(due) + 1e-9)
+    assert max(due) - min(due) <= 1
+
+
+def test_every_batch_is_the_plain_schedule() -> None:
+    for ratio in RATIOS:
+        plain = [replayed_slot(p, ratio) for p in range(200)]
+        assert [replayed_position(p, ratio=ratio, every=1, batch_size=8) for p in range(200)] == plain
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_a_mixture_is_a_function_of_the_position(ratio: float) -> None:
     """Read in any order, again, or by another object: the same example; the others are the stage's own."""
@@ -110,6 +139,20 @@ def test_positions_outside_of_the_stage(position: int) -> None:
     mixture = Mixture(current=make_examples("new", 80), memory=make_examples("old", 1), ratio=0.5, stage=make_stage())
     with pytest.raises(IndexError):
         mixture[position]
+
+
+@pytest.fixture(scope="module")
+def module(llama: Path) -> Any:
+    """A tiny model with LoRA, as it is between two stages."""
+    built = make_module(llama, lora(target_modules=["q_proj"], r=2), {})
+    built.build(seed=0)
+    return built
+
+
+def at(module: Any, dataset: list[Example]) -> Any:
+    """The module after a stage on these examples."""
+    module.dataset = dataset
+    return module
 
 
 def remembering(examples: list[Example], **options: Any) -> Replay:
@@ -195,6 +238,106 @@ def test_the_reservoir_goes_on_over_domains_and_after_a_restart(tmp_path: Path) 
     assert {e.domain for e in back.memory()} == {"a", "b"}
 
 
+@pytest.mark.parametrize("policy", ["balanced", "ring", "herding", "kmeans"])
+@pytest.mark.parametrize("capacity", [2, 7, 30])
+def test_fair_memories_hold_as_much_of_each_domain(policy: Any, capacity: int, module: Any) -> None:
+    """After every domain: never above the capacity, no two domains apart by more than one, each row once."""
+    replay = Replay(policy=policy, capacity=capacity)
+    for index, name in enumerate("abc"):
+        examples = make_examples(name, 12)
+        replay.on_domain_end(at(module, examples), make_stage(index=index, domain=name))
+        kept = replay.memory()
+        counts = Counter(e.domain for e in kept)
+        sizes = [counts[known] for known in "abc"[: index + 1]]
+        assert sum(sizes) == len({*kept}) == min(capacity, 12 * (index + 1))
+        assert max(sizes) - min(sizes) <= 1
+        assert {e for e in kept if e.domain == name} <= {*examples}
+
+
+def test_a_ring_keeps_the_last_that_were_seen() -> None:
+    replay = Replay(policy="ring", capacity=4)
+    a, b = make_examples("a", 9), make_examples("b", 9)
+    # Row 0 comes again at the end: it was seen last.
+    replay.on_domain_end(SimpleNamespace(dataset=[*a, a[0]]), make_stage(index=0, domain="a"))
+    assert replay.memory() == [a[0], a[8], a[7], a[6]]
+    replay.on_domain_end(SimpleNamespace(dataset=b), make_stage(index=1, domain="b"))
+    assert replay.memory() == [a[0], a[8], b[8], b[7]]
+
+
+@pytest.mark.parametrize("policy", ["herding", "kmeans"])
+def test_choices_by_features_ignore_the_order_of_training(policy: Any, module: Any) -> None:
+    found = []
+    for order in (slice(None), slice(None, None, -1)):
+        replay = Replay(policy=policy, capacity=5)
+        replay.on_domain_end(at(module, make_examples("a", 20)[order]), make_stage(index=0, domain="a"))
+        found.append(replay.memory())
+    assert found[0] == found[1]
+    assert len(found[0]) == 5
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_features_are_what_the_head_reads(layout: Any, module: Any) -> None:
+    """Against transformers' own hidden states, and without a trace in the model."""
+    examples = [Example(domain="a", row=str(i), prompt=(9, 8, i), completion=(i, 7, 0)[: 2 + i % 2]) for i in range(5)]
+    examples[3] = Example(domain="a", row="3", prompt=(4,) * 7, completion=(5, 6))
+    was, module.layout = module.layout, layout
+    module.model.eval()
+    before = module.forward(make_batch(examples, layout=layout))
+    found = mean_hidden(module, examples)
+    for example, row in zip(examples, found, strict=True):
+        ids = torch.tensor([[*example.prompt, *example.completion[:-1]]])
+        with torch.inference_mode():
+            states = module.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
+        torch.testing.assert_close(row, states[len(example.prompt) - 1 :].mean(0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(module.forward(make_batch(examples, layout=layout)), before)
+    module.layout = was
+
+
+def test_losses_are_those_of_the_memory_and_decide_the_draws(module: Any) -> None:
+    replay = Replay(ratio=0.5, capacity=6, draw="loss", exponent=2.0)
+    examples = make_examples("old", 6)
+    replay.on_domain_end(at(module, examples), make_stage(index=0, domain="old"))
+    losses = replay.state["losses"]
+    assert isinstance(losses, torch.Tensor)
+    alone = [module.objective(module.forward, make_batch([e], layout=module.layout), None).loss for e in examples]
+    torch.testing.assert_close(losses, torch.stack(alone).detach(), rtol=1e-5, atol=1e-5)
+    replay.state["losses"] = torch.tensor([0.0, 3.0, 0.0, 0.0, 1.0, 0.0])
+    stage = make_stage(steps=1000)
+    mixed = replay.transform_dataset(make_examples("new", stage.steps * stage.batch_size), stage)
+    drawn = Counter(e.row for e in mixed if e.domain == "old")
+    assert {*drawn} == {"1", "4"}
+    # p = 9 / 10: four standard deviations of 4000 draws.
+    assert abs(drawn["1"] / 4000 - 0.9) < 4 * math.sqrt(0.09 / 4000)
+
+
+def test_the_numbers_are_what_is_stored(module: Any) -> None:
+    replay = remembering(make_examples("old", 20), capacity=7)
+    assert replay.numbers(module) == {"examples": 7, "bytes": replay.state_bytes()}
+    sizes = [t.numel() * t.element_size() for t in pack_examples(replay.memory()).values()]
+    assert replay.state_bytes() == sum(sizes) + 8
+
+
+# --- what may never be kept -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_rows_that_are_scored_are_refused(split: Any, llama: Path, tmp_path: Path) -> None:
+    """By where they come from, whatever mistake brings them into a training set."""
+    data = StreamData(domains={**domains(tmp_path, {"a": "generative"})})
+    tokenizer = CausalLM(path=str(llama)).tokenizer
+    stage = make_stage(index=0, domain="a")
+    scored = data.evaluation_examples("a", split, tokenizer)
+    assert {e.split for e in scored} == {split}
+    learned = list(data.examples(stage, tokenizer))
+    replay = Replay()
+    strange = replace(scored[0], row="strange")  # its id may be that of a training row
+    with pytest.raises(UserError, match=f"row 'strange' of the {split} split of 'a'"):
+        replay.on_domain_end(SimpleNamespace(dataset=[*learned, strange]), stage)
+    assert not replay.memory(), "nothing half done"
+    replay.on_domain_end(SimpleNamespace(dataset=learned), stage)
+    assert replay.memory()
+
+
 def test_memory_holds_training_rows_only(llama: Path, tmp_path: Path) -> None:
     """A real stream: what is remembered are training rows as the model read them, never a row of a test."""
     replay = Replay(ratio=0.25, capacity=1000)
@@ -222,6 +365,22 @@ def test_memory_holds_training_rows_only(llama: Path, tmp_path: Path) -> None:
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"exponent": -1.0}, {"candidates": 0}, {"virtual_step": 0.0}, {"draw": "mir", "ratio": 1.0, "every": 2}],
+    ids=str,
+)
+def test_wrong_draws_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(options))}="):
+        Replay(**options)
+
+
+def test_a_whole_replay_batch_needs_others_between() -> None:
+    assert Replay(ratio=1.0, every=2).ratio == 1.0
+    with pytest.raises(UserError, match="every=0"):
+        Replay(every=0)
 
 
 @pytest.mark.parametrize("options", [{"ratio": -0.1}, {"ratio": 1.0}, {"ratio": math.nan}, {"capacity": 0}], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ def test_a_dry_run_checks_and_writes_nothing(folder: Path, ran: list[str]) -> No
     result = sweep(folder, "study.yaml", "--dry-run", into="dry")
     assert result.code == 0
     assert "2 to run" in result.out
+    assert "time and disk: unknown" in result.out
+    assert not (folder / "dry").exists()
+    assert ran == []
+
+
+def test_a_plan_can_measure_what_it_will_take(folder: Path, ran: list[str]) -> None:
+    result = sweep(folder, "study.yaml", "--measure", into="dry")
+    assert result.code == 0
+    assert re.search(r"time: about \d+ (min \d\d )?s; disk: about \d+ MiB", result.out)
     assert not (folder / "dry").exists()
     assert ran == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from residency.types import Batch, Capability, Example, Stage, Tensors
 
 __all__ = [
     "Adapter",
+    "LowRankLayer",
     "Observe",
     "OptimizerFactory",
     "PromptNLL",
@@ -37,6 +39,23 @@ PromptNLL = Callable[[Sequence[Example]], Tensor]
 
 Served = tuple[AbstractContextManager[Any], Sequence[Example]]
 """Rows, and the context in which the model answers them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankLayer:
+    """A linear layer y = W x + s B A x whose factors move.
+
+    Args:
+        path: Of the module that maps x to y.
+        a: Parameter name of A (r, in).
+        b: Parameter name of B (out, r).
+        scale: s.
+    """
+
+    path: str
+    a: str
+    b: str
+    scale: float
 
 
 class Adapter(ABC):
@@ -126,6 +145,13 @@ class Adapter(ABC):
         """
         return [(nullcontext(), examples)]
 
+    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Inside the context many tokens are scored and nothing is trained: the same function in a faster form.
+
+        Leaves the model bit for bit as it was. Entered inside the context of `serve`; by default nothing is changed.
+        """
+        return nullcontext()
+
     def extra_scores(
         self,
         model: nn.Module,
@@ -171,8 +197,12 @@ class Adapter(ABC):
         """
         return {}
 
+    def low_rank_layers(self, model: nn.Module) -> list[LowRankLayer]:
+        """The layers whose factors are all that moves (needs `low_rank`)."""
+        raise missing_capability(self, "low_rank")
+
     def adapted_weight(self, model: nn.Module, name: str) -> Tensor:
-        """The frozen weight under an update of `low_rank`, dequantised, as the model stores it."""
+        """The frozen weight under an update of `low_rank`, dequantised, in the update's own shape (out, in)."""
         raise KeyError(name)
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:

@@ -79,7 +79,7 @@ class Freeze(Adapter):
         train_embeddings: Whether token and position embeddings move. A head that is tied to them goes with them.
     """
 
-    provides = frozenset({"fixed_coordinates", "averageable", "mergeable", "exportable"})
+    provides = frozenset({"fixed_coordinates", "averageable", "linear", "mergeable", "exportable"})
 
     def __init__(
         self,

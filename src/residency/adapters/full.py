@@ -22,7 +22,7 @@ class Full(Adapter):
     is refused.
     """
 
-    provides = frozenset({"fixed_coordinates", "averageable", "mergeable", "exportable"})
+    provides = frozenset({"fixed_coordinates", "averageable", "linear", "mergeable", "exportable"})
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Make every parameter trainable.

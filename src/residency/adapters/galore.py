@@ -47,7 +47,7 @@ class GaLore(Adapter):
             `trainer.gradient_clip_val: null` and no accumulation, and no mitigation may need gradients or updates.
     """
 
-    provides = frozenset({"fixed_coordinates", "averageable", "mergeable", "exportable"})
+    provides = frozenset({"fixed_coordinates", "averageable", "linear", "mergeable", "exportable"})
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from residency.adapters.blocks import (
     write_adapter,
 )
 from residency.adapters.low_rank import low_rank_factors
+from residency.adapters.merging import merged_lora
 from residency.adapters.orthogonality import Orthogonality, overlap, squared_cosine
 from residency.adapters.peft import wrap
 from residency.tensors import Computed
@@ -52,7 +53,7 @@ class IncLoRA(Adapter):
         UserError: The blocks would not be a sum (DoRA, a base-changing initialisation, a trained bias).
     """
 
-    provides = frozenset({"averageable", "reference", "mergeable", "exportable"})
+    provides = frozenset({"averageable", "linear", "reference", "mergeable", "exportable"})
 
     def __init__(self, *, config: LoraConfig, penalty: Orthogonality | None = None) -> None:
         check_additive(config, owner="IncLoRA")
@@ -144,6 +145,10 @@ class IncLoRA(Adapter):
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """All blocks off: bit for bit the pretrained (or the quantised) model."""
         return switched(model, [])
+
+    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The plain transformers model with all blocks folded in; `model` is used up."""

@@ -30,6 +30,7 @@ from residency.adapters.blocks import (
 )
 from residency.adapters.covariance import input_covariances
 from residency.adapters.dual_gpm import Memory, directions, energy_threshold, remember
+from residency.adapters.merging import merged_lora
 from residency.adapters.peft import wrap
 from residency.errors import UserError
 from residency.tensors import Computed
@@ -171,6 +172,10 @@ class InfLoRA(Adapter):
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """All blocks off: bit for bit the pretrained (or the quantised) model."""
         return switched(model, [])
+
+    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The plain transformers model with all blocks folded in; `model` is used up."""

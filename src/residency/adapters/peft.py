@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +15,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import Optimizer
 
-from residency.adapters.base import Adapter, OptimizerFactory, missing_capability
-from residency.adapters.low_rank import low_rank_factors
+from residency.adapters.base import Adapter, LowRankLayer, OptimizerFactory, missing_capability
+from residency.adapters.low_rank import low_rank_factors, product_factors
+from residency.adapters.merging import merged_lora
 from residency.adapters.tuners import capabilities, check_config, check_quantised, kind_of
 from residency.errors import UserError
 from residency.kernels.lora import fuse_lora
-from residency.tensors import Computed
+from residency.tensors import Products, Term, terms_of
 from residency.types import Tensors
 
 __all__ = ["Peft", "expected_remarks", "is_quantised", "lora", "low_rank_factors", "wrap"]
@@ -80,7 +81,7 @@ class Peft(Adapter):
         return optimizer
 
     def weights(self, model: nn.Module, state: Tensors) -> Tensors:
-        """LoRA: the update s B A of every adapted weight, (out, in), computed when read; other tensors as they are.
+        """LoRA: the update s B A of every adapted weight, (out, in), as a product; other tensors as they are.
 
         Averaging the factors A and B instead would add cross terms: on random factors it misses the average of the
         updates by 64 % in norm.
@@ -90,17 +91,21 @@ class Peft(Adapter):
         factors = {*pairs, *pairs.values()}
         names = [*pairs, *(name for name in state if name not in factors)]
 
+        def terms(name: str) -> Sequence[Term] | None:
+            return [(_scale(model, name), state[pairs[name]], state[name])] if name in pairs else None
+
         def compute(name: str) -> torch.Tensor:
             if name not in pairs:
                 return state[name]
-            scale = _scale(model, name)
-            return scale * (state[pairs[name]].float() @ state[name].float())
+            return _scale(model, name) * (state[pairs[name]].float() @ state[name].float())
 
-        return Computed(names, compute)
+        return Products(names, compute, terms)
 
     @torch.no_grad()
     def load_weights(self, model: nn.Module, weights: Tensors) -> Mapping[str, float]:
         """Set the factors to the best approximation of each update at the adapter's rank (Eckart and Young 1936).
+
+        A multiple of one state's update is exact: c s B A is c B and A, which is what scaling the adapter by c does.
 
         Returns:
             `truncation`: norm of what the rank cannot hold over the norm of all updates.
@@ -110,16 +115,18 @@ class Peft(Adapter):
         pairs = dict(_pairs(live))
         lost = total = 0.0
         for name in weights:
-            wanted = weights[name]
             if name not in pairs:
-                live[name].copy_(wanted)
+                live[name].copy_(weights[name])
                 continue
             a, b, scale = live[name], live[pairs[name]], _scale(model, name)
-            new_b, new_a = low_rank_factors(wanted / scale, rank=a.shape[0], a_norm=float(a.norm()))
-            lost += float((wanted - scale * (new_b @ new_a)).square().sum())
-            total += float(wanted.square().sum())
-            a.copy_(new_a)
-            b.copy_(new_b)
+            fitted = _fitted(weights, name, scale=scale, rank=a.shape[0], a_norm=float(a.norm()))
+            if fitted is None:
+                b.zero_()
+                continue
+            b.copy_(fitted[0])
+            a.copy_(fitted[1])
+            lost += scale**2 * fitted[2]
+            total += scale**2 * fitted[3]
         return {"truncation": (lost / total) ** 0.5 if total else 0.0}
 
     def low_rank(self, model: nn.Module, state: Tensors) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -128,19 +135,37 @@ class Peft(Adapter):
             return {}
         return {a: (_scale(model, a) * state[b].float(), state[a].float()) for a, b in _pairs(state)}
 
+    def low_rank_layers(self, model: nn.Module) -> list[LowRankLayer]:
+        """The LoRA layers.
+
+        Raises:
+            UserError: The tuner is not plain LoRA, or adapts an embedding.
+        """
+        leaves = self.trainable(model)
+        pairs = [(a, b) for a, b in _pairs(leaves) if _PAIRS[0][0] in a]
+        if "low_rank" not in self.provides or len(leaves) != 2 * len(pairs):
+            raise missing_capability(self, "low_rank")
+        return [LowRankLayer(path=a.split(_PAIRS[0][0])[0], a=a, b=b, scale=_scale(model, a)) for a, b in pairs]
+
     def adapted_weight(self, model: nn.Module, name: str) -> torch.Tensor:
         """The weight of the layer whose A has this name."""
         from peft.utils.integrations import dequantize_module_weight
 
         marker = next(a for a, _ in _PAIRS if a in name)
         layer: Any = model.get_submodule(name.split(marker)[0])
-        return dequantize_module_weight(layer.get_base_layer()).detach()  # type: ignore[no-any-return]
+        weight: torch.Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
+        # An embedding is (tokens, dimensions), and GPT-2 stores (in, out).
+        return weight.T if "embedding" in marker or layer.fan_in_fan_out else weight
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Adapters off: bit for bit the pretrained (or the quantised) model."""
         if "reference" not in self.provides:
             return super().reference(model)
         return model.disable_adapter()  # type: ignore[operator, no-any-return]
+
+    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The plain transformers model with the adapter folded in; `model` is used up.
@@ -218,6 +243,18 @@ def _on_dequantised_base(model: Any) -> nn.Module:
         base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
         with expected_remarks():
             return PeftModel.from_pretrained(model.unload(), folder)  # type: ignore[no-any-return]
+
+
+def _fitted(
+    weights: Tensors, name: str, *, scale: float, rank: int, a_norm: float
+) -> tuple[torch.Tensor, torch.Tensor, float, float] | None:
+    """B and A of an update over s, and the squared norms of what is lost and of the whole; `None` if it is zero."""
+    terms = terms_of(weights, name)
+    if terms is not None:
+        return product_factors([(c / scale, left, right) for c, left, right in terms], rank=rank, a_norm=a_norm)
+    wanted = weights[name] / scale
+    b, a = low_rank_factors(wanted, rank=rank, a_norm=a_norm)
+    return b, a, float((wanted - b @ a).square().sum()), float(wanted.square().sum())
 
 
 def _pairs(state: Tensors) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from residency.adapters.base import Adapter, Observe, PromptNLL, Served, copy_state, missing_capability
+from residency.adapters.merging import merged_lora
 from residency.adapters.names import KEY, read_names, write_names
 from residency.adapters.peft import wrap
 from residency.adapters.tuners import capabilities, check_config, kind_of
@@ -82,7 +83,7 @@ class PerDomain(Adapter):
         self.routing = routing
         self.compare = compare
         self.task_id_at_test = routing == "oracle"
-        self.provides = frozenset({"reference", "exportable"})
+        self.provides = capabilities(config) & {"reference", "exportable", "linear"}
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The first domain's adapter."""
@@ -183,6 +184,10 @@ class PerDomain(Adapter):
             with _active(model, block):
                 rows.append(prompt_nll(examples))
         return torch.stack(rows)
+
+    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """There is no one model that answers as all adapters do."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from residency.adapters.base import Adapter, Observe, copy_state
 from residency.adapters.blocks import add_block, check_additive, factors, merged, switched, use_blocks, write_adapter
+from residency.adapters.merging import merged_lora
 from residency.adapters.peft import wrap
 from residency.errors import UserError
 from residency.types import Stage
@@ -110,6 +111,10 @@ class SLAO(Adapter):
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Adapters off: bit for bit the pretrained (or the quantised) model."""
         return switched(model, [])
+
+    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The plain transformers model with the merged pair folded in; `model` is used up."""

@@ -34,6 +34,12 @@ _FULL_PRECISION_INITS = (*_BASE_CHANGING, "orthogonal", "mica")
 # BD-LoRA becomes plain LoRA there, without a word.
 _FULL_PRECISION_OPTIONS = ("velora_config", "use_bdlora")
 
+# What makes LoRA more, or something else, than two factors per linear layer. MiCA trains one of the two.
+_MORE_THAN_FACTORS = (
+    *("use_dora", "use_bdlora", "lora_bias", "modules_to_save", "trainable_token_indices"),
+    *("target_parameters", "velora_config"),
+)
+
 _LORA = "configs/adapter/lora.yaml"
 _TASK_ID = "its forward must be told which task every row belongs to, and rows here do not say"
 _LOSS_INSIDE = "a part of its loss is computed inside its forward, from labels; here the objective computes the loss"
@@ -141,12 +147,22 @@ def capabilities(config: PeftConfig) -> frozenset[Capability]:
         found.add("reference")
     if _averages(config, kind):
         found.add("averageable")
+    if _is_plain_lora(config):
+        found.add("linear")
+    plain = init != "mica" and getattr(config, "bias", "none") == "none"
+    if kind == "LORA" and plain and not any(getattr(config, option, None) for option in _MORE_THAN_FACTORS):
+        found.add("low_rank")
     if kind not in _UNMERGEABLE and not getattr(config, "lora_bias", False):
         found.add("mergeable")
     # PEFT repeats a base-changing initialisation when it loads; a drawn one comes out differently.
     if not init.startswith("pissa_niter"):
         found.add("exportable")
     return frozenset(found)
+
+
+def _is_plain_lora(config: PeftConfig) -> bool:
+    # DoRA rescales whole rows; BD-LoRA's factors are stored as blocks.
+    return kind_of(config) == "LORA" and not any(getattr(config, o, None) for o in ("use_dora", "use_bdlora"))
 
 
 def _averages(config: PeftConfig, kind: str) -> bool:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from residency.types import Batch
+from residency.objectives.sft import token_nll
+from residency.types import Batch, Layout
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "Sampling"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How continuations are drawn.
+
+    Args:
+        seed: Of all draws of one call.
+        temperature: Logits are divided by it.
+        top_k: Draw from the k most likely tokens; 0 = from all.
+    """
+
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
 
 
 class Backbone(ABC):
@@ -29,9 +46,31 @@ class Backbone(ABC):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions of a batch, nowhere else."""
 
+    def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M,) negative log-likelihood of each target in nats, float32, for scoring: without a gradient."""
+        return token_nll(self.logits(model, batch), batch.targets)
+
     @abstractmethod
-    def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations, one per prompt, without the end token."""
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        layout: Layout = "padded",
+    ) -> list[list[int]]:
+        """Continuations, one per prompt, without the end token: greedy, or drawn as `sampling` says.
+
+        A function of the model, the prompts and the sampling alone: the global generator is left as it was.
+
+        Args:
+            model: With its adapter, in evaluation mode.
+            prompts: At least one token each.
+            max_new_tokens: Most tokens of a continuation; one that is as long as this was cut off.
+            sampling: How to draw; `None` = greedy.
+            layout: `packed` if the model was found to run packed rows (`residency.layout`); faster for greedy ones.
+        """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:

@@ -6,8 +6,9 @@ import copy
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from residency.backbones import packed_attention
-from residency.backbones.base import Backbone
+from residency.backbones.base import Backbone, Sampling
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from residency.backbones.greedy import greedy
 from residency.errors import UserError
 from residency.kernels.norm import fuse_norms
-from residency.types import Batch
+from residency.types import Batch, Layout
 
 __all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
 
 PACKAGED = "packaged"
+
+_HEAD_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,18 +160,42 @@ class CausalLM(Backbone):
         return model(**inputs, logits_to_keep=columns).logits[row, at]  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations; prompts are padded on the left and masked."""
+    def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M,) nats; where several labels go on from one position, the head is computed there once."""
+        if batch.layout == "padded":
+            return super().target_nll(model, batch)
+        positions, at = batch.target_at.unique(return_inverse=True)
+        logits = self.logits(model, replace(batch, target_at=positions))
+        # A few rows at a time, so that the exponentials stay in the cache.
+        total = torch.cat([part.float().logsumexp(-1) for part in logits.split(_HEAD_ROWS)])
+        return total[at] - logits[at, batch.targets].float()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        layout: Layout = "padded",
+    ) -> list[list[int]]:
+        """Greedy or drawn continuations: greedy ones packed without padding where the layout is, others padded."""
+        end = self.tokenizer.eos_token_id
+        if layout == "packed" and sampling is None:
+            return greedy(model, prompts, end=end, max_new_tokens=max_new_tokens)
         from transformers import GenerationConfig
 
         width = max(len(prompt) for prompt in prompts)
-        end = self.tokenizer.eos_token_id
         device = next(model.parameters()).device
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+        how: dict[str, Any] = {"do_sample": False}
+        if sampling is not None:
+            how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": 1.0}
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, **how)
         generate: Any = model.generate
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _seeded(sampling, device):
             # PEFT gives virtual tokens their positions itself, and says so at every step.
             warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
             out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
@@ -198,6 +226,17 @@ class CausalLM(Backbone):
         remark = f"bitsandbytes {self.quantisation.kind}" if self.quantisation else ""
         described = {"name": self.path, "licence": "see the model's card", "remark": remark}
         return described if self.revision is None else {**described, "revision": self.revision}
+
+
+@contextmanager
+def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
+    """transformers draws from the global generator: lend it a seed, and bring it back."""
+    if sampling is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield
 
 
 def _keeps_logits(model: nn.Module) -> bool:

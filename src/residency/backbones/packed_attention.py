@@ -1,11 +1,13 @@
 """Attention per segment of a packed row, through transformers' attention interface.
 
-Works for every architecture that calls the interface: the segments arrive as a keyword of the model's forward. Without
-that keyword (padded batches, generation) it is transformers' own scaled-dot-product attention.
+Works for every architecture that calls the interface: the segments arrive as a keyword of the model's forward, and so
+does the memory of `residency.backbones.greedy`. Without these keywords (padded batches) it is transformers' own
+scaled-dot-product attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,11 +18,82 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-__all__ = ["NAME", "register"]
+from residency.types import Segment, segment_tokens
+
+__all__ = ["NAME", "Memory", "attend_segments", "register", "segment_mask"]
 
 NAME = "residency_packed"
 
-Segments = tuple[tuple[int, ...], ...]
+Segments = tuple[Segment, ...]
+
+
+class Memory:
+    """Keys and values of several texts, layer by layer, while they are continued one token at a time.
+
+    Args:
+        lengths: Tokens of each text, B of them.
+        room: Tokens that may be added to each.
+        device: Of the model.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, room: int, device: Any) -> None:
+        self.lengths = torch.tensor(lengths, device=device)
+        self._room = room
+        self._part = range(0)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reads(self, part: range) -> None:
+        """The next packed row holds these texts."""
+        self._part = part
+
+    def advance(self) -> None:
+        """The next pass adds one token to every text."""
+        self.lengths = self.lengths + 1
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Forget all other texts."""
+        at = torch.tensor(places, device=self.lengths.device)
+        self.lengths = self.lengths[at]
+        self._layers = {layer: (k[at], v[at]) for layer, (k, v) in self._layers.items()}
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep keys and values, (1, K, N, d), of the packed row that is being read."""
+        if layer not in self._layers:
+            shape = (len(self.lengths), key.shape[1], int(self.lengths.max()) + self._room, key.shape[3])
+            self._layers[layer] = key.new_zeros(shape), value.new_zeros((*shape[:3], value.shape[3]))
+        sizes = self.lengths[self._part.start : self._part.stop].tolist()
+        for kept, new in zip(self._layers[layer], (key, value), strict=True):
+            for text, tokens in zip(self._part, new[0].split(sizes, 1), strict=True):
+                kept[text, :, : tokens.shape[1]] = tokens
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Add one token to every text and let it see its text.
+
+        Args:
+            layer: Number of the layer.
+            query: (B, H, 1, d).
+            key: (B, K, 1, d).
+            value: (B, K, 1, d).
+            scale: Of the logits; `None` = 1 / sqrt(d).
+            window: Size of a sliding window in tokens, or `None`.
+
+        Returns:
+            (B, H, 1, d).
+        """
+        count, last = len(self.lengths), self.lengths - 1
+        keys, values = self._layers[layer]
+        rows = torch.arange(count, device=last.device)
+        keys[rows, :, last], values[rows, :, last] = key[:, :, 0], value[:, :, 0]
+        width = int(self.lengths.max())
+        back = last[:, None] - torch.arange(width, device=last.device)
+        seen = back >= 0 if window is None else (back >= 0) & (back < window)
+        # The query heads of one key head become queries of their own, so that keys need not be repeated.
+        grouped = query.view(count, keys.shape[1], -1, query.shape[3])
+        mask = seen[:, None, None, :].expand(count, 1, grouped.shape[2], width)
+        out = F.scaled_dot_product_attention(grouped, keys[:, :, :width], values[:, :, :width], mask, scale=scale)
+        return out.view(count, query.shape[1], 1, -1)
 
 
 def register() -> None:
@@ -48,9 +121,16 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments | None = None,
+    memory: Memory | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    layer: Any = getattr(module, "layer_idx", None)
+    if memory is not None and segments is None:
+        seen = memory.attend(layer, query, key, value, scale=scaling, window=sliding_window)
+        return seen.transpose(1, 2).contiguous(), None
+    if memory is not None:
+        memory.store(layer, key, value)
     if segments is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -87,34 +167,52 @@ def attend_segments(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    sizes = [sum(segment) for segment in segments]
+    sizes = [segment_tokens(segment) for segment in segments]
     parts = zip(segments, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     out = []
     for segment, q, k, v in parts:
-        plain = len(segment) == 1 and (window is None or segment[0] <= window)
+        plain = len(segment) == 1 and (window is None or q.shape[2] <= window)
         mask = None if plain else segment_mask(segment, window).to(q.device)
         out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=plain, scale=scale))
     return torch.cat(out, 2)
 
 
 @lru_cache(maxsize=256)
-def segment_mask(segment: tuple[int, ...], window: int | None = None) -> Tensor:
-    """Which key (column) each query (row) of one segment may see.
+def segment_mask(segment: Segment, window: int | None = None) -> Tensor:
+    """Which key (column) each query (row) of one segment may see: the tokens it follows, and itself.
 
     Args:
-        segment: `(n,)` or `(prompt, branch, branch, ...)` lengths in tokens.
+        segment: See `Segment`; n tokens.
         window: Keys further back than this are hidden.
 
     Returns:
         (n, n) bool.
     """
-    lengths = torch.tensor(segment)
-    prompt = segment[0]
-    branch = torch.repeat_interleave(torch.arange(len(segment)), lengths)
-    starts = torch.cumsum(lengths, 0) - lengths
-    inner = torch.arange(int(lengths.sum())) - starts[branch]
-    position = torch.where(branch == 0, inner, prompt + inner)
-    same = (branch[:, None] == branch[None, :]) | (branch[None, :] == 0)
+    n = segment_tokens(segment)
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    position = torch.zeros(n, dtype=torch.long)
+    _fill(seen, position, segment, 0, [])
     distance = position[:, None] - position[None, :]
-    seen = same & (distance >= 0)
     return seen if window is None else seen & (distance < window)
+
+
+def _fill(seen: Tensor, position: Tensor, segment: Segment, start: int, before: Sequence[int]) -> None:
+    """Write what the tokens of a segment see and where they stand.
+
+    Args:
+        seen: (n, n).
+        position: (n,).
+        segment: The part whose first token is `start`.
+        start: Place in the row.
+        before: Places of the tokens that all of the part's tokens follow.
+    """
+    length = segment_tokens(segment[:1])
+    run = range(start, start + length)
+    seen[start : start + length, list(before)] = True
+    seen[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+    position[start : start + length] = torch.arange(length) + len(before)
+    start += length
+    for branch in segment[1:]:
+        part = (branch,) if isinstance(branch, int) else branch
+        _fill(seen, position, part, start, [*before, *run])
+        start += segment_tokens(part)

@@ -9,16 +9,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 from residency.domains.template import Template
 from residency.errors import UserError
-from residency.types import Row, Split
+from residency.types import Kind, Row, Split
 
 __all__ = ["Domain", "Kind", "Template", "drop_ambiguous", "hash_order", "split_by_group"]
-
-Kind = Literal["label", "generative"]
-"""`label`: completions are few and closed (classification). `generative`: completions are free text."""
 
 _SCORERS: Mapping[Kind, tuple[str, ...]] = {
     "label": ("nll", "accuracy"),

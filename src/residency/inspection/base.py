@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from residency.batching import by_token_budget, make_batch
-from residency.evaluation import prompt_nll
+from residency.likelihoods import prompt_nll
 from residency.randomness import seed_of
 from residency.types import Batch, Example, Split, Stage, Tensors
 

@@ -1,4 +1,4 @@
-"""The contract of a mitigation: a Lightning callback with two more lifecycle hooks and six two-way hooks."""
+"""The contract of a mitigation: a Lightning callback with three more lifecycle hooks and six two-way hooks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ State = Tensor | dict[str, Tensor]
 HOOKS = (
     "on_domain_start",
     "on_domain_end",
+    "prepare_dataset",
     "transform_dataset",
     "transform_batch",
     "loss_terms",
@@ -65,6 +66,14 @@ class Mitigation(Callback):
     uses_stream_length: ClassVar[bool] = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 
+    uses_base: bool = False
+    """Whether `transform_weights` reads `module.base_weights`, the weights before the first stage; may be set per
+    instance. Costs a snapshot of the adapter's state in memory, and nothing on disk."""
+
+    uses_validation: bool = False
+    """Whether it reads `module.validation()`, the validation rows of the stage's own domain; may be set per instance. A
+    stream whose domains have none is refused."""
+
     def __init__(self) -> None:
         self.name = type(self).__name__.lower()
         self.state: dict[str, State] = {}
@@ -89,6 +98,19 @@ class Mitigation(Callback):
     def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
         """After the last step and after every `transform_weights`: estimate, remember. Never changes weights."""
 
+    def prepare_dataset(self, module: ContinualModule, dataset: Sequence[Example], stage: Stage) -> None:
+        """Right before its own `transform_dataset`, with the weights that the stage before left: where the model itself
+        has to write or choose data. May set `self.state`, never weights.
+
+        Not called where the state of this stage is stored already. `transform_dataset` must therefore return a view
+        that reads `self.state` when an example is asked for: by then it is loaded.
+
+        Args:
+            module: The module, on the device; the adapter has not begun the stage.
+            dataset: As the mitigations before this one left it.
+            stage: Which one.
+        """
+
     # -- two-way ------------------------------------------------------------------------------------------------
 
     def transform_dataset(self, dataset: Sequence[Example], stage: Stage) -> Sequence[Example]:
@@ -100,7 +122,11 @@ class Mitigation(Callback):
         return batch
 
     def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
-        """Named scalars, already weighted, that are added to the loss; logged as `loss/<mitigation>/<term>`."""
+        """Named scalars, already weighted, that are added to the loss; logged as `loss/<mitigation>/<term>`.
+
+        A term whose gradient is known in closed form is returned detached, for the log and the sum, and its gradient is
+        added in `transform_gradients`: once per optimizer step, however many micro-batches there are.
+        """
         return {}
 
     def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
@@ -121,7 +147,8 @@ class Mitigation(Callback):
         Args:
             module: The module.
             before: `Adapter.weights` as the stage found them.
-            after: As it left them. Return this very object to change nothing, `before` to undo the stage exactly.
+            after: As it left them. Return this very object to change nothing, `before` to undo the stage exactly,
+                `module.base_weights` (with `uses_base`) for the model before the first stage, exactly.
         """
         return after
 
@@ -145,6 +172,10 @@ class Mitigation(Callback):
     def changes_weights(self, index: int) -> bool:
         """Whether `transform_weights` can return anything but `after` once the stage with this index is trained."""
         return overrides(self, "transform_weights")
+
+    def fingerprint(self) -> str:
+        """Of what its arguments name and do not hold, such as the contents of files; part of the keys of a study."""
+        return ""
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from residency.errors import UserError
 from residency.mitigations.base import Mitigation
-from residency.tensors import Computed
+from residency.tensors import Products, Term, terms_of
 from residency.types import Capability, Tensors
 
 if TYPE_CHECKING:
@@ -29,7 +31,20 @@ def mix(before: Tensors, after: Tensors, *, alpha: float) -> Tensors:
         return before
     if alpha == 1:
         return after
-    return Computed(after, lambda name: torch.lerp(before[name], after[name], alpha))
+
+    def compute(name: str) -> Tensor:
+        new = after[name]
+        # Integer buffers have no mean; torch.lerp is exact where nothing has moved.
+        return torch.lerp(before[name], new, alpha) if new.is_floating_point() else new
+
+    def terms(name: str) -> Sequence[Term] | None:
+        old, new = terms_of(before, name), terms_of(after, name)
+        if old is None or new is None:
+            return None
+        kept = [((1 - alpha) * c, left, right) for c, left, right in old]
+        return kept + [(alpha * c, left, right) for c, left, right in new]
+
+    return Products(after, compute, terms)
 
 
 class WeightMixing(Mitigation):

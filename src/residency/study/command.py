@@ -39,6 +39,9 @@ def sweep_command(words: list[str]) -> int:
     parser.add_argument("--study_dir", type=Path, help="folder of the study; default studies/<name>")
     parser.add_argument("--store", type=Path, help="folder of the stages; studies may share it; default STUDY/store")
     parser.add_argument("--dry-run", action="store_true", help="only check everything and show the plan")
+    parser.add_argument(
+        "--measure", action="store_true", help="with --dry-run: try a few steps, to estimate time and disk"
+    )
     parser.add_argument("--workers", type=int, help="stages at once; default one per GPU, or one per core")
     parser.add_argument("--threads", type=int, help="threads of each; default the cores shared out")
     parser.add_argument(
@@ -57,7 +60,8 @@ def sweep_command(words: list[str]) -> int:
         options.study,
         study_dir=options.study_dir,
         store=options.store,
-        dry_run=options.dry_run,
+        dry_run=options.dry_run or options.measure,
+        measure=options.measure,
         workers=options.workers,
         threads=options.threads,
         where=options.executor,
@@ -71,6 +75,7 @@ def sweep(
     study_dir: Path | None = None,
     store: Path | None = None,
     dry_run: bool = False,
+    measure: bool = False,
     workers: int | None = None,
     threads: int | None = None,
     where: Literal["local", "ray"] | None = None,
@@ -86,6 +91,7 @@ def sweep(
         study_dir: Its folder; studies/<name> by default.
         store: Folder of the stages; what the study says, or `store` in its folder, by default.
         dry_run: Stop after the plan.
+        measure: With `dry_run`: try a few steps of every kind of model, to estimate time and disk.
         workers: Stages at once; by default one per GPU, or one per core.
         threads: Threads of each; by default the cores shared out. Another number may change the last bits of a result.
         where: `local` or `ray`; by default what the study says.
@@ -112,7 +118,7 @@ def sweep(
         return _emit(study, path, emit_wandb, place, console)
     shop = Workshop(study, folder=folder, store=place, console=console, workers=share[0])
     if dry_run:
-        shop.check()
+        shop.check(measured=measure)
         return EXIT_DONE
 
     def start() -> Executor:

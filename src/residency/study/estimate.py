@@ -1,4 +1,4 @@
-"""How many stages a study trains, and what that will take, from what earlier stages in the store took."""
+"""How many stages a study trains, and what that will take: by what earlier stages took, or by a short measurement."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from residency.store import Store
+from residency.study.measure import Measured
 from residency.study.resolve import Resolved
 from residency.study.tree import Tree
 
@@ -60,7 +61,9 @@ class Estimate:
     tasks: Mapping[str, float]
 
 
-def estimate(tree: Tree, cells: Sequence[Resolved], store: Store, *, slots: int) -> Estimate:
+def estimate(
+    tree: Tree, cells: Sequence[Resolved], store: Store, *, slots: int, measured: Measured | None = None
+) -> Estimate:
     """From seconds per step, seconds per scored column and bytes per state of what is in the store.
 
     Args:
@@ -68,8 +71,9 @@ def estimate(tree: Tree, cells: Sequence[Resolved], store: Store, *, slots: int)
         cells: The cells of its tasks.
         store: What has been done.
         slots: Tasks at once.
+        measured: Stands in for what the store does not tell.
     """
-    rates = _Rates(store)
+    rates = _Rates(store, measured or Measured())
     by_id = {cell.cell.id: cell for cell in cells}
     tasks, total_bytes = {}, 0
     known = True
@@ -100,7 +104,8 @@ def _longest(tree: Tree, seconds: Mapping[str, float]) -> float:
 
 
 class _Rates:
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, measured: Measured) -> None:
+        self.measured = measured
         self.steps: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.sizes: dict[str, list[int]] = defaultdict(list)
         self.columns: dict[str, list[float]] = defaultdict(list)
@@ -116,17 +121,24 @@ class _Rates:
 
     def training(self, cell: Resolved, k: int) -> float | None:
         seconds, steps = self.steps[cell.lineage.model]
-        return cell.shelf.bench.stages[k - 1].steps * seconds / steps if steps else None
+        rate = seconds / steps if steps else self.measured.steps.get(cell.lineage.model)
+        return None if rate is None else cell.shelf.bench.stages[k - 1].steps * rate
 
     def scoring(self, cell: Resolved) -> float | None:
         names = [name for name, domain in cell.shelf.bench.data.columns.items() if domain.scorers]
-        if not all(self.columns[name] for name in names):
-            return None
-        return sum(sum(self.columns[name]) / len(self.columns[name]) for name in names)
+        found = [self._column(name) for name in names]
+        return None if None in found else sum(seconds for seconds in found if seconds is not None)
+
+    def _column(self, name: str) -> float | None:
+        seconds = self.columns[name]
+        return sum(seconds) / len(seconds) if seconds else self.measured.columns.get(name)
 
     def size(self, cell: Resolved, *, kinds: int) -> int | None:
         sizes = self.sizes[cell.lineage.model]
-        return kinds * sum(sizes) // len(sizes) if sizes else None
+        if sizes:
+            return kinds * sum(sizes) // len(sizes)
+        size = self.measured.sizes.get(cell.lineage.model)
+        return None if size is None else kinds * size
 
 
 def describe(counts: Counts, found: Estimate) -> list[str]:
@@ -138,7 +150,9 @@ def describe(counts: Counts, found: Estimate) -> list[str]:
         f"states to score: {counts.evaluations}",
     ]
     if found.seconds is None or found.bytes is None:
-        lines.append("time and disk: unknown, as no comparable stage is in the store yet")
+        lines.append(
+            "time and disk: unknown, no comparable stage is in the store yet; --dry-run --measure tries a few steps"
+        )
     else:
         lines.append(f"time: about {duration(found.seconds)}; disk: about {found.bytes / 2**20:.0f} MiB")
     return lines

@@ -15,6 +15,7 @@ from residency.study.compare import compare, failed_record
 from residency.study.estimate import Estimate, describe, estimate
 from residency.study.events import GridCell, StudyGrid, Watcher
 from residency.study.executors.base import Executor
+from residency.study.measure import measure
 from residency.study.plan import Study
 from residency.study.prepare import Prepared, prepare
 from residency.study.resolve import Resolver
@@ -43,8 +44,11 @@ class Workshop:
         self.console = console
         self.workers = workers
 
-    def check(self) -> None:
+    def check(self, *, measured: bool = False) -> None:
         """Plan and show; nothing is written.
+
+        Args:
+            measured: Try a few steps of every kind of model for the estimate of time and disk.
 
         Raises:
             UserError: What is wrong with the study or a cell of it.
@@ -56,7 +60,7 @@ class Workshop:
                 f"search: {search.trials} trials of {', '.join(search.parameters)}, {search.batch} together, for every "
                 "combination; the cells below are those before the search"
             )
-        self._show(self._prepared({}))
+        self._show(self._prepared({}), measured=measured)
 
     def sweep(self, start: Callable[[], Executor], watchers: Sequence[Watcher]) -> int:
         """Search if the study does, then make its cells, then compare them.
@@ -106,7 +110,7 @@ class Workshop:
     def _say(self, text: str) -> None:
         self.console.print(escape(text), highlight=False)
 
-    def _show(self, prepared: Prepared) -> Estimate:
+    def _show(self, prepared: Prepared, *, measured: bool = False) -> Estimate:
         cells, missing = prepared.cells, {resolved.cell.id for resolved in prepared.missing}
         self.console.print(
             f"[bold]{escape(prepared.study.name)}[/bold]: {len(cells)} cells, {len(missing)} to run, "
@@ -116,7 +120,8 @@ class Workshop:
             self.console.print(
                 f"  {escape(cell.id)}  {'to run' if cell.id in missing else 'complete'}", highlight=False
             )
-        found = estimate(prepared.tree, prepared.missing, prepared.store, slots=self.workers)
+        tried = measure(prepared.missing) if measured else None
+        found = estimate(prepared.tree, prepared.missing, prepared.store, slots=self.workers, measured=tried)
         for line in describe(prepared.counts, found):
             self.console.print(f"  {escape(line)}", highlight=False)
         return found

@@ -13,7 +13,7 @@ import torch
 from residency.module import ContinualModule
 from residency.types import Tensors
 
-__all__ = ["assert_still", "differing", "generators", "live_tensors", "undrawn"]
+__all__ = ["assert_still", "clone", "differing", "generators", "live_tensors", "undrawn"]
 
 
 def live_tensors(module: ContinualModule) -> Tensors:
@@ -25,6 +25,15 @@ def assert_still(before: Tensors, live: Tensors, message: str) -> None:
     """Tensors against what they were."""
     for name, tensor in before.items():
         assert torch.equal(live[name].detach(), tensor), f"{message} {name}"
+
+
+def clone(tree: Any) -> Any:
+    """A copy of nested mappings and sequences that later steps do not change."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: clone(value) for key, value in tree.items()}
+    return type(tree)(clone(value) for value in tree) if isinstance(tree, list | tuple) else tree
 
 
 def differing(one: Any, other: Any, name: str = "") -> list[str]:

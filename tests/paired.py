@@ -18,16 +18,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback
+from torch import nn
 
-from comparing import assert_still, differing, generators, live_tensors, undrawn
+from comparing import assert_still, clone, differing, generators, live_tensors, undrawn
 from copying import copied
-from fitting import Fit, stored
+from fitting import Fits
 from residency.adapters import Adapter
 from residency.adapters.base import changes
 from residency.backbones import CausalLM
+from residency.checkpointing import History
 from residency.data import StreamData
 from residency.errors import UserError
 from residency.evaluation import completion_nll, prompt_nll
@@ -35,7 +38,7 @@ from residency.mitigations import Mitigation
 from residency.mitigations.base import overrides
 from residency.module import ContinualModule
 from residency.objectives import SFT
-from residency.stages import begin_stage, finish_stage, restore_stage
+from residency.stages import finish_stage, restore_stage, train_stage
 from residency.tensors import snapshot
 from residency.types import Stage, Tensors
 from running import domains
@@ -46,7 +49,6 @@ __all__ = ["Pairs", "Run"]
 STEPS = {"a": 2, "b": 3}
 SAVED = 2  # step of the second stage after which a run is saved and continued elsewhere
 CPU = torch.device("cpu")
-_OURS = {"weights", "residency", "optimizer_states"}  # of a stored tree: what is there without a mitigation too
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,22 @@ class Run:
 
     Args:
         between: As stored after the first stage.
-        checkpoint: As stored in the second one.
+        checkpoint: The file that was written inside of the second one.
         final: As stored after it.
     """
 
     between: dict[str, Any]
-    checkpoint: dict[str, Any]
+    checkpoint: bytes
     final: dict[str, Any]
+
+
+class _Attached(CausalLM):
+    """Loads a copy of a model that was attached once; to attach it again does nothing."""
+
+    source: ContinualModule
+
+    def load(self) -> nn.Module:
+        return copied(self.source.model, {})
 
 
 class Pairs:
@@ -69,12 +80,13 @@ class Pairs:
 
     Args:
         backbone: Folder of the tiny model.
-        folder: For the data.
+        folder: For the data and for checkpoints.
         rows: The mitigations.
     """
 
     def __init__(self, backbone: Path, folder: Path, rows: Mapping[str, MitigationRow] = MITIGATIONS) -> None:
         self.backbone = backbone
+        self.folder = folder
         self.rows = rows
         self.data = StreamData(domains=domains(folder, {"a": "generative", "b": "label"}), batch_size=4)
         shape = {"stages": len(STEPS), "seed": 0, "batch_size": 4}
@@ -92,48 +104,55 @@ class Pairs:
             UserError: The pair is refused.
         """
         row = ADAPTERS[adapter]
+        backbone = (CausalLM if fresh else _Attached)(path=str(self.backbone), **row.loading)
         optimizer = partial(torch.optim.AdamW, lr=row.lr, weight_decay=0.1)
-        backbone = CausalLM(path=str(self.backbone), **row.loading)
         parts: dict[str, Any] = {"objective": SFT(), "optimizer": optimizer, "mitigations": dict(mitigations)}
         module = ContinualModule(backbone=backbone, adapter=row.make(), **parts)
-        if fresh:
+        if isinstance(backbone, _Attached):
+            if adapter not in self._attached:
+                self._attached[adapter] = self.module(adapter, {}, fresh=True)
+            source = backbone.source = self._attached[adapter]
+            backbone.tokenizer = source.backbone.tokenizer
+            with patch("residency.module.choose_layout", lambda *_: (source.layout, source.layout_reason)):
+                module.build(seed=0)
+        else:
             module.build(seed=0)
-            return module
-        if adapter not in self._attached:
-            self._attached[adapter] = self.module(adapter, {}, fresh=True)
-        source = self._attached[adapter]
-        module.backbone, module.layout = source.backbone, source.layout
-        memo: dict[int, Any] = {}
-        module.adapter, module.model = copied(source.adapter, memo), copied(source.model, memo)
-        module.remember_base()
         return module
 
     # -- runs ---------------------------------------------------------------------------------------------------
 
     def train(self, adapter: str, module: ContinualModule, *, after: Run | None = None) -> Run:
         """Both stages; or the rest of the second, after what another run has stored."""
-        clip = ADAPTERS[adapter].trainer.get("gradient_clip_val", 1.0)
         first, second = self.stages
+        work = self.folder / "work"
+        checkpoint = work / "checkpoint.safetensors"
+        checkpoint.unlink(missing_ok=True)
         if after is None:
-            _, live = self._fit(module, first, clip=clip)
+            live = self._fit(adapter, module, first, work)
             between, live = self._finish(module, live)
             self._evaluate(module, first, live)
         else:
             between = after.between
-            restore_stage(module, between)
-        fit, live = self._fit(module, second, clip=clip, save_at=SAVED, checkpoint=after and after.checkpoint)
-        return Run(between, fit.checkpoint, self._finish(module, live)[0])
+            restore_stage(module, clone(between))
+            checkpoint.write_bytes(after.checkpoint)
+        live = self._fit(adapter, module, second, work, every=SAVED)
+        return Run(between, checkpoint.read_bytes(), self._finish(module, live)[0])
 
-    def _fit(
-        self, module: ContinualModule, stage: Stage, *, checkpoint: Any = None, **options: Any
-    ) -> tuple[Fit, Tensors]:
-        """The fit, and the tensors that it left."""
-        with undrawn("begin_stage"):
-            begin_stage(module, self.data, stage, stored=module.mitigations if checkpoint else ())
-        fit, watch = Fit(module, **options), _Watch()
-        fit.callbacks.append(watch)
-        fit.run(checkpoint)
-        return fit, live_tensors(module) if changes(module.adapter, "end_stage") else watch.live
+    def _fit(self, adapter: str, module: ContinualModule, stage: Stage, work: Path, *, every: int = 0) -> Tensors:
+        """Train; the tensors that it left."""
+        watch = _Watch()
+        clip = ADAPTERS[adapter].trainer.get("gradient_clip_val", 1.0)
+        train_stage(
+            module=module,
+            data=self.data,
+            trainers=Fits(lambda: {"gradient_clip_val": clip}),
+            stage=stage,
+            folder=work,
+            history=History(stage=stage, every_n_steps=1, offset=0, write=lambda line: None),
+            observers=[watch],
+            checkpoint_every_n_steps=every,
+        )
+        return live_tensors(module) if changes(module.adapter, "end_stage") else watch.live
 
     def _finish(self, module: ContinualModule, live: Tensors) -> tuple[dict[str, Any], Tensors]:
         """What follows training: as stored, and the tensors that it left."""
@@ -145,7 +164,7 @@ class Pairs:
         assert_still(before, live, "frozen: what follows training moved")
         for name, tensor in tree["weights"].items():
             assert not tensor.is_floating_point() or tensor.isfinite().all(), f"acts: {name} is not finite"
-        return stored(tree), live_tensors(module) if mixes else live
+        return clone(tree), live_tensors(module) if mixes else live
 
     def _evaluate(self, module: ContinualModule, stage: Stage, live: Tensors) -> None:
         before, states = snapshot(live), _states(module)
@@ -221,14 +240,15 @@ class Pairs:
         plain = self.plain(adapter)
         module = self.module(adapter, {name: self.rows[name].off() for name in mitigations})
         run = self.train(adapter, module)
-        for one, other in ((plain.between, run.between), (plain.checkpoint, run.checkpoint), (plain.final, run.final)):
-            if found := differing(*({k: v for k, v in tree.items() if k in _OURS} for tree in (one, other))):
-                return found[0]
-        return ""
+        ends = ((plain.between, run.between), (plain.final, run.final))
+        return next((found for one, other in ends for found in differing(one["weights"], other["weights"])), "")
 
 
 class _Watch(Callback):
     """Frozen is frozen while training; and preparing a domain draws nothing."""
+
+    def __init__(self) -> None:
+        self.random = generators()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         declared = pl_module.adapter.trainable(pl_module.model)
@@ -236,12 +256,9 @@ class _Watch(Callback):
         grad = {name for name, tensor in self.live.items() if tensor.requires_grad}
         assert {*declared} == grad, "frozen: declared as trainable is not what requires a gradient"
         self.before = snapshot({name: tensor for name, tensor in self.live.items() if name not in declared})
-        self.random: Any = generators()
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if self.random is not None:
-            assert self.random == generators(), "seed: preparing the domain drew from a global generator"
-        self.random = None
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        assert self.random == generators(), "seed: preparing the domain drew from a global generator"
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         assert_still(self.before, self.live, "frozen: training moved")
@@ -257,4 +274,4 @@ def _refusal(adapter: Adapter, row: MitigationRow) -> str:
 
 
 def _states(module: ContinualModule) -> dict[str, Any]:
-    return stored({name: m.state_dict() for name, m in module.mitigations.items()})
+    return clone({name: m.state_dict() for name, m in module.mitigations.items()})

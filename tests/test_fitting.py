@@ -10,20 +10,20 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from fitting import Fit, stored
+from comparing import differing
+from fitting import Fits
 from residency.adapters import Adapter
 from residency.checkpointing import History
 from residency.data import StreamData
 from residency.mitigations.base import HOOKS, Mitigation
 from residency.signals import Stopped
-from residency.stages import finish_stage, restore_stage, train_stage, training_state
+from residency.stages import finish_stage, restore_stage, train_stage
 from residency.trainers import Trainers
 from residency.types import Stage
 from running import domains, make_module
 from table import ADAPTERS, MITIGATIONS
-from test_kill import assert_equal_trees
 
-# Plain and with everything at once; a structure that grows; steps in the backward pass; dropout; frozen codes.
+# Everything at once; a structure that grows; dropout; frozen codes; steps in the backward pass.
 COMBINATIONS = [
     ("full", ("ewc", "replay", "weight_mixing")),
     ("lora_dropout", ("ewc_online", "replay")),
@@ -31,6 +31,10 @@ COMBINATIONS = [
     ("per_domain", ("replay",)),
     ("qlora", ("weight_mixing",)),
     ("galore_layerwise", ("replay",)),
+]
+STAGES = [
+    Stage(index=0, domain="a", stages=2, seed=0, steps=2, batch_size=4),
+    Stage(index=1, domain="b", stages=2, seed=0, steps=3, batch_size=4),
 ]
 LIGHTNING = [name for name in dir(Callback) if name.startswith("on_") or name in ("setup", "teardown")]
 Calls = list[tuple[str, int, bool]]
@@ -59,97 +63,88 @@ def spy(calls: Calls, adapter: Adapter) -> Mitigation:
     return kind()  # type: ignore[no-any-return]
 
 
-def module_of(backbone: Path, adapter: str, mitigations: Sequence[str], calls: Calls) -> Any:
-    made = ADAPTERS[adapter].make()
-    parts = {name: MITIGATIONS[name].make() for name in mitigations} | {"spy": spy(calls, made)}
-    module = make_module(backbone, made, parts, **ADAPTERS[adapter].options)
-    module.build(seed=0)
-    return module
+class Bench:
+    """Trains stages of a combination with one kind of Trainers."""
+
+    def __init__(self, backbone: Path, folder: Path, adapter: str, mitigations: Sequence[str], kind: Any) -> None:
+        self.folder = folder / kind.__name__
+        self.data = StreamData(domains=domains(folder / "data", {"a": "generative", "b": "label"}), batch_size=4)
+        self.row = ADAPTERS[adapter]
+        self.kind = kind
+        self.calls: Calls = []
+        made = self.row.make()
+        parts = {name: MITIGATIONS[name].make() for name in mitigations} | {"spy": spy(self.calls, made)}
+        self.module = make_module(backbone, made, parts, **self.row.options)
+        self.module.build(seed=0)
+
+    def train(self, stage: Stage, *, every: int = 0, **options: Any) -> dict[str, Any]:
+        """Train and finish one stage; what is stored."""
+        base = {"accelerator": "cpu", "gradient_clip_val": 1.0, "enable_progress_bar": False, "max_steps": stage.steps}
+        train_stage(
+            module=self.module,
+            data=self.data,
+            trainers=self.kind(lambda: {**base, **self.row.trainer, **options}),
+            stage=stage,
+            folder=self.folder / str(stage.index),
+            history=History(stage=stage, every_n_steps=1, offset=0, write=lambda line: None),
+            observers=[],
+            checkpoint_every_n_steps=every,
+        )
+        return finish_stage(self.module, {}, device=torch.device("cpu"))
 
 
-def stages() -> list[Stage]:
-    steps = {"a": 2, "b": 3}
-    return [
-        Stage(index=i, domain=name, stages=2, seed=0, steps=steps[name], batch_size=4) for i, name in enumerate(steps)
-    ]
+class Stop(Callback):
+    """Ends the second stage after its second step."""
 
-
-class _Stop(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
         if (module.stage.index, trainer.global_step) == (1, 2):
             raise Stopped("SIGTERM")
 
 
-def really(module: Any, data: StreamData, stage: Stage, folder: Path, options: Any, *, every: int = 0) -> None:
-    """Train and finish a stage as a run does."""
-    options = {"accelerator": "cpu", "gradient_clip_val": 1.0, "enable_progress_bar": False, **options}
-    trainers = Trainers(lambda: {**options, "max_steps": stage.steps})
-    history = History(stage=stage, every_n_steps=1, offset=0, write=lambda line: None)
-    train_stage(
-        module=module,
-        data=data,
-        trainers=trainers,
-        stage=stage,
-        folder=folder,
-        history=history,
-        observers=[],
-        checkpoint_every_n_steps=every,
-    )
-    finish_stage(module, {}, device=torch.device("cpu"))
+class Enough(Callback):
+    """Tells the trainer, after the first step, that it may stop."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        trainer.should_stop = True
 
 
-def quickly(module: Any, data: StreamData, stage: Stage, options: Any, *, checkpoint: Any = None, save: int = 0) -> Any:
-    """The same by way of `Fit`; the checkpoint."""
-    module.begin_stage(stage, data.examples(stage, module.backbone.tokenizer))
-    fit = Fit(module, clip=options.get("gradient_clip_val", 1.0), save_at=save)
-    fit.run(checkpoint)
-    finish_stage(module, {}, device=torch.device("cpu"))
-    return fit.checkpoint
-
-
-def state(module: Any) -> dict[str, Any]:
-    return stored(training_state(module, module.mitigations))
-
-
-@pytest.mark.parametrize(
+combinations = pytest.mark.parametrize(
     ("adapter", "mitigations"), COMBINATIONS, ids=lambda part: part if isinstance(part, str) else "+".join(part)
 )
+
+
+@combinations
 def test_fit_is_what_a_trainer_does(adapter: str, mitigations: Sequence[str], llama: Path, tmp_path: Path) -> None:
-    data = StreamData(domains=domains(tmp_path, {"a": "generative", "b": "label"}), batch_size=4)
-    options = ADAPTERS[adapter].trainer
-    expected: Calls = []
-    found: Calls = []
-    real, quick = (module_of(llama, adapter, mitigations, calls) for calls in (expected, found))
-    for stage in stages():
-        really(real, data, stage, tmp_path / str(stage.index), options)
-        quickly(quick, data, stage, options)
-        assert_equal_trees(state(real), state(quick), f"stage {stage.index}")
-    assert found == expected
+    real, quick = (Bench(llama, tmp_path, adapter, mitigations, kind) for kind in (Trainers, Fits))
+    for stage in STAGES:
+        assert not differing(real.train(stage), quick.train(stage))
+    assert quick.calls == real.calls
 
 
-@pytest.mark.parametrize(
-    ("adapter", "mitigations"), COMBINATIONS[:4], ids=lambda part: part if isinstance(part, str) else "+".join(part)
-)
+@combinations
 def test_a_resumed_fit_is_what_a_trainer_does(
     adapter: str, mitigations: Sequence[str], llama: Path, tmp_path: Path
 ) -> None:
-    data = StreamData(domains=domains(tmp_path, {"a": "generative", "b": "label"}), batch_size=4)
-    first, second = stages()
-    options = ADAPTERS[adapter].trainer
-    calls: list[Calls] = [[], []]
-    whole, stopped, resumed = (module_of(llama, adapter, mitigations, []) for _ in range(3))
-    really(whole, data, first, tmp_path / "0", options)
-    between = {**state(whole), "facts": {}}
-    restore_stage(stopped, between)
-    with pytest.raises(Stopped):
-        really(stopped, data, second, tmp_path / "1", {**options, "callbacks": [_Stop()]}, every=1)
-    stopped = module_of(llama, adapter, mitigations, calls[0])
-    restore_stage(stopped, between)
-    really(stopped, data, second, tmp_path / "1", options)
-    checkpoint = quickly(whole, data, second, options, save=1)
-    resumed = module_of(llama, adapter, mitigations, calls[1])
-    restore_stage(resumed, between)
-    quickly(resumed, data, second, options, checkpoint=checkpoint)
-    assert_equal_trees(state(stopped), state(resumed), "resumed")
-    assert_equal_trees(state(whole), state(resumed), "whole")
+    calls, finals = [], []
+    for kind in (Trainers, Fits):
+        stopped, resumed = (Bench(llama, tmp_path, adapter, mitigations, kind) for _ in range(2))
+        between = stopped.train(STAGES[0])
+        # Copies: the stopped module goes on.
+        restore_stage(resumed.module, {**between, "facts": {}})
+        with pytest.raises(Stopped):
+            stopped.train(STAGES[1], every=1, callbacks=[Stop()])
+        finals.append(resumed.train(STAGES[1]))
+        before = [call for call in stopped.calls if call[0] != "on_exception"]
+        calls.append([before, resumed.calls])
+    assert not differing(*finals)
+    assert calls[0] == calls[1]
+
+
+def test_a_fit_that_is_told_to_stop_stops(llama: Path, tmp_path: Path) -> None:
+    calls = []
+    for kind in (Trainers, Fits):
+        bench = Bench(llama, tmp_path, "lora", (), kind)
+        with pytest.raises(Exception, match=r"ran 1 of 2 steps"):
+            bench.train(STAGES[0], callbacks=[Enough()])
+        calls.append(bench.calls)
     assert calls[0] == calls[1]

@@ -105,7 +105,7 @@ BROKEN: dict[str, tuple[MitigationRow, str]] = {
     "diverging": (_row(Diverging), "loss/diverging/more is nan"),
     "thawing": (_row(Thawing), "frozen: training moved"),
     "ending": (_row(Ending), "frozen: what follows training moved"),
-    "forgetful": (_row(Forgetful), "resume: weights/.* differs from the uninterrupted run"),
+    "forgetful": (_row(Forgetful), "resume: /?weights/.* differs from the uninterrupted run"),
     "hooking": (_row(Hooking), "evaluate: scoring changed /hooking/seen"),
     "drawing": (_row(Drawing), "seed: preparing the domain drew"),
     "refused": (replace(_row(Scaled), refuses=_misses), "refused: it was not, although needs two hands"),

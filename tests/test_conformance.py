@@ -18,17 +18,24 @@ from residency.adapters.peft import expected_remarks
 from residency.batching import make_batch
 from residency.errors import UserError
 from residency.mitigations import Mitigation
-from residency.mitigations.base import HOOKS, overrides
 from residency.signals import Stopped
 from residency.storage import load_tree
 from residency.tensors import snapshot
 from residency.types import Example
 from running import make_module, train
-from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS
+from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS, SOME_ADAPTERS, SOME_MITIGATIONS
 
 adapters = pytest.mark.parametrize("name", ADAPTERS)
-# Adapter by adapter: what the pairs of one share is made once per process.
-pairs = pytest.mark.parametrize(("adapter", "mitigation"), [(a, m) for a in ADAPTERS for m in MITIGATIONS])
+# Adapter by adapter: what the pairs of one share is made once per process. `make test` takes every mitigation on some
+# adapters and some mitigations on every adapter, `make test-pairs` all that is left.
+pairs = pytest.mark.parametrize(
+    ("adapter", "mitigation"),
+    [
+        pytest.param(a, m, marks=() if a in SOME_ADAPTERS or m in SOME_MITIGATIONS else pytest.mark.pairs)
+        for a in ADAPTERS
+        for m in MITIGATIONS
+    ],
+)
 
 EXAMPLES = [
     Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
@@ -306,7 +313,10 @@ def test_pair_keeps_every_invariant(adapter: str, mitigation: str, bench: Pairs)
 def test_a_copied_model_trains_as_a_fresh_one(name: str, bench: Pairs) -> None:
     """Pairs train copies of a model that was attached once."""
     fresh, copied = bench.train(name, bench.module(name, {}, fresh=True)), bench.plain(name)
-    assert not differing(fresh.final, copied.final)
+    if ADAPTERS[name].identity == "close":  # a decomposition differs in its last bits from call to call
+        torch.testing.assert_close(fresh.final["weights"], copied.final["weights"], rtol=1e-4, atol=1e-5)
+    else:
+        assert not differing(fresh.final, copied.final)
 
 
 @pytest.mark.parametrize("name", MITIGATIONS)
@@ -348,7 +358,7 @@ def test_mitigation_declares_everything(name: str) -> None:
     mitigation = MITIGATIONS[name].make()
     assert isinstance(mitigation.first_domain, int)
     assert mitigation.instead
-    assert any(overrides(mitigation, hook) for hook in HOOKS)
+    assert mitigation.touches_training(1) or mitigation.changes_weights(1), "it does nothing"
     off = MITIGATIONS[name].off()
     touched = [index for index in range(3) if off.touches_training(index) or off.changes_weights(index)]
     assert not touched, "at strength 0 a study shares its stages with runs without it"

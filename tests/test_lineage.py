@@ -170,7 +170,7 @@ def test_code_that_a_plug_in_takes_from_its_neighbours_is_part_of_it(monkeypatch
     read: list[str] = []
     monkeypatch.setattr(module, "_source", lambda name: read.append(name) or name)
     module._code(residency.mitigations.SDFT)
-    wanted = {"sdft", "base", "prompting", "replay", "teachers"}
+    wanted = {"sdft", "base", "memory", "prompting", "selection", "teachers"}
     assert {*read} == {f"residency.mitigations.{name}" for name in wanted}
 
 

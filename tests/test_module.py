@@ -27,11 +27,14 @@ def tiny_lora() -> Any:
 
 
 class Recorder(Mitigation):
-    """Overrides all eight hooks, changes nothing, writes every call down."""
+    """Overrides all nine hooks, changes nothing, writes every call down."""
 
     def __init__(self, calls: list[tuple[str, int]]) -> None:
         super().__init__()
         self.calls = calls
+
+    def prepare_dataset(self, module: Any, dataset: Sequence[Example], stage: Stage) -> None:
+        self.calls.append(("prepare_dataset", stage.index))
 
     def on_domain_start(self, module: Any, stage: Stage) -> None:
         self.calls.append(("on_domain_start", stage.index))
@@ -78,11 +81,9 @@ def test_every_hook_in_its_place(llama: Path, tmp_path: Path) -> None:
     recorder = Recorder(calls)
     assert all(overrides(recorder, hook) for hook in HOOKS)
     record, _ = train(tmp_path / "run", llama, tiny_lora(), {"recorder": recorder}, steps=2)
-    expected = [
-        (name, stage)
-        for stage in range(3)
-        for name in ["transform_dataset", "on_domain_start", *STEP, *STEP, "transform_weights", "on_domain_end"]
-    ]
+    whole = ["prepare_dataset", "transform_dataset", "on_domain_start"]
+    whole += [*STEP, *STEP, "transform_weights", "on_domain_end"]
+    expected = [(name, stage) for stage in range(3) for name in whole]
     assert calls == expected
     plain, _ = train(tmp_path / "plain", llama, tiny_lora(), steps=2)
     assert record["scores"] == plain["scores"], "a mitigation that changes nothing must not change a bit"

@@ -7,7 +7,10 @@ The padded loop: rows sorted by length, 16 together, padded on the right, infere
 positions only, transformers' default attention, PEFT's own LoRA layers. `--peers FOLDER` adds the evaluation of
 `common.py` in that folder, whose loop is the same, as a row of its own.
 
-    python experiments/benchmarks/evaluation.py [--rounds 3] [--threads 2] [--peers FOLDER] [--parts]
+    python experiments/benchmarks/evaluation.py [--rounds 3] [--threads 2] [--peers FOLDER] [--whole] [--parts]
+
+With `--whole`, all that the quickstart scores after a stage (32 rows per domain; of 16 the labels or a generation): the
+loop gives every label a padded row of its own and lets transformers' `generate` write.
 
 With `--parts`, the evaluation of the quickstart (32 rows per domain, 16 of them for labels and for generation) by part.
 """
@@ -21,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +35,17 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
+from residency.batching import make_batch
 from residency.data import StreamData
 from residency.domains.packaged import IcdChapters, LicenceClauses, StdlibSignatures
 from residency.evaluation import EvaluationSettings, evaluate, means
 from residency.module import ContinualModule
 from residency.objectives import SFT
+from residency.scorers import exact_match, label_is_best, rouge_l
 from residency.types import Example
 
 READERS = {"medical": IcdChapters, "legal": LicenceClauses, "code": StdlibSignatures}
@@ -101,6 +107,49 @@ def padded(model: Any, rows: Mapping[str, Sequence[Example]]) -> dict[str, float
     return found
 
 
+@torch.inference_mode()
+def padded_stage(model: Any, data: StreamData, tokenizer: Any) -> dict[str, dict[str, float]]:
+    """{scorer: {domain: mean}} of all that the quickstart scores, as a loop does it."""
+    found: dict[str, dict[str, float]] = {"nll": {}, "accuracy": {}, "exact_match": {}}
+    for name, domain in data.columns.items():
+        examples = data.evaluation_examples(name, "test", tokenizer, competing=SETTINGS.accuracy_rows)
+        found["nll"] |= padded(model, {name: examples})
+        if "accuracy" in domain.scorers:
+            best = [_label_wins(model, e) for e in examples if e.alternatives]
+            found["accuracy"][name] = sum(best) / len(best)
+        if "exact_match" in domain.scorers:
+            targets = {row.id: row.completion for row in domain.rows("test")}
+            asked = examples[: SETTINGS.generation_rows]
+            texts = _written(model, asked, tokenizer)
+            hits = [exact_match(text, targets[e.row]) for text, e in zip(texts, asked, strict=True)]
+            rouge_l(texts, [targets[e.row] for e in asked])
+            found["exact_match"][name] = sum(hits) / len(hits)
+    return {scorer: values for scorer, values in found.items() if values}
+
+
+def _label_wins(model: Any, example: Example) -> bool:
+    labels = [replace(example, completion=c, alternatives=()) for c in (example.completion, *example.alternatives)]
+    sums = []
+    for first in range(0, len(labels), PADDED_ROWS):
+        batch = make_batch(labels[first : first + PADDED_ROWS], layout="padded")
+        core, width = model.get_base_model(), batch.input_ids.shape[1]
+        hidden = core.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        logits = core.lm_head(hidden[batch.target_at // width, batch.target_at % width])
+        nll = F.cross_entropy(logits, batch.targets, reduction="none")
+        sums.append(torch.zeros(batch.size).index_add(0, batch.target_example, nll))
+    return label_is_best(torch.cat(sums))
+
+
+def _written(model: Any, examples: Sequence[Example], tokenizer: Any) -> list[str]:
+    width, end = max(len(e.prompt) for e in examples), tokenizer.eos_token_id
+    ids = torch.tensor([[end] * (width - len(e.prompt)) + list(e.prompt) for e in examples])
+    mask = torch.tensor([[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in examples])
+    limit = max(len(e.completion) for e in examples)
+    settings = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=end)
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, width:].tolist()]
+
+
 def peer(folder: Path, model: Any, rows: Mapping[str, Sequence[Example]]) -> Callable[[], dict[str, float]]:
     """The evaluation of the peers' scripts on the same rows."""
     spec = importlib.util.spec_from_file_location("peers_common", folder / "common.py")
@@ -136,21 +185,44 @@ def compare(module: ContinualModule, *, rounds: int, peers: Path | None) -> dict
     # The first pass of a process is slower: memory is touched for the first time.
     ours(["medical"])
     padded(model, {"medical": rows["medical"]})
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    apart = 0.0
-    for number in range(1, rounds + 1):
-        scores = {}
-        for name, run in arms.items():
-            elapsed, scores[name] = timed(run)
-            seconds[name].append(elapsed)
-        apart = max(abs(scores[n][d] - scores["ours"][d]) for n in arms for d in rows)
-        print(f"round {number}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
-    ratios = {n: [a / b for a, b in zip(seconds[n], seconds["ours"], strict=True)] for n in arms if n != "ours"}
+    seconds, scores = alternate(arms, rounds)
+    apart = max(abs(scores[n][d] - scores["ours"][d]) for n in arms for d in rows)
     return {
         "tokens": sum(len(e) for examples in rows.values() for e in examples),
         "largest_difference_nats": apart,
-        **{f"speed_over_{n}": {"median": statistics.median(r), "range": [min(r), max(r)]} for n, r in ratios.items()},
+        **speeds(seconds),
     }
+
+
+def compare_stage(module: ContinualModule, *, rounds: int) -> dict[str, Any]:
+    """The same for all that is scored after a stage."""
+    data, tokenizer = stream_data(rows=32), module.backbone.tokenizer
+    model = plain_model(module)
+
+    def ours() -> dict[str, dict[str, float]]:
+        return means(evaluate(module, data, split="test", settings=SETTINGS))
+
+    ours()
+    seconds, scores = alternate({"loop": lambda: padded_stage(model, data, tokenizer), "ours": ours}, rounds)
+    return {"scores": scores, **speeds(seconds)}
+
+
+def alternate(arms: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of every pass of every arm, and what each gave in the last one."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    scores: dict[str, Any] = {}
+    for number in range(1, rounds + 1):
+        for name, run in arms.items():
+            elapsed, scores[name] = timed(run)
+            seconds[name].append(elapsed)
+        print(f"round {number}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
+    return seconds, scores
+
+
+def speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """How many times as fast as each other arm `ours` is: median and range over the rounds."""
+    ratios = {n: [a / b for a, b in zip(seconds[n], seconds["ours"], strict=True)] for n in seconds if n != "ours"}
+    return {f"speed_over_{n}": {"median": statistics.median(r), "range": [min(r), max(r)]} for n, r in ratios.items()}
 
 
 def parts(module: ContinualModule) -> dict[str, Any]:
@@ -181,12 +253,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", type=Path, help="folder with the peers' common.py")
+    parser.add_argument("--whole", action="store_true", help="all that is scored after a stage")
     parser.add_argument("--parts", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     module = our_module()
     if options.parts:
         print(json.dumps(parts(module), indent=1))
+    elif options.whole:
+        print(json.dumps(compare_stage(module, rounds=options.rounds)))
     else:
         print(json.dumps(compare(module, rounds=options.rounds, peers=options.peers)))
 

@@ -168,11 +168,11 @@ def test_the_key_knows_the_files_that_a_mitigation_is_written_with(monkeypatch: 
     read: list[str] = []
     monkeypatch.setattr(lineage, "_source", lambda name: read.append(name) or name)
     lineage._code(FisherMerge)
-    assert {f"residency.mitigations.{name}" for name in ("fisher_merge", "base", "ewc")} <= {*read}
+    assert {f"residency.mitigations.{name}" for name in ("fisher_merge", "base", "fisher", "quadratic")} <= {*read}
     read.clear()
     lineage._code(TIES)
     assert "residency.mitigations.merging" in read
-    assert "residency.mitigations.ewc" not in read
+    assert "residency.mitigations.fisher" not in read
 
 
 # -- resume ---------------------------------------------------------------------------------------------------------

@@ -161,8 +161,9 @@ def capabilities(config: PeftConfig) -> frozenset[Capability]:
 
 
 def _is_plain_lora(config: PeftConfig) -> bool:
-    # DoRA rescales whole rows; BD-LoRA's factors are stored as blocks.
-    return kind_of(config) == "LORA" and not any(getattr(config, o, None) for o in ("use_dora", "use_bdlora"))
+    # DoRA rescales whole rows; BD-LoRA's factors are stored as blocks; MiCA trains one of the two.
+    plain = kind_of(config) == "LORA" and _init(config) != "mica"
+    return plain and not any(getattr(config, option, None) for option in ("use_dora", "use_bdlora"))
 
 
 def _averages(config: PeftConfig, kind: str) -> bool:

@@ -29,7 +29,8 @@ def fuse(optimizer: Optimizer) -> Optimizer:
     if optimizer.defaults.get("fused") is not None or optimizer.defaults.get("foreach") is not None:
         return optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not all(p.device.type in _DEVICES and torch.is_floating_point(p) for p in parameters):
+    # Contiguous: the kernel walks memory, and a state that comes back from a checkpoint has lost its strides.
+    if not all(p.device.type in _DEVICES and p.is_floating_point() and p.is_contiguous() for p in parameters):
         return optimizer
     if any(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups):
         return optimizer

@@ -84,15 +84,18 @@ class History(Callback):
         self.offset = offset
         self.write = write
         self.optimizer_state_bytes = 0
-        self.totals = {"seconds": 0.0, "tokens": 0, "steps": 0}
+        self.totals = {"seconds": 0.0, "tokens": 0, "steps": 0, "prepare_seconds": 0.0}
         self._window: dict[str, float] = {}
         self._micro = 0
         self._last = (0.0, 0)
-        self._clock = 0.0
+        self._clock = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """The clock runs from the first batch's loading to the last step's end."""
-        self._clock = time.perf_counter()
+        """The clock of the steps runs from the first batch's loading to the last step's end."""
+        now = time.perf_counter()
+        # What a resume needs to get here again is not what the stage costs.
+        self.totals["prepare_seconds"] = self.totals["prepare_seconds"] or now - self._clock
+        self._clock = now
         self._last = (self.totals["seconds"], int(self.totals["tokens"]))
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from residency.data import StreamData
@@ -62,23 +62,35 @@ def _uses_task_id(module: ContinualModule) -> bool:
 
 def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
     trained = stages[1:]
-    seconds = sum(stage["train_seconds"] for stage in trained)
+    seconds, before, after = (
+        sum(stage.get(f"{part}_seconds", 0.0) for stage in trained) for part in ("train", "prepare", "finish")
+    )
     # What the run would cost alone, also where it shared a stage with others: runs are compared by it.
     scoring = sum(stage["evaluation_seconds"] for stage in stages)
     tokens = sum(stage["train_tokens"] for stage in trained)
     return {
-        "seconds": seconds + scoring,
+        "seconds": before + seconds + after + scoring,
+        "prepare_seconds": before,
         "train_seconds": seconds,
+        "finish_seconds": after,
         "evaluation_seconds": scoring,
         "train_tokens": tokens,
         "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in trained),
         "trainable_parameters": info.trainable,
         "total_parameters": info.total,
-        "mitigation_state_bytes": trained[-1]["mitigation_state_bytes"],
+        "mitigation_state_bytes": _most(stage["mitigation_state_bytes"] for stage in trained),
         "optimizer_state_bytes": max(stage.get("optimizer_state_bytes", 0) for stage in trained),
         "training_flops": training_flops(total=info.total, trainable=info.trainable, tokens=tokens),
     }
+
+
+def _most(stages: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Per mitigation, the most that it held in any stage."""
+    found: dict[str, int] = {}
+    for stage in stages:
+        found |= {name: max(size, found.get(name, 0)) for name, size in stage.items()}
+    return found
 
 
 def score_matrices(rows: Sequence[Mapping[str, Mapping[str, float]]], columns: Sequence[str]) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class Shelf:
         _trim(log, work / "checkpoint.safetensors")
         info = bench.info(self.model(), resumed=k - 1)
         facts = bench.train(k, work=work, write=lambda line: append_line(log, line), info=info)
-        alone: dict[str, Any] = {"mitigation_state_bytes": {}, "weights": {}}
+        held = {name: bench.module.mitigations[name].state_bytes() for name in keys.watched}
+        alone: dict[str, Any] = {"mitigation_state_bytes": held, "weights": {}}
         tree = {**training_state(bench.module, keys.watched), "facts": {**facts, **alone}}
 
         def write(folder: Path) -> None:

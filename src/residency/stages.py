@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -67,7 +68,8 @@ def train_stage(
         checkpoint_every_n_steps: Optimizer steps between two in-stage checkpoints; 0 = none.
 
     Returns:
-        The facts: what the training cost.
+        The facts: what the training cost. `prepare_seconds` are those before the first step (rewriting targets,
+        generating a rehearsal, asking a teacher), `train_seconds` those of the steps.
     """
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
@@ -79,6 +81,7 @@ def train_stage(
     return {
         "stage": stage.index + 1,
         "domain": stage.domain,
+        "prepare_seconds": history.totals["prepare_seconds"],
         "train_seconds": history.totals["seconds"],
         "train_tokens": history.totals["tokens"],
         "steps": history.totals["steps"],
@@ -121,10 +124,14 @@ def finish_stage(module: ContinualModule, facts: Mapping[str, Any], *, device: t
     Returns:
         What is stored: {"weights", "mitigations", "facts"}.
     """
+    start = time.perf_counter()
     module.to(device)  # Lightning has brought it back to the CPU
+    held = {name: m.state_bytes() for name, m in module.mitigations.items()}
     module.finish_stage()
     more = {
-        "mitigation_state_bytes": {name: m.state_bytes() for name, m in module.mitigations.items()},
+        "finish_seconds": time.perf_counter() - start,
+        # Some drop at the end what they held during the stage, others take it in only then.
+        "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in module.mitigations.items()},
         "weights": module.weights_log,
     }
     return {**training_state(module, module.mitigations), "facts": {**facts, **more}}

@@ -167,7 +167,9 @@ def _costs(arm: Arm) -> dict[str, Any]:
     return {
         "method": arm.name,
         "seconds": arm.cost("seconds"),
+        "seconds before the first steps": arm.cost("prepare_seconds"),
         "training seconds": arm.cost("train_seconds"),
+        "seconds after the last steps": arm.cost("finish_seconds"),
         "scoring seconds": arm.cost("evaluation_seconds"),
         "tokens": arm.cost("train_tokens"),
         "tokens per second": arm.cost("tokens_per_second"),

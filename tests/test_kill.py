@@ -25,8 +25,12 @@ KILLS = [
 ]
 
 
+# Everything at once in `make test`, each by itself in `make test-slow`.
+EACH = [pytest.param(names, marks=() if len(names) == 3 else pytest.mark.slow) for names in COMBINATIONS]
+
+
 @pytest.mark.parametrize("adapter", ["full", "lora"])
-@pytest.mark.parametrize("mitigations", COMBINATIONS, ids=lambda m: "+".join(m) or "none")
+@pytest.mark.parametrize("mitigations", EACH, ids=lambda m: "+".join(m) or "none")
 def test_killed_run_equals_the_uninterrupted_one(
     adapter: str, mitigations: list[str], llama_dropout: Path, tmp_path: Path
 ) -> None:

@@ -196,8 +196,9 @@ def test_a_step_against_the_past_is_turned(kind: Any, llama: Path) -> None:
     assert off.transform_gradients(module, worst) is worst
     final = gem.transform_gradients(module, worst)
     if kind is GEM:
-        size = float(flat(worst).norm())
-        assert all(float(inner(final, p)) >= -1e-5 * size * float(flat(p).norm()) for p in past.values())
+        # With the ridge ρ a constraint of weight v gives in by ρ · mean ‖p‖² · v, and here v <= 1.
+        slack = gem.ridge * sum(float(inner(p, p)) for p in past.values()) / len(past)
+        assert all(float(inner(final, p)) >= -1.001 * slack for p in past.values())
     else:
         assert float(flat(final).norm()) < 0.9 * float(flat(worst).norm())
     assert gem.numbers(module)["projected"] == 1.0

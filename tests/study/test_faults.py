@@ -25,6 +25,8 @@ from sweeping import EWC, Inline, matrices, run_sweep, write_study
 
 AXES: dict[str, Any] = {"mitigation": {"none": {}, "ewc": EWC(1000.0)}}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -59,7 +61,6 @@ def test_a_program_that_is_killed(whole: tuple[Path, Path], tmp_path: Path) -> N
     kill_again_and_again(whole, tmp_path / "killed", kills=3)
 
 
-@pytest.mark.slow
 def test_a_program_that_is_killed_twenty_times(llama: Path, tmp_path: Path) -> None:
     values = {"none": {}, "ewc": EWC(1000.0), "strong": EWC(1e5), "online": EWC(1000.0, "online")}
     path = write_study(tmp_path, llama, steps=6, axes={"mitigation": values}, seeds=[0, 1])
@@ -120,7 +121,6 @@ def test_workers_that_are_killed(whole: tuple[Path, Path], tmp_path: Path, monke
     assert all({*means["nll"]} == {"a", "b"} for means in scored)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_command_with_workers_that_is_stopped(number: int, whole: tuple[Path, Path], tmp_path: Path) -> None:
     path, reference = whole

@@ -34,6 +34,8 @@ pytest.importorskip("optuna", reason="the extra residency[optuna] is not install
 
 LR = "model.optimizer.init_args.lr"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -146,7 +148,6 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fatal", [3, 8])
 def test_a_search_goes_on_as_if_nothing_had_happened(folder: Path, whole: Path, tmp_path: Path, fatal: int) -> None:
     path = study_file(folder, replay=False)
@@ -190,7 +191,6 @@ def test_test_rows_are_never_searched_over(folder: Path, whole: Path, tmp_path: 
     assert [(t["value"], t["after"]) for t in ours] == [(t["value"], t["after"]) for t in wanted]
 
 
-@pytest.mark.slow
 def test_more_trials_go_on_and_another_space_starts_anew(folder: Path, whole: Path) -> None:
     before = trials(whole)
 

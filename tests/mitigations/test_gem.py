@@ -196,7 +196,7 @@ def test_a_step_against_the_past_is_turned(kind: Any, llama: Path) -> None:
     assert off.transform_gradients(module, worst) is worst
     final = gem.transform_gradients(module, worst)
     if kind is GEM:
-        # With the ridge ρ a constraint of weight v gives in by ρ · mean ‖p‖² · v, and here v <= 1.
+        # With a ridge r a constraint of weight v gives in by r · mean ‖p‖² · v, and here v <= 1.
         slack = gem.ridge * sum(float(inner(p, p)) for p in past.values()) / len(past)
         assert all(float(inner(final, p)) >= -1.001 * slack for p in past.values())
     else:

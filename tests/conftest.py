@@ -11,6 +11,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Ray reads these when it is imported: clusters of tests are closed to others and tell nobody.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    # Before anything imports pip: afterwards, on Python 3.11, setuptools cannot be imported any more, which BOFT needs.
+    import setuptools  # noqa: F401
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM

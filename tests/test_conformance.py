@@ -312,10 +312,10 @@ def test_pair_keeps_every_invariant(adapter: str, mitigation: str, bench: Pairs)
 @adapters
 def test_a_copied_model_trains_as_a_fresh_one(name: str, bench: Pairs) -> None:
     """Pairs train copies of a model that was attached once."""
-    if ADAPTERS[name].identity == "close":
-        # A decomposition differs in its last bits from call to call, and training magnifies them.
+    if name == "osf":
+        # It decomposes anew in every stage, which differs in its last bits from call to call; training magnifies them.
         modules = bench.module(name, {}, fresh=True), bench.module(name, {})
-        starts = [dict(m.adapter.weights(m.adapter.state(m.model))) for m in modules]
+        starts = [dict(m.adapter.weights(m.model, m.adapter.state(m.model))) for m in modules]
         torch.testing.assert_close(*starts, rtol=1e-4, atol=1e-5)
         return
     fresh, copied = bench.train(name, bench.module(name, {}, fresh=True)), bench.plain(name)

@@ -70,6 +70,7 @@ def test_every_file_is_visited() -> None:
     assert {path.suffix for path in FILES} == {".yaml"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_the_first_line_launches_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
@@ -118,6 +119,7 @@ def _classes(given: Any) -> list[str]:
     return [*own, *(name for value in given.values() for name in _classes(value))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PRESETS, ids=str)
 def test_a_preset_is_the_same_over_its_siblings(path: Path) -> None:
     key, words = KEYS[path.parts[1]], ["fit", "--config", QUICKSTART]

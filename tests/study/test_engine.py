@@ -18,6 +18,8 @@ from sweeping import EWC, MIXING, REPLAY, alone, matrices, run_sweep, write_stud
 AXES: dict[str, Any] = {"mitigation": {"none": {}, "ewc_10": EWC(10.0), "ewc_1000": EWC(1000.0), "mixing": MIXING}}
 REFERENCES = ["frozen", "independent", "joint"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def study(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
@@ -124,7 +126,6 @@ def test_one_more_strength_trains_its_own_stages(
     assert found["ewc_10-s0"] == matrices(folder)["ewc_10-s0"]
 
 
-@pytest.mark.slow
 def test_the_whole_ablation(llama: Path, tmp_path: Path) -> None:
     """The shape of configs/studies/ablation.yaml, on a tiny model, cell by cell."""
     values = {

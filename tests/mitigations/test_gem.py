@@ -15,7 +15,13 @@ from residency.backbones import CausalLM
 from residency.batching import make_batch
 from residency.errors import UserError
 from residency.mitigations import AGEM, GEM
-from residency.mitigations.gem import dual_weights, inner, project_agem, project_gem, reference_gradient
+from residency.mitigations.gradient_constraints import (
+    dual_weights,
+    inner,
+    project_agem,
+    project_gem,
+    reference_gradient,
+)
 from residency.mitigations.memory import unpack_examples
 from residency.module import ContinualModule
 from residency.objectives import SFT

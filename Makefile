@@ -44,9 +44,13 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: assets  ## training steps side by side: fit, the bare step, a raw PyTorch loop, mitigations
+bench: assets  ## steps, mitigations, scoring side by side with plain loops; how cost grows (30 minutes)
 	$(BIN)/python experiments/benchmarks/lockstep.py --arms fit bare loop
-	$(BIN)/python experiments/benchmarks/lockstep.py --arms fit fit+ewc fit+replay fit+weight_mixing --over fit
+	$(BIN)/python experiments/benchmarks/lockstep.py --over fit \
+	  --arms fit fit+ewc fit+replay fit+self_distillation_cached fit+weight_mixing
+	$(BIN)/python experiments/benchmarks/evaluation.py
+	$(BIN)/python experiments/benchmarks/evaluation.py --whole
+	$(BIN)/python experiments/benchmarks/growth.py
 
 bench-smoke: assets  ## the same in two minutes, against the figures on file
 	$(BIN)/python experiments/benchmarks/lockstep.py --steps 3 --arms fit loop --file experiments/benchmarks/figures.json

@@ -34,7 +34,7 @@ test-pairs: setup  ## what `make test` leaves out of every mitigation on every a
 	$(BIN)/pytest -n 2 --dist worksteal -m pairs
 
 test-slow: assets  ## studies killed by the dozen, the packaged model, a Ray cluster that loses a node
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 test-browser: setup  ## the report in a real browser (needs chromium and chromedriver)
 	$(BIN)/pytest -m browser

@@ -52,6 +52,10 @@ class Rows:
         """All examples of a stage, in order."""
         return self.found[stage.domain]
 
+    def evaluation_examples(self, *args: Any, **options: Any) -> Sequence[Example]:
+        """No rows are held out."""
+        return []
+
     def micro_batch(self, *, devices: int) -> int:
         """Examples per forward pass."""
         return self.batch_size

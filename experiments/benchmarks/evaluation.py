@@ -113,7 +113,7 @@ def padded_stage(model: Any, data: StreamData, tokenizer: Any) -> dict[str, dict
     found: dict[str, dict[str, float]] = {"nll": {}, "accuracy": {}, "exact_match": {}}
     for name, domain in data.columns.items():
         examples = data.evaluation_examples(name, "test", tokenizer, competing=SETTINGS.accuracy_rows)
-        found["nll"] |= padded(model, {name: examples})
+        found["nll"] |= padded(model, {name: [replace(e, alternatives=()) for e in examples]})
         if "accuracy" in domain.scorers:
             best = [_label_wins(model, e) for e in examples if e.alternatives]
             found["accuracy"][name] = sum(best) / len(best)

@@ -52,7 +52,7 @@ bench: assets  ## steps, mitigations, scoring side by side with plain loops; how
 	$(BIN)/python experiments/benchmarks/evaluation.py --whole
 	$(BIN)/python experiments/benchmarks/growth.py
 
-bench-smoke: assets  ## the same in two minutes, against the figures on file
+bench-smoke: assets  ## the same in two to three minutes, against the figures on file
 	$(BIN)/python experiments/benchmarks/lockstep.py --steps 3 --arms fit loop --file experiments/benchmarks/figures.json
 
 clean:  ## remove the environment and all results (not the assets cache)

@@ -268,7 +268,7 @@ MITIGATIONS: dict[str, MitigationRow] = {
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
 
-# One of each kind: `make test` pairs these with everything, `make test-pairs` everything with everything.
+# `make test` pairs these with everything; `make test-pairs` does the rest.
 SOME_ADAPTERS = ("lora_dropout",)
 SOME_MITIGATIONS = ("ewc", "replay")
 

@@ -220,6 +220,19 @@ def test_labels_scored_as_a_tree_are_scored_as_if_alone(layout: Any, scored_modu
     assert layout == "padded" or make_batch(rows, layout=layout).tokens < 0.8 * make_batch(flat, layout=layout).tokens
 
 
+def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of every batch of likelihoods from now on."""
+    read: list[int] = []
+
+    def count(examples: Sequence[Example], **options: Any) -> Any:
+        batch = make_batch(examples, **options)
+        read.append(batch.tokens)
+        return batch
+
+    monkeypatch.setattr("residency.likelihoods.make_batch", count)
+    return read
+
+
 def test_labels_that_have_lost_are_not_read(scored_module: ContinualModule, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same winners as when every label is scored in full, with fewer tokens."""
     draw = random.Random(2)
@@ -231,14 +244,7 @@ def test_labels_that_have_lost_are_not_read(scored_module: ContinualModule, monk
         prompt = tuple(draw.choices(range(1, 257), k=draw.choice((2, 40))))
         first, *others = labels
         rows.append(Example(domain="d", row=str(name), prompt=prompt, completion=first, alternatives=tuple(others)))
-    read: list[int] = []
-
-    def count(examples: Sequence[Example], **options: Any) -> Any:
-        batch = make_batch(examples, **options)
-        read.append(batch.tokens)
-        return batch
-
-    monkeypatch.setattr("residency.likelihoods.make_batch", count)
+    read = tokens_read(monkeypatch)
     whole = branch_nll(scored_module, rows, batch_tokens=1024)
     tokens = sum(read)
     read.clear()
@@ -247,6 +253,31 @@ def test_labels_that_have_lost_are_not_read(scored_module: ContinualModule, monk
     assert {row: best for row, (_, best) in found.items()} == {row: label_is_best(nll) for row, nll in whole.items()}
     assert {best for _, best in found.values()} == {True, False}
     assert [nll for nll, _ in found.values()] == pytest.approx([float(whole[e.row][0]) for e in rows], abs=1e-5)
+
+
+def test_one_label_that_has_won_is_proof_enough(
+    scored_module: ContinualModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels that all rows share: the same winners as when every label is read, with far fewer tokens."""
+    draw = random.Random(3)
+    labels = [tuple(draw.choices(range(1, 257), k=9)) for _ in range(22)]
+    rows = []
+    for name in range(30):
+        own = draw.randrange(22) if name else None
+        prompt = tuple(draw.choices(range(1, 257), k=10))
+        completion = (7,) if own is None else labels[own]
+        others = tuple(label for k, label in enumerate(labels) if k != own)
+        rows.append(Example(domain="d", row=str(name), prompt=prompt, completion=completion, alternatives=others))
+    read = tokens_read(monkeypatch)
+    whole = branch_nll(scored_module, rows, batch_tokens=1024)
+    tokens = sum(read)
+    read.clear()
+    found = completions_and_labels(scored_module, rows, batch_tokens=1024)
+    assert sum(read) < 0.45 * tokens
+    assert {row: best for row, (_, best) in found.items()} == {row: label_is_best(nll) for row, nll in whole.items()}
+    assert found["0"][1], "one token loses to no nine tokens"
+    alone = {e.row: completions_and_labels(scored_module, [e], batch_tokens=1024)[e.row][1] for e in rows}
+    assert alone == {row: best for row, (_, best) in found.items()}, "whatever other rows are there"
 
 
 @pytest.mark.parametrize("threshold", [0, 10**9])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ def completions_and_labels(
 
     What follows the first token of a label can only make it less likely, and first tokens cost nothing: the last
     position of the prompt predicts all of them. So a label whose first token alone is less likely than the whole
-    completion has lost, and is not read. Where prompts are long and labels short, reading a prompt twice would cost
-    more than that saves, and all is done at once.
+    completion has lost, and is not read; of the others, one that is likelier settles the row (`_beaten`). Where
+    prompts are long and labels short, reading a prompt twice would cost more than that saves, and all is done at once.
     """
     # Padded, every label is a row of its own with the whole prompt in it: then nothing is free.
     looks = {e.row: _first_look(e) if module.layout == "packed" else e for e in examples}
@@ -47,15 +47,11 @@ def completions_and_labels(
     for group in by_token_budget(sorted(looks.values(), key=len), tokens=batch_tokens):
         found |= zip((e.row for e in group), _branch_nll(module, group), strict=True)
         advance(group[0].domain, len(group))
-    open_rows = [rest for e in examples if looks[e.row] is not e and (rest := _undecided(e, found[e.row])) is not None]
-    labels = branch_nll(module, open_rows, batch_tokens=batch_tokens)
-    result = {}
-    for example in examples:
-        own, others = found[example.row][:1], found[example.row][1:]
-        if looks[example.row] is not example:
-            others = labels.get(example.row, others[:0])
-        result[example.row] = float(own), label_is_best(torch.cat([own, others]))
-    return result
+    contests = [_contest(e, found[e.row]) for e in examples if looks[e.row] is not e]
+    beaten = _beaten(module, [c for c in contests if c.open], batch_tokens=batch_tokens)
+    settled = {c.example.row: c.example.row not in beaten for c in contests}
+    best = {row: settled[row] if row in settled else label_is_best(nll) for row, nll in found.items()}
+    return {e.row: (float(found[e.row][0]), best[e.row]) for e in examples}
 
 
 def _first_look(example: Example) -> Example:
@@ -65,16 +61,64 @@ def _first_look(example: Example) -> Example:
     return replace(example, alternatives=tuple(tokens[:1] for tokens in example.alternatives))
 
 
-def _undecided(example: Example, nll: Tensor) -> Example | None:
-    """The labels that may still be as likely as the completion, as branches of the prompt; `None` if there are none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Contest:
+    """A row and the labels that may still be as likely as its completion.
 
     Args:
-        example: With all labels.
-        nll: (1 + alternatives,) of the completion and of the labels' first tokens.
+        example: The row.
+        own: Summed nats of its completion.
+        open: {label: nats of its first token}.
     """
-    lost = (nll[1:] > nll[0]).tolist()
-    left = [tokens for tokens, out in zip(example.alternatives, lost, strict=True) if not out]
-    return replace(example, completion=left[0], alternatives=tuple(left[1:])) if left else None
+
+    example: Example
+    own: float
+    open: dict[tuple[int, ...], float]
+
+    def ask(self, labels: Sequence[tuple[int, ...]]) -> Example:
+        """The row with labels in place of its completion."""
+        return replace(self.example, completion=labels[0], alternatives=tuple(labels[1:]))
+
+    def lost_to(self, nll: Tensor) -> bool:
+        """Whether one of the labels is at least as likely; what is no number is no victory."""
+        return not bool((nll > self.own).all())
+
+
+def _contest(example: Example, nll: Tensor) -> _Contest:
+    """(1 + alternatives,) nats of the completion and of the labels' first tokens -> what is still open."""
+    firsts = zip(example.alternatives, nll[1:].tolist(), (nll[1:] > nll[0]).tolist(), strict=True)
+    return _Contest(example=example, own=float(nll[0]), open={label: first for label, first, out in firsts if not out})
+
+
+def _beaten(module: ContinualModule, contests: Sequence[_Contest], *, batch_tokens: int) -> set[str]:
+    """Rows for which some label is as likely as the completion.
+
+    One such label is proof enough, and the prompt hardly matters for how a label goes on behind its first token. So
+    one row's labels are read to learn that, then every other row's most promising label, and all of them only where
+    that one has not won: a quarter of the tokens, on 22 labels of 9 tokens.
+    """
+    if not contests:
+        return set()
+    widest = max(contests, key=lambda c: len(c.open))
+    labels = tuple(widest.open)
+    nll = branch_nll(module, [widest.ask(labels)], batch_tokens=batch_tokens)[widest.example.row]
+    beaten = {widest.example.row} if widest.lost_to(nll) else set()
+    rest = dict(zip(labels, (nll - nll.new_tensor([*widest.open.values()])).tolist(), strict=True))
+    unseen = sum(rest.values()) / len(rest)
+    others = [c for c in contests if c is not widest]
+    likeliest = {}
+    for c in others:
+        whole = {label: first + rest.get(label, unseen) for label, first in c.open.items()}
+        likeliest[c.example.row] = min(whole, key=whole.__getitem__)
+    for turn in ("likeliest", "others"):
+        asked = {}
+        for c in others:
+            labels = tuple(label for label in c.open if (label == likeliest[c.example.row]) == (turn == "likeliest"))
+            if labels and c.example.row not in beaten:
+                asked[c.example.row] = c.ask(labels)
+        found = branch_nll(module, [*asked.values()], batch_tokens=batch_tokens)
+        beaten |= {c.example.row for c in others if c.example.row in asked and c.lost_to(found[c.example.row])}
+    return beaten
 
 
 def completion_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -127,7 +128,10 @@ def sweep(
         return (_ray if (where or study.executor) == "ray" else _local)(folder / "logs", *share)
 
     with _only_sweep(folder):
-        return shop.sweep(start, watchers if watchers is not None else [_view(path, study_dir, console)])
+        # A new study has something to run; its workers can import while it is planned.
+        early = executor is None and (where or study.executor) == "local" and not (folder / "plan.json").exists()
+        views = watchers if watchers is not None else [_view(path, study_dir, console)]
+        return shop.sweep(start, views, early=early)
 
 
 def _emit(study: Study, source: Path, path: Path, store: Path, console: Console) -> int:
@@ -168,6 +172,7 @@ def _only_sweep(folder: Path) -> Iterator[None]:
                 if fresh and not (folder / "plan.json").exists():
                     with suppress(OSError):
                         (folder / ".lock").unlink(missing_ok=True)
+                        shutil.rmtree(folder / "logs", ignore_errors=True)
                         folder.rmdir()
                 raise
     except Timeout as error:

@@ -116,8 +116,8 @@ class _Run:
 
     def _submit(self) -> None:
         ready = [task for task in self.state.waiting if all(self._is_there(n) for n in self.nodes[task].needs)]
-        order = list(self.nodes)
-        for task in sorted(ready, key=lambda t: (-self.nodes[t].height, order.index(t))):
+        order = {task: place for place, task in enumerate(self.nodes)}
+        for task in sorted(ready, key=lambda t: (-self.nodes[t].height, -self._slowness(t), order[t])):
             full = len(self.state.running) >= self.executor.slots
             blocked = self.state.running.keys() & self.state.alone or (task in self.state.alone and self.state.running)
             if full or blocked:
@@ -127,6 +127,12 @@ class _Run:
             self._status(task).unlink(missing_ok=True)
             self.executor.submit(self.nodes[task].task)
             self._tell("running", task)
+
+    def _slowness(self, task: str) -> float:
+        """Seconds of the slowest task right before: what follows a long stage is long, and is not left to the end."""
+        now = time.monotonic()
+        running = {node: now - since for node, since in self.state.running.items()}
+        return max((running.get(n.node, self.seconds.get(n.node, 0.0)) for n in self.nodes[task].needs), default=0.0)
 
     def _is_there(self, need: Need) -> bool:
         if need.node in self.state.done:

@@ -45,6 +45,7 @@ class LocalExecutor(Executor):
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._pids: dict[str, int] = {}
         self._server: subprocess.Popen[bytes] | None = None
+        self._ready = threading.Event()
         self._start()
 
     @property
@@ -96,6 +97,8 @@ class LocalExecutor(Executor):
         if server is None:
             return
         _close(server)
+        if not self._ready.is_set():
+            server.terminate()  # it still imports, and would see the end of its input only after that
         try:
             server.wait(timeout=40)
         except subprocess.TimeoutExpired:
@@ -115,6 +118,7 @@ class LocalExecutor(Executor):
             "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
         }
         self.logs.mkdir(parents=True, exist_ok=True)
+        self._ready.clear()
         with (self.logs / "server.log").open("ab") as log:
             self._server = subprocess.Popen(
                 [sys.executable, "-P", "-m", "residency.study.executors.forkserver", self.call],
@@ -132,6 +136,7 @@ class LocalExecutor(Executor):
         assert server.stdout is not None
         with server.stdout:
             for line in server.stdout:
+                self._ready.set()
                 self._answers.put(json.loads(line))
         if server is self._server:
             self._answers.put(None)

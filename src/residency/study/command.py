@@ -7,9 +7,9 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -107,8 +107,6 @@ def sweep(
     Raises:
         UserError: The study, a preset or a resolved cell is wrong; nothing has run then.
     """
-    from residency.study.workshop import Workshop
-
     console = console or Console()
     study = load_study(path)
     folder = (study_dir or Path("studies") / study.name).resolve()
@@ -117,21 +115,27 @@ def sweep(
     _set_threads(share[1])
     if emit_wandb is not None:
         return _emit(study, path, emit_wandb, place, console)
-    shop = Workshop(study, folder=folder, store=place, console=console, workers=share[0])
+    parts: dict[str, Any] = {"folder": folder, "store": place, "console": console, "workers": share[0]}
     if dry_run:
-        shop.check(measured=measure)
+        from residency.study.workshop import Workshop
+
+        Workshop(study, **parts).check(measured=measure)
         return EXIT_DONE
+    kind = where or study.executor
 
-    def start() -> Executor:
-        if executor is not None:
-            return executor(folder / "logs")
-        return (_ray if (where or study.executor) == "ray" else _local)(folder / "logs", *share)
+    def start(logs: Path) -> Executor:
+        return executor(logs) if executor is not None else (_ray if kind == "ray" else _local)(logs, *share)
 
-    with _only_sweep(folder):
-        # A new study has something to run; its workers can import while it is planned.
-        early = executor is None and (where or study.executor) == "local" and not (folder / "plan.json").exists()
+    with _only_sweep(folder), ExitStack() as stack:
+        ready: list[Executor] = []
+        if executor is None and kind == "local" and not (folder / "plan.json").exists():
+            # A new study has something to run: its workers import what they need while this process does.
+            ready.append(start(folder / "logs"))
+            stack.callback(ready[0].close)
+        from residency.study.workshop import Workshop
+
         views = watchers if watchers is not None else [_view(path, study_dir, console)]
-        return shop.sweep(start, views, early=early)
+        return Workshop(study, **parts).sweep(lambda: ready[0] if ready else start(folder / "logs"), views)
 
 
 def _emit(study: Study, source: Path, path: Path, store: Path, console: Console) -> int:

@@ -62,13 +62,12 @@ class Workshop:
             )
         self._show(self._prepared({}), measured=measured)
 
-    def sweep(self, start: Callable[[], Executor], watchers: Sequence[Watcher], *, early: bool = False) -> int:
+    def sweep(self, start: Callable[[], Executor], watchers: Sequence[Watcher]) -> int:
         """Search if the study does, then make its cells, then compare them.
 
         Args:
             start: Starts the executor; called once, and only if something has to be run.
             watchers: What shows the running study.
-            early: Start it before the planning, so that both take their time together.
 
         Returns:
             Exit code.
@@ -82,8 +81,6 @@ class Workshop:
                     stack.callback(running[0].close)
                 return running[0]
 
-            if early:
-                executor()
             prepared = self._prepared(self._search(executor, watchers))
             found = self._show(prepared)
             prepared.keep()

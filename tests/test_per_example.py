@@ -202,6 +202,30 @@ def test_a_layer_is_judged_by_its_gradients(use: str, supported: bool, layout: L
     assert_close(collect(toy, leaves, batch, toy.losses, batched=supported), wanted)
 
 
+@pytest.mark.parametrize("use", ["twice", "flat"])
+def test_a_batch_that_cannot_be_cut_is_taken_example_by_example(use: str) -> None:
+    """Although the few examples of the trial could: an expert may get all of their tokens."""
+    toy = Toy(use)
+    leaves: dict[str, Any] = dict(toy.layer.named_parameters(prefix="layer"))
+    batch = make_batch(EXAMPLES, layout="packed")
+    wanted = collect(toy, leaves, batch, toy.losses, batched=False)
+    assert_close(collect(toy, leaves, batch, toy.losses, batched=True), wanted)
+
+
+def test_a_few_examples_are_tried() -> None:
+    """The first batch is often the only one; trying all of it would take twice as long as using it."""
+    toy = Toy("once")
+    sizes: list[int] = []
+
+    def losses(batch: Batch) -> Tensor:
+        sizes.append(batch.size)
+        return toy.losses(batch)
+
+    batch = make_batch([*EXAMPLES, *EXAMPLES, *EXAMPLES], layout="packed")
+    assert supports_batched(toy, dict(toy.layer.named_parameters(prefix="layer")), batch, losses)
+    assert sum(sizes) < batch.size
+
+
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_leaf_without_a_part_in_the_loss_has_gradient_zero(batched: bool) -> None:
     toy = Toy("once")

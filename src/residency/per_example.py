@@ -25,6 +25,7 @@ ExampleLosses = Callable[[Batch], Tensor]
 
 # Relative difference between the sum of all per-example gradients and the batch's own gradient.
 _TOLERANCE = 1e-3
+_TRIED = 4  # examples
 
 
 def per_example_gradients(
@@ -43,8 +44,11 @@ def per_example_gradients(
         (name, (b, *shape)): a name may come several times; the b of its parts sum to B.
     """
     if batched:
-        yield from _batched(model, leaves, batch, losses)
-        return
+        try:
+            yield from _batched(model, leaves, batch, losses)
+            return
+        except _NotPerExampleError:
+            pass  # it says so before it gives any: a layer saw this batch otherwise than the one that was tried
     for example in batch.examples:
         single = make_batch([example], layout=batch.layout).to(batch.input_ids.device)
         gradients = torch.autograd.grad(losses(single).sum(), list(leaves.values()), allow_unused=True)
@@ -55,8 +59,10 @@ def per_example_gradients(
 def supports_batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: ExampleLosses) -> bool:
     """Whether one pass gives the gradients of all leaves; found out by doing it and comparing the sums.
 
-    A structural check alone would be wrong for layers whose weight is also used outside of their forward.
+    A structural check alone would be wrong for layers whose weight is also used outside of their forward. A few
+    examples tell as much as the whole batch, which is often all that there is to do.
     """
+    batch = make_batch(batch.examples[:_TRIED], layout=batch.layout).to(batch.input_ids.device)
     if not all(isinstance(_owner(model, name), nn.Linear) for name in leaves):
         return False
     try:
@@ -88,6 +94,9 @@ def _batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: ExampleLos
     outputs = [output for _, output in calls.values()]
     gradients = dict(zip(calls, torch.autograd.grad(total, outputs, allow_unused=True), strict=True))
     sizes = [segment_tokens(segment) for segment in batch.segments]
+    for path, found in gradients.items():
+        for tensor in (found, calls[path][0]) if found is not None else ():
+            _check(tensor, batch)
     for name, leaf in leaves.items():
         path, _, kind = name.rpartition(".")
         gradient = gradients.get(path)
@@ -102,14 +111,17 @@ def _batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: ExampleLos
             yield name, dy.transpose(1, 2) @ x.to(dy.dtype)
 
 
-def _per_example(tensor: Tensor, batch: Batch, sizes: list[int]) -> Tensor:
-    """(1, N, D) or (B, T, D) -> (B, T, D), zeros where there is no token."""
+def _check(tensor: Tensor, batch: Batch) -> None:
+    """A row per token: not so in a head that runs at the supervised positions only, or an expert of some tokens."""
     rows, columns = batch.input_ids.shape
     packed = batch.layout == "packed"
-    # A head that runs at the supervised positions only, or an expert that gets some of the tokens.
     if tensor.dim() != 3 or tensor.shape[0] != rows or (packed and tensor.shape[1] != columns):
         raise _NotPerExampleError(f"{tuple(tensor.shape)} on a batch of {rows} x {columns} tokens")
-    if not packed:
+
+
+def _per_example(tensor: Tensor, batch: Batch, sizes: list[int]) -> Tensor:
+    """(1, N, D) or (B, T, D) -> (B, T, D), zeros where there is no token."""
+    if batch.layout != "packed":
         return tensor
     return pad_sequence(list(tensor[0].split(sizes)), batch_first=True)
 

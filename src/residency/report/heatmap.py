@@ -206,10 +206,13 @@ def _subtitle(entry: Mapping[str, Any], scorer: str, left_out: Sequence[str]) ->
 
 
 def _dressed(chart: alt.ConcatChart) -> alt.ConcatChart:
-    dressed: alt.ConcatChart = (
-        chart.configure(font=FONT, background="white", padding=16)
-        .configure_view(stroke=None)
-        .configure_axis(
+    # In one call: each copies the chart with all its data.
+    dressed: alt.ConcatChart = chart.configure(
+        font=FONT,
+        background="white",
+        padding=16,
+        view=alt.ViewConfig(stroke=None),
+        axis=alt.AxisConfig(
             domain=False,
             ticks=False,
             grid=False,
@@ -221,10 +224,10 @@ def _dressed(chart: alt.ConcatChart) -> alt.ConcatChart:
             labelLimit=220,
             labelPadding=6,
             titlePadding=8,
-        )
-        .configure_title(
+        ),
+        title=alt.TitleConfig(
             anchor="start", fontSize=18, subtitleFontSize=13, subtitleColor="#444444", subtitlePadding=6, offset=14
-        )
-        .configure_legend(labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titleLimit=200)
+        ),
+        legend=alt.LegendConfig(labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titleLimit=200),
     )
     return dressed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +13,9 @@ from residency.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
 from residency.signals import Stopped, stop_on_signals
 
 __all__ = ["main"]
+
+# At the end of a process that has imported torch the collector walks through all of it in vain: 3 of 3.4 seconds.
+atexit.register(gc.freeze)
 
 _HELP = """\
 residency: what does a language model forget when it learns one domain after another?

@@ -30,7 +30,7 @@ from residency.report.published import Published, published
 from residency.report.tables import printable
 from residency.report.viewer import viewer_data
 
-__all__ = ["Report", "build"]
+__all__ = ["Report", "build", "get_ready"]
 
 _MARKS = {"shown": "●", "indicated": "◐", "open": "○", "none": "○"}
 _PAGE = Path(__file__).parent / "page"
@@ -102,6 +102,11 @@ def build(
 
         track_report(page, material, report.advice, report.frames.items(), project=wandb_project)
     return page
+
+
+def get_ready() -> None:
+    """Do now what `build` would do first, whatever it is given."""
+    _vega()
 
 
 def _page(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ class Workshop:
 
 def _run(prepared: Prepared, found: Estimate, executor: Executor, watchers: Sequence[Watcher]) -> dict[str, Failure]:
     grid = _grid(prepared, found, executor.slots)
+    threading.Thread(target=_get_ready, name="report").start()
     try:
         for watcher in watchers:
             watcher.start(grid)
@@ -152,6 +154,15 @@ def _run(prepared: Prepared, found: Estimate, executor: Executor, watchers: Sequ
     finally:
         for watcher in watchers:
             watcher.finish()
+
+
+def _get_ready() -> None:
+    """Import what the report needs, which takes seconds, while this process waits for its workers."""
+    # Whoever needs it in vain will say so, in its own time.
+    with suppress(Exception):
+        from residency.report.assemble import get_ready
+
+        get_ready()
 
 
 def _grid(prepared: Prepared, found: Estimate, slots: int) -> StudyGrid:

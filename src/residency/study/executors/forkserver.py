@@ -14,6 +14,7 @@ only imports: it never computes, so no thread pool has been started whose locks 
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -163,8 +164,12 @@ def main(call: str = CALL) -> int:
             spec, does the same.
     """
     server = _Server(call)
+    # As the documentation of gc.freeze advises before a fork: children share what was imported, and never collect it.
+    gc.disable()
     for name in PRELOAD if call == CALL else ():
         importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
     try:
         server.serve()
     finally:

@@ -1,6 +1,6 @@
 """The tables of README.md, from the records of a study.
 
-    python experiments/mitigations/table.py studies/mitigations [--curves studies/mitigation-sweeps]
+    python experiments/mitigations/table.py studies/mitigations [more ...]     folders of studies, or records as *.jsonl
 
 One row per mitigation: means over the seeds of what the stream ends with, in nats per completion token; ± is the
 standard deviation over seeds. Seconds are what a cell costs alone (stages that it shared with others included), as a
@@ -21,15 +21,20 @@ SUMMARY = ("average", "learning", "bwt", "forgetting")
 Records = dict[str, list[dict[str, Any]]]
 
 
-def read(study: Path) -> Records:
-    """{mitigation: records of its seeds}, references under their own names; only what is done."""
+def read(places: Iterable[Path]) -> Records:
+    """{mitigation: records of its seeds}, references under their own names; only what is done, each cell once."""
+    cells: dict[str, dict[str, Any]] = {}
+    for place in places:
+        lines = place.read_text(encoding="utf-8").splitlines() if place.is_file() else _files(place)
+        cells |= {record["cell"]: record for record in map(json.loads, lines) if record["status"] == "done"}
     found: Records = defaultdict(list)
-    for file in sorted(study.glob("cells/*/results.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record["status"] == "done":
-            name = (record.get("axes") or {}).get("mitigation") or record["cell"].rpartition("-s")[0]
-            found[name].append(record)
+    for record in cells.values():
+        found[(record.get("axes") or {}).get("mitigation") or record["cell"].rpartition("-s")[0]].append(record)
     return dict(found)
+
+
+def _files(study: Path) -> Iterable[str]:
+    return (file.read_text(encoding="utf-8") for file in sorted(study.glob("cells/*/results.json")))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -43,7 +48,9 @@ def numbers(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     rows = [record["summary"]["nll"] for record in records]
     found = {}
     for name in SUMMARY:
-        values = [row[name] for row in rows if row.get(name) is not None]
+        # A record holds average and learning as utilities; people read losses.
+        sign = -1 if name in ("average", "learning") else 1
+        values = [sign * row[name] for row in rows if row.get(name) is not None]
         found[name] = spread(values) if values else "-"
     return found
 
@@ -72,7 +79,9 @@ def table(found: Records) -> str:
         "| mitigation | seeds | average | learning | BWT | forgetting | training time | state, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    order = sorted(found, key=lambda name: statistics.fmean(r["summary"]["nll"]["average"] for r in found[name]))
+    order = sorted(
+        (name for name in found if _average(found[name]) is not None), key=lambda n: _average(found[n]) or 0.0
+    )
     for name in order:
         shown = numbers(found[name])
         cells = [name, str(len(found[name])), *(shown[key] for key in SUMMARY)]
@@ -80,16 +89,18 @@ def table(found: Records) -> str:
     return "\n".join(lines)
 
 
+def _average(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean loss at the end; `None` for what has no end of a stream, as a domain trained alone."""
+    rows = [record["summary"]["nll"] for record in records]
+    values = [row.get("average") for row in rows]
+    return None if None in values or None in [row.get("bwt") for row in rows] else -statistics.fmean(values)
+
+
 def main() -> None:
     """Print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--curves", type=Path, help="a second study, printed below the first")
-    options = parser.parse_args()
-    found = read(options.study)
-    print(table(found))
-    if options.curves is not None:
-        print("\n" + table(read(options.curves)))
+    parser.add_argument("places", type=Path, nargs="+", help="folders of studies, or records as *.jsonl")
+    print(table(read(parser.parse_args().places)))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def test_a_batch_that_cannot_be_cut_is_taken_example_by_example(use: str) -> Non
 
 
 def test_a_few_examples_are_tried() -> None:
-    """The first batch is often the only one; trying all of it would take twice as long as using it."""
+    """Trying all of a batch would take twice as long as using it."""
     toy = Toy("once")
     sizes: list[int] = []
 

@@ -79,10 +79,8 @@ def table(found: Records) -> str:
         "| mitigation | seeds | average | learning | BWT | forgetting | training time | state, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    order = sorted(
-        (name for name in found if _average(found[name]) is not None), key=lambda n: _average(found[n]) or 0.0
-    )
-    for name in order:
+    ends = {name: end for name, records in found.items() if (end := _average(records)) is not None}
+    for name in sorted(ends, key=ends.__getitem__):
         shown = numbers(found[name])
         cells = [name, str(len(found[name])), *(shown[key] for key in SUMMARY)]
         lines.append("| " + " | ".join([*cells, relative_seconds(found[name], plain), state(found[name])]) + " |")
@@ -90,10 +88,11 @@ def table(found: Records) -> str:
 
 
 def _average(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean loss at the end; `None` for what has no end of a stream, as a domain trained alone."""
+    """Mean loss at the end of the stream; `None` for what learned one domain or all at once."""
     rows = [record["summary"]["nll"] for record in records]
-    values = [row.get("average") for row in rows]
-    return None if None in values or None in [row.get("bwt") for row in rows] else -statistics.fmean(values)
+    if any(row.get(key) is None for row in rows for key in ("average", "bwt")):
+        return None
+    return -statistics.fmean(row["average"] for row in rows)
 
 
 def main() -> None:

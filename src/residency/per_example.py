@@ -60,7 +60,7 @@ def supports_batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: Ex
     """Whether one pass gives the gradients of all leaves; found out by doing it and comparing the sums.
 
     A structural check alone would be wrong for layers whose weight is also used outside of their forward. A few
-    examples tell as much as the whole batch, which is often all that there is to do.
+    examples of the batch tell as much as all of it.
     """
     batch = make_batch(batch.examples[:_TRIED], layout=batch.layout).to(batch.input_ids.device)
     if not all(isinstance(_owner(model, name), nn.Linear) for name in leaves):

@@ -6,7 +6,6 @@ import base64
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from residency.report.case import called
 from residency.report.charts.theme import Figure, config
 from residency.report.evidence import contrasts
 from residency.report.figures import figures_of
-from residency.report.files import GRAMMAR, as_json, data_address, draw, place, save_figure, save_table
+from residency.report.files import as_json, data_address, draw, place, save_figure, save_table, viewer_code
 from residency.report.frames import Frames, frames_of
 from residency.report.glossary import WORDS
 from residency.report.grids import Grid, comparisons_grid, domains_grid, methods_grid
@@ -30,7 +29,7 @@ from residency.report.published import Published, published
 from residency.report.tables import printable
 from residency.report.viewer import viewer_data
 
-__all__ = ["Report", "build", "get_ready"]
+__all__ = ["Report", "build"]
 
 _MARKS = {"shown": "●", "indicated": "◐", "open": "○", "none": "○"}
 _PAGE = Path(__file__).parent / "page"
@@ -104,11 +103,6 @@ def build(
     return page
 
 
-def get_ready() -> None:
-    """Do now what `build` would do first, whatever it is given."""
-    _vega()
-
-
 def _page(
     report: Report, drawn: dict[str, str], beside: Sequence[Published], tables: Mapping[str, Sequence[str]]
 ) -> str:
@@ -120,7 +114,7 @@ def _page(
     entry = trained.done[0].record["scores"][material.scorer] if trained else {}
     unit = printable(entry.get("unit") or "unknown unit")
     chosen = next((a.name for a in report.arms if a.value == advice.choice), None)
-    vega, script = _vega(), _text("report.js")
+    vega, script = viewer_code(), _text("report.js")
     explorer, note = viewer_data(report.arms, material.scorer, first=advice.choice)
     context = {
         "title": material.title,
@@ -169,15 +163,6 @@ def _shown(figure: Figure, svg: str | None) -> dict[str, Any]:
         return found | {"svg": None}
     address, width, height = data_address(svg)
     return found | {"svg": address, "width": width, "height": height, "json": Markup(as_json(figure.spec))}
-
-
-@lru_cache(maxsize=1)
-def _vega() -> str:
-    """Vega, Vega-Lite and vega-embed as vl-convert ships them, in a scope of their own."""
-    import vl_convert
-
-    bundle = vl_convert.javascript_bundle(vl_version=GRAMMAR)  # type: ignore[call-arg]
-    return f"(() => {{\n{bundle}\n}})();".replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _text(name: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from residency.errors import UserError
 from residency.report.charts.theme import Figure, config
 from residency.report.tables import finite, printable
 
-__all__ = ["Drawn", "as_json", "data_address", "draw", "latex", "place", "save_figure", "save_table"]
+__all__ = ["Drawn", "as_json", "data_address", "draw", "latex", "place", "save_figure", "save_table", "viewer_code"]
 
 GRAMMAR = alt.SCHEMA_VERSION.rpartition(".")[0]
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -60,6 +61,15 @@ def draw(figure: Figure) -> Drawn:
     # Gradients are numbered by a counter of the process; the same records must give the same bytes.
     order: dict[str, str] = {}
     return re.sub(r"\bgradient_\d+\b", lambda m: order.setdefault(m.group(), f"shade_{len(order)}"), svg)
+
+
+@lru_cache(maxsize=1)
+def viewer_code() -> str:
+    """Vega, Vega-Lite and vega-embed as vl-convert ships them, in a scope of their own; takes seconds once."""
+    import vl_convert
+
+    bundle = vl_convert.javascript_bundle(vl_version=GRAMMAR)  # type: ignore[call-arg]
+    return f"(() => {{\n{bundle}\n}})();".replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def data_address(svg: Drawn) -> tuple[str, int, int]:

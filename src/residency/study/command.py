@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,20 +122,27 @@ def sweep(
         Workshop(study, **parts).check(measured=measure)
         return EXIT_DONE
     kind = where or study.executor
-
-    def start(logs: Path) -> Executor:
-        return executor(logs) if executor is not None else (_ray if kind == "ray" else _local)(logs, *share)
-
-    with _only_sweep(folder), ExitStack() as stack:
-        ready: list[Executor] = []
-        if executor is None and kind == "local" and not (folder / "plan.json").exists():
-            # A new study has something to run: its workers import what they need while this process does.
-            ready.append(start(folder / "logs"))
-            stack.callback(ready[0].close)
+    make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, *share))
+    # A new study has something to run: its workers import what they need while this process does.
+    early = executor is None and kind == "local" and not (folder / "plan.json").exists()
+    with _only_sweep(folder), _started(make, folder / "logs", early=early) as start:
         from residency.study.workshop import Workshop
 
         views = watchers if watchers is not None else [_view(path, study_dir, console)]
-        return Workshop(study, **parts).sweep(lambda: ready[0] if ready else start(folder / "logs"), views)
+        return Workshop(study, **parts).sweep(start, views)
+
+
+@contextmanager
+def _started(make: Callable[[Path], Executor], logs: Path, *, early: bool) -> Iterator[Callable[[], Executor]]:
+    """What gives the executor: one that has been started already, or one that starts when it is asked for."""
+    if not early:
+        yield lambda: make(logs)
+        return
+    executor = make(logs)
+    try:
+        yield lambda: executor
+    finally:
+        executor.close()
 
 
 def _emit(study: Study, source: Path, path: Path, store: Path, console: Console) -> int:

@@ -116,8 +116,8 @@ class _Run:
 
     def _submit(self) -> None:
         ready = [task for task in self.state.waiting if all(self._is_there(n) for n in self.nodes[task].needs)]
-        order = {task: place for place, task in enumerate(self.nodes)}
-        for task in sorted(ready, key=lambda t: (-self.nodes[t].height, -self._slowness(t), order[t])):
+        order, taken = {task: place for place, task in enumerate(self.nodes)}, self._taken()
+        for task in sorted(ready, key=lambda t: (-self.nodes[t].height, -self._before(t, taken), order[t])):
             full = len(self.state.running) >= self.executor.slots
             blocked = self.state.running.keys() & self.state.alone or (task in self.state.alone and self.state.running)
             if full or blocked:
@@ -128,11 +128,14 @@ class _Run:
             self.executor.submit(self.nodes[task].task)
             self._tell("running", task)
 
-    def _slowness(self, task: str) -> float:
-        """Seconds of the slowest task right before: what follows a long stage is long, and is not left to the end."""
+    def _taken(self) -> dict[str, float]:
+        """Seconds of the tasks that are done, and of those that run as far as they are."""
         now = time.monotonic()
-        running = {node: now - since for node, since in self.state.running.items()}
-        return max((running.get(n.node, self.seconds.get(n.node, 0.0)) for n in self.nodes[task].needs), default=0.0)
+        return self.seconds | {task: now - since for task, since in self.state.running.items()}
+
+    def _before(self, task: str, taken: Mapping[str, float]) -> float:
+        """Seconds of the slowest task right before: what follows a long stage is long, and is not left to the end."""
+        return max((taken.get(need.node, 0.0) for need in self.nodes[task].needs), default=0.0)
 
     def _is_there(self, need: Need) -> bool:
         if need.node in self.state.done:

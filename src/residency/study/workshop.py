@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,10 @@ def _get_ready() -> None:
     """Import what the report needs, which takes seconds, while this process waits for its workers."""
     # Whoever needs it in vain will say so, in its own time.
     with suppress(Exception):
-        from residency.report.assemble import get_ready
+        import_module("residency.report.assemble")
+        from residency.report.files import viewer_code
 
-        get_ready()
+        viewer_code()
 
 
 def _grid(prepared: Prepared, found: Estimate, slots: int) -> StudyGrid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,10 @@ def cluster() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
         from ray.cluster_utils import Cluster
 
+        # As where a script starts a node in the background: it ignores SIGINT, by which Ray cancels.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        signal.signal(signal.SIGINT, before)
         patch.delenv("SLURM_NTASKS")
         yield found
         found.shutdown()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import os
 import secrets
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,16 +20,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from residency.errors import EXIT_SIGNAL, EXIT_USER, UserError
+from residency.errors import EXIT_SIGNAL, UserError
 from residency.study.executors.base import Executor, Outcome, Task
 from residency.study.executors.forkserver import CALL
-from residency.study.executors.local import LocalExecutor
+from residency.study.executors.ray_node import carry_out
 
 __all__ = ["RayExecutor"]
 
 _OUT_OF_MEMORY = 71
 _LOST = -9
-_GRACE_SECONDS = 20.0  # how long a task that is asked to stop may take
 
 
 class RayExecutor(Executor):
@@ -65,7 +63,7 @@ class RayExecutor(Executor):
         self._environment: dict[str, str | None] = {}
         self._ray = _import_ray()
         self._connect(address or os.environ.get("RAY_ADDRESS") or None, cpus)
-        self._remote = self._ray.remote(_carry_out)
+        self._remote = self._ray.remote(carry_out)
         logs.mkdir(parents=True, exist_ok=True)
         self._check_room()
 
@@ -201,51 +199,3 @@ def _import_ray() -> ModuleType:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-# -- on the node ------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _worker(call: str, threads: int, devices: tuple[str, ...], logs: Path) -> LocalExecutor:
-    """Of a Ray worker, kept for its next task: only the first one pays for the imports."""
-    # In an allocation Lightning would take every stage for a task of srun, and wait for the others.
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        del os.environ[name]
-    return LocalExecutor(workers=1, threads=threads, devices=devices, logs=logs, call=call)
-
-
-def _carry_out(task: Task, threads: int, logs: Path, release: str, call: str) -> tuple[int, str]:
-    """The Ray task: a local executor of one worker does it."""
-    here = socket.gethostname()
-    if version("residency") != release:
-        return EXIT_USER, f"{here} has residency {version('residency')}, the study runs {release}; install the same"
-    if not logs.is_dir():
-        told = f"{here} does not see {logs}; the study's folder must be on a file system that all nodes share"
-        return EXIT_USER, told
-    # Ray has chosen the devices of this task; one without any would see them all.
-    devices = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))) if task.resources.gpus else ()
-    try:
-        worker = _worker(call, threads, devices, logs)
-    except KeyboardInterrupt:
-        return EXIT_SIGNAL, "stopped before it began"
-    return _finish(worker, task)
-
-
-def _finish(worker: LocalExecutor, task: Task) -> tuple[int, str]:
-    """Run a task to its end; a cancellation (`KeyboardInterrupt`) asks it to stop, and waits."""
-    submitted, deadline = False, float("inf")
-    while True:
-        try:
-            if not submitted:
-                submitted = True
-                worker.submit(task)
-            for outcome in worker.wait(0.5):
-                return outcome.exit_code, outcome.message
-            if time.monotonic() > deadline:
-                worker.close()
-                _worker.cache_clear()
-                return EXIT_SIGNAL, "killed: it did not stop when asked"
-        except KeyboardInterrupt:
-            worker.cancel(task.id)
-            deadline = time.monotonic() + _GRACE_SECONDS

@@ -21,9 +21,7 @@ from residency.backbones.base import Backbone, Sampling
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from residency.backbones.greedy import greedy
 from residency.errors import UserError
-from residency.kernels.last_layer import only_at, trim_last_layer
 from residency.kernels.norm import fuse_norms
-from residency.kernels.rotary import fuse_rotary
 from residency.types import Batch, Layout
 
 __all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
@@ -138,23 +136,19 @@ class CausalLM(Backbone):
         if self.quantisation is not None:
             _forbid_repacking(model)
         fuse_norms(model)
-        fuse_rotary(model)
-        if not self.gradient_checkpointing:
-            trim_last_layer(model)
         return model.eval()  # type: ignore[no-any-return]
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits; the head is computed at the supervised positions only, which is exact."""
         if batch.layout == "packed":
-            with only_at(batch.target_at):
-                out = model(
-                    input_ids=batch.input_ids,
-                    position_ids=batch.position_ids,
-                    attention_mask=None,
-                    segments=batch.segments,
-                    logits_to_keep=batch.target_at,
-                    use_cache=False,
-                )
+            out = model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=None,
+                segments=batch.segments,
+                logits_to_keep=batch.target_at,
+                use_cache=False,
+            )
             return out.logits[0]  # type: ignore[no-any-return]
         width = batch.input_ids.shape[1]
         # Columns count from the end of a row: an adapter may have put virtual tokens in front of it.

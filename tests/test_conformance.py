@@ -167,6 +167,22 @@ def test_identity_at_the_start(name: str, llama: Path) -> None:
 
 
 @adapters
+def test_lanes_change_rounding_only(name: str, llama: Path) -> None:
+    """Whether or not an adapter may be computed in parts, asking for parts changes no value and no gradient."""
+    module = built(llama, name)
+    leaves = module.adapter.trainable(module.model)
+    module.model.train()
+    found = []
+    for lanes in (1, 3):
+        module.backbone.lanes = lanes
+        torch.manual_seed(0)
+        out = module.forward(make_batch(EXAMPLES, layout=module.layout))
+        gradients = torch.autograd.grad(out.logsumexp(-1).sum(), [*leaves.values()], allow_unused=True)
+        found.append([out.detach(), *(g if g is not None else torch.zeros(0) for g in gradients)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@adapters
 def test_attach_is_idempotent_and_seeded(name: str, llama: Path) -> None:
     module, same, other = (built(llama, name, seed=seed) for seed in (0, 0, 1))
     again = module.adapter.attach(module.model)

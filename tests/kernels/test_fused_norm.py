@@ -1,4 +1,4 @@
-"""RMS norms by torch's kernel: only where it is the same function."""
+"""RMS norms in fewer passes: only where it is the same function."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from residency.kernels.norm import fuse_norms
+from residency.kernels.norm import fuse_norms, rms_norm
 
 
 class ShiftedRMSNorm(nn.Module):
@@ -53,3 +53,13 @@ def test_half_precision_keeps_its_own_rounding() -> None:
     fuse_norms(nn.ModuleList([norm]))
     x = torch.randn(4, 8).bfloat16()
     assert torch.equal(norm(x), LlamaRMSNorm(8)(x))
+
+
+def test_both_gradients_are_those_of_the_formula() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((2, 3, 7), (7,)))
+    x[0, 0] *= 1e-4
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), nn.functional.rms_norm(x, (7,), weight, 1e-5))
+    frozen = rms_norm(x, weight, 1e-5)
+    assert torch.equal(frozen, rms_norm(x.requires_grad_(), weight.requires_grad_(), 1e-5))
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-5), [x, weight])

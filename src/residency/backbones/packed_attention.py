@@ -164,17 +164,23 @@ def attend_segments(
     Returns:
         (1, H, N, d).
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     sizes = [segment_tokens(segment) for segment in segments]
-    parts = zip(segments, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    # Token by token, as the linear layers before and after have it: parts are split off and joined as whole blocks.
+    wide = [_per_head(tensor.transpose(1, 2), query.shape[1]).split(sizes, 1) for tensor in (query, key, value)]
     out = []
-    for segment, q, k, v in parts:
-        plain = len(segment) == 1 and (window is None or q.shape[2] <= window)
+    for segment, q, k, v in zip(segments, *wide, strict=True):
+        plain = len(segment) == 1 and (window is None or q.shape[1] <= window)
         mask = None if plain else segment_mask(segment, window).to(q.device)
-        out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=plain, scale=scale))
-    return torch.cat(out, 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        seen = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=plain, scale=scale)
+        out.append(seen.transpose(1, 2))
+    return torch.cat(out, 1).transpose(1, 2)
+
+
+def _per_head(tensor: Tensor, heads: int) -> Tensor:
+    """(1, N, K, d) -> (1, N, H, d): keys and values repeated for the query heads that share them."""
+    repeats = heads // tensor.shape[2]
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, 2)
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from residency.kernels.hooks import watched
+
 __all__ = ["fuse_lora", "lora_linear"]
 
 
@@ -108,16 +110,10 @@ def _plain_parts(layer: Any, x: Tensor) -> tuple[nn.Linear, nn.Linear, nn.Linear
         or a.weight.dtype != weight.dtype
         or b.bias is not None
         or (layer.training and type(layer.lora_dropout[name]) is not nn.Identity)
-        or _watched(base)
-        or _watched(a)
-        or _watched(b)
+        or watched(base)
+        or watched(a)
+        or watched(b)
         or torch.is_autocast_enabled(x.device.type)
     ):
         return None
     return base, a, b, layer.scaling[name]
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from comparing import differing
+from growing import stage
 from paired import Pairs
 from residency.adapters import Adapter
 from residency.adapters.peft import expected_remarks
@@ -170,14 +171,15 @@ def test_identity_at_the_start(name: str, llama: Path) -> None:
 def test_lanes_change_rounding_only(name: str, llama: Path) -> None:
     """Whether or not an adapter may be computed in parts, asking for parts changes no value and no gradient."""
     module = built(llama, name)
-    leaves = module.adapter.trainable(module.model)
+    module.begin_stage(stage(0), EXAMPLES)
+    leaves = [*module.adapter.trainable(module.model).values()]
     module.model.train()
     found = []
     for lanes in (1, 3):
         module.backbone.lanes = lanes
         torch.manual_seed(0)
         out = module.forward(make_batch(EXAMPLES, layout=module.layout))
-        gradients = torch.autograd.grad(out.logsumexp(-1).sum(), [*leaves.values()], allow_unused=True)
+        gradients = torch.autograd.grad(out.logsumexp(-1).sum(), leaves, allow_unused=True)
         found.append([out.detach(), *(g if g is not None else torch.zeros(0) for g in gradients)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -198,10 +200,10 @@ def test_attach_is_idempotent_and_seeded(name: str, llama: Path) -> None:
 def test_exactly_the_declared_parameters_move(name: str, plain: Any) -> None:
     stages = plain(name).stages
     assert len(stages) == 3
-    for stage in stages:
-        assert stage["moved"] <= stage["declared"], "frozen tensors moved, weight decay included"
-        assert stage["declared"] == stage["grad"]
-        unused = {key for key in stage["still"] if not any(part in key for part in ADAPTERS[name].still)}
+    for moves in stages:
+        assert moves["moved"] <= moves["declared"], "frozen tensors moved, weight decay included"
+        assert moves["declared"] == moves["grad"]
+        unused = {key for key in moves["still"] if not any(part in key for part in ADAPTERS[name].still)}
         assert not unused, "declared as trainable, and nothing moved them"
 
 

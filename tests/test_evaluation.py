@@ -304,6 +304,39 @@ def test_scores_do_not_depend_on_merging(
     assert one == {key: value for key, value in found.items() if key[0] == "texts"}, "whatever else is scored beside"
 
 
+def test_folding_once_for_columns_that_are_large(
+    llama: Path, scored_data: StreamData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small column between large ones is scored as if it were alone, the large ones share one folding."""
+    module = ContinualModule(
+        backbone=CausalLM(path=str(llama)), adapter=lora(target_modules="all-linear", r=2), objective=SFT()
+    )
+    module.build(seed=0)
+    for leaf in module.adapter.trainable(module.model).values():
+        leaf.data.normal_(std=0.3)
+    sizes = {
+        name: sum(map(len, scored_data.evaluation_examples(name, "test", module.backbone.tokenizer)))
+        for name in scored_data.columns
+    }
+    small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    monkeypatch.setattr("residency.evaluation.MERGE_FROM_TOKENS", sizes[small] + 1)
+    foldings = []
+    fold = type(module.adapter).scoring
+    monkeypatch.setattr(
+        type(module.adapter), "scoring", lambda self, model: foldings.append(model) or fold(self, model)
+    )
+
+    def scores(*columns: str) -> dict[Any, float]:
+        foldings.clear()
+        return comparable(evaluate(module, scored_data, split="test", settings=PLAIN, columns=columns))
+
+    alone = scores(small) | scores(large)
+    assert scores(large, large) == scores(large)
+    assert scores(small, large) == alone
+    assert scores(large, small) == alone
+    assert [len(foldings) for names in ((large, large), (large, small, large), (small,)) if scores(*names)] == [1, 2, 0]
+
+
 # --- nothing changes --------------------------------------------------------------------------------------------------
 
 

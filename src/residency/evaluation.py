@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
+from residency.adapters.base import changes
 from residency.data import StreamData
 from residency.domains.base import Domain
 from residency.likelihoods import completion_nll, completions_and_labels, prompt_nll
@@ -91,14 +91,14 @@ def evaluate(
     module.model.eval()
     scores: Evaluation = []
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), _Folding(module) as folding:
             for name in columns or data.columns:
                 domain = data.columns[name]
                 tokenizer = module.backbone.tokenizer
                 examples = data.evaluation_examples(name, split, tokenizer, competing=settings.accuracy_rows)
                 generated = {e.row for e in examples[: settings.generation_rows]}
                 for context, group in module.adapter.serve(module.model, name, examples, partial(prompt_nll, module)):
-                    with context, _merged(module, group):
+                    with context, folding.of(group):
                         scores += _likelihoods(module, domain, group, settings, advance)
                         if any(SCORERS[s].needs == "generation" for s in domain.scorers):
                             written = [e for e in group if e.row in generated]
@@ -109,9 +109,40 @@ def evaluate(
     return scores
 
 
-def _merged(module: ContinualModule, group: Sequence[Example]) -> AbstractContextManager[Any]:
-    """The adapter's faster form, where the tokens repay what it costs; a function of the rows alone."""
-    return module.adapter.scoring(module.model) if sum(map(len, group)) >= MERGE_FROM_TOKENS else nullcontext()
+class _Folding:
+    """The adapter's faster form, where a group's tokens repay what it costs; a function of the group's rows alone.
+
+    Kept from one group to the next, unless the adapter answers groups by different parts of itself.
+    """
+
+    def __init__(self, module: ContinualModule) -> None:
+        self._module = module
+        self._stays = not (changes(module.adapter, "serve") or changes(module.adapter, "extra_scores"))
+        self._open = ExitStack()
+        self._folded = False
+
+    def __enter__(self) -> _Folding:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._fold(False)
+
+    @contextmanager
+    def of(self, group: Sequence[Example]) -> Iterator[None]:
+        """The form in which these rows are scored."""
+        self._fold(sum(map(len, group)) >= MERGE_FROM_TOKENS)
+        try:
+            yield
+        finally:
+            if not self._stays:
+                self._fold(False)
+
+    def _fold(self, wanted: bool) -> None:
+        if wanted and not self._folded:
+            self._open.enter_context(self._module.adapter.scoring(self._module.model))
+        if self._folded and not wanted:
+            self._open.close()
+        self._folded = wanted
 
 
 def means(scores: Evaluation) -> dict[str, dict[str, float]]:

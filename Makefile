@@ -52,8 +52,9 @@ bench: assets  ## steps, mitigations, scoring side by side with plain loops; how
 	$(BIN)/python experiments/benchmarks/evaluation.py --whole
 	$(BIN)/python experiments/benchmarks/growth.py
 
-bench-smoke: assets  ## the same in two to three minutes, against the figures on file
-	$(BIN)/python experiments/benchmarks/lockstep.py --steps 3 --arms fit loop --file experiments/benchmarks/figures.json
+bench-smoke: assets  ## steps side by side in under two minutes, against the figures on file
+	$(BIN)/python experiments/benchmarks/lockstep.py --steps 3 --arms fit loop --no-eval \
+	  --file experiments/benchmarks/figures.json
 
 clean:  ## remove the environment and all results (not the assets cache)
 	rm -rf $(VENV) runs studies

@@ -95,6 +95,7 @@ def command(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
         words += ["--cache", str(folder / "rows.json")]
     if script.parent == HERE and options.peers is not None:
         words += ["--peers", str(options.peers)]
+    words += ["--no-eval"] if options.no_eval else []
     return words + (["--mitigation", mitigation] if mitigation else [])
 
 
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps per domain")
     parser.add_argument("--arms", nargs="+", default=["fit", "bare", "loop"])
     parser.add_argument("--file", type=Path, help="figures to compare with (bench-smoke)")
+    parser.add_argument("--no-eval", action="store_true", help="steps only, no last row of scores")
     parser.add_argument("--over", default="loop", help="the arm that is 1.00")
     options = parser.parse_args()
     if options.model is None:

@@ -53,10 +53,11 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(leaves, 1.0)
             optimizer.step()
     model.eval()
+    scored = {} if options.no_eval else test
     with torch.inference_mode():
-        last = [float(torch.cat([nll([row]) for row in rows]).mean()) for rows in test.values()]
+        last = [float(torch.cat([nll([row]) for row in rows]).mean()) for rows in scored.values()]
     peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    print(json.dumps({"tag": "loop", "R": [last], "rss_mib": peak}), flush=True)
+    print(json.dumps({"tag": "loop", "R": [last] if last else [], "rss_mib": peak}), flush=True)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,9 @@ def _top(log_s: Tensor, top_log_t: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]
     # Summed, not 1 minus the rest: the quotient P / Q must not be one of rounding errors.
     tail_s = p_s.scatter_(-1, ids, 0.0).sum(-1).clamp_min(tiny)
     tail_t = (1 - top_t.sum(-1)).clamp_min(0.0)
+    if ids.shape[-1] == log_s.shape[-1]:
+        # Nothing is left: what rounding leaves of 1, against a mass of nothing, would be a divergence of its own.
+        tail_t = torch.zeros_like(tail_t)
     kl = (top_t * (top_log_t - log_s.gather(-1, ids))).sum(-1)
     kl = kl + torch.xlogy(tail_t, tail_t) - torch.xlogy(tail_t, tail_s)
     return kl, p_s.mul_((1 - tail_t / tail_s).unsqueeze(-1)).scatter_(-1, ids, top_s - top_t)

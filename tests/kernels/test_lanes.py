@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from residency.backbones import CausalLM, Quantisation
 from residency.batching import make_batch
+from residency.errors import UserError
 from residency.kernels.apart import lanes_for
 from residency.kernels.lanes import run_in_lanes, split
 from residency.kernels.lora import fuse_lora
@@ -96,6 +97,12 @@ def test_the_graph_is_there_once(llama: Path) -> None:
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"model\.backbone\.lanes"):
         out.backward()
+
+
+@pytest.mark.parametrize("lanes", [0, -1])
+def test_no_lane_at_all_is_refused(lanes: int, llama: Path) -> None:
+    with pytest.raises(UserError, match=rf"lanes is {lanes}(.|\n)*auto"):
+        CausalLM(path=str(llama), lanes=lanes)
 
 
 def test_threads_are_shared_out(threads: None) -> None:

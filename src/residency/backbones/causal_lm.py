@@ -21,6 +21,7 @@ from residency.backbones.base import Backbone, Sampling
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from residency.backbones.folders import model_folder
 from residency.backbones.greedy import greedy
+from residency.errors import UserError
 from residency.kernels.apart import Lanes, lanes_for
 from residency.kernels.lanes import run_in_lanes
 from residency.kernels.last_layer import only_at, trim_last_layer
@@ -75,6 +76,12 @@ class CausalLM(Backbone):
         gradient_checkpointing: bool = False,
         lanes: Lanes = "auto",
     ) -> None:
+        if lanes != "auto" and lanes < 1:
+            raise UserError(
+                f"model.backbone.lanes is {lanes}",
+                why="it is in how many parts a packed row is computed at the same time",
+                fix="set it to auto, or to 1 to compute a row as a whole",
+            )
         self.path = path
         self.revision = revision
         self.dtype = dtype

@@ -12,6 +12,48 @@ from residency.study.schedule import run_tree
 from residency.study.tree import Need, Node, Tree
 
 
+class Small(Executor):
+    """A machine that kills a large task whenever something runs beside it; small ones end after two looks."""
+
+    slots = 2
+
+    def __init__(self) -> None:
+        self.running: dict[str, int] = {}
+        self.killed = 0
+        self.most = 0
+
+    def submit(self, task: Task) -> None:
+        self.running[task.id] = 0
+        self.most = max(self.most, len(self.running))
+
+    def wait(self, timeout: float) -> Sequence[Outcome]:
+        for name in self.running:
+            self.running[name] += 1
+        if "large" in self.running and len(self.running) > 1:
+            del self.running["large"]
+            self.killed += 1
+            return [Outcome(task_id="large", exit_code=-9)]
+        ended = [name for name, looks in self.running.items() if looks >= 2]
+        for name in ended:
+            del self.running[name]
+        return [Outcome(task_id=name, exit_code=0) for name in ended]
+
+    def cancel(self, task_id: str) -> None:
+        raise AssertionError("nothing is to be cancelled")
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_is_killed_again_and_again_gets_the_machine_to_itself(tmp_path: Path) -> None:
+    parts = [node(name, folder=tmp_path, height=1) for name in ("large", "one", "two", "three", "four", "five")]
+    executor = Small()
+    (tmp_path / "store").mkdir()
+    tree = Tree(nodes={part.task.id: part for part in parts})
+    assert run_tree(tree, executor=executor, store=Store(tmp_path / "store")) == {}
+    assert (executor.killed, executor.most) == (2, 2)
+
+
 class OneByOne(Executor):
     """Carries nothing out; one task takes its time."""
 

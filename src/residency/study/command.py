@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from residency.errors import EXIT_DONE, UserError
+from residency.study.cores import Cores, at_once, forget_cores, keep_cores, kept_threads, share_cores, usable_cores
 from residency.study.plan import Study, load_study
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def sweep_command(words: list[str]) -> int:
     parser.add_argument(
         "--measure", action="store_true", help="with --dry-run: try a few steps, to estimate time and disk"
     )
-    parser.add_argument("--workers", type=int, help="stages at once; default one per GPU, or one per core")
-    parser.add_argument("--threads", type=int, help="threads of each; default the cores shared out")
+    parser.add_argument("--workers", type=int, help="stages at once; default one per GPU, or per core, or per run")
+    parser.add_argument("--threads", type=int, help="threads of each; default what a short measurement finds best")
     parser.add_argument(
         "--executor", choices=("local", "ray"), help="where stages run; default what the study says, else this machine"
     )
@@ -93,8 +94,9 @@ def sweep(
         store: Folder of the stages; what the study says, or `store` in its folder, by default.
         dry_run: Stop after the plan.
         measure: With `dry_run`: try a few steps of every kind of model, to estimate time and disk.
-        workers: Stages at once; by default one per GPU, or one per core.
-        threads: Threads of each; by default the cores shared out. Another number may change the last bits of a result.
+        workers: Stages at once; by default one per GPU, or one per core where there are as many runs.
+        threads: Threads of each; by default what the study began with, else one where there are as many runs as cores,
+            else what is measured to be best. Another number may change the last bits of a result.
         where: `local` or `ray`; by default what the study says.
         emit_wandb: Only write a W&B sweep file there.
         console: Where to print.
@@ -111,23 +113,26 @@ def sweep(
     study = load_study(path)
     folder = (study_dir or Path("studies") / study.name).resolve()
     place = (store or (Path(study.store) if study.store else folder / "store")).resolve()
-    share = _workers(workers, threads)
-    _set_threads(share[1])
+    kind = where or study.executor
+    cores = _cores(study, folder, kind, workers, threads)
+    _set_threads(cores.threads)
     if emit_wandb is not None:
         return _emit(study, path, emit_wandb, place, console)
-    parts: dict[str, Any] = {"folder": folder, "store": place, "console": console, "workers": share[0]}
+    console.print(f"stages at once: {cores.workers}, threads of each: {cores.threads} ({cores.why})", highlight=False)
+    parts: dict[str, Any] = {"folder": folder, "store": place, "console": console, "workers": cores.workers}
     if dry_run:
         from residency.study.workshop import Workshop
 
         Workshop(study, **parts).check(measured=measure)
         return EXIT_DONE
-    kind = where or study.executor
+    share = cores.workers, cores.threads
     make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, *share))
     # A new study has something to run: its workers import what they need while this process does.
     early = executor is None and kind == "local" and not (folder / "plan.json").exists()
     with _only_sweep(folder), _started(make, folder / "logs", early=early) as start:
         from residency.study.workshop import Workshop
 
+        keep_cores(folder, cores)
         views = watchers if watchers is not None else [_view(path, study_dir, console)]
         return Workshop(study, **parts).sweep(start, views)
 
@@ -183,6 +188,7 @@ def _only_sweep(folder: Path) -> Iterator[None]:
                 if fresh and not (folder / "plan.json").exists():
                     with suppress(OSError):
                         (folder / ".lock").unlink(missing_ok=True)
+                        forget_cores(folder)
                         shutil.rmtree(folder / "logs", ignore_errors=True)
                         folder.rmdir()
                 raise
@@ -194,12 +200,13 @@ def _only_sweep(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _workers(workers: int | None, threads: int | None) -> tuple[int, int]:
-    """(tasks at once, threads of each)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers is None:
-        workers = _gpus() or max(1, cores // (threads or 1))
-    return workers, threads or max(1, cores // workers)
+def _cores(study: Study, folder: Path, kind: str, workers: int | None, threads: int | None) -> Cores:
+    threads = threads or kept_threads(folder)
+    cores, runs = usable_cores(), at_once(study)
+    if kind == "ray" and threads is None and workers is None:
+        # The nodes of a cluster are not this machine.
+        return Cores(workers=cores, threads=1, why="a core for each")
+    return share_cores(cores=cores, runs=runs, gpus=_gpus(), workers=workers, threads=threads)
 
 
 def _gpus() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -177,7 +178,8 @@ class _Run:
         return f"it ended without a word; see logs/{task}.log in the folder of the study"
 
     def _again(self, task: str, code: int) -> bool:
-        if code == EXIT_MEMORY:
+        # A kernel that is out of memory kills without a word: the last try has the machine to itself.
+        if code == EXIT_MEMORY or (code == -signal.SIGKILL and self.state.tries[task] > 1):
             self.state.alone.add(task)
         again = 0 if code == EXIT_USER else 2 if code < 0 else 1
         return self.state.tries[task] <= again

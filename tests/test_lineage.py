@@ -87,6 +87,16 @@ def test_what_follows_training_is_shared_by_strengths_and_not_by_modes(lineage: 
     assert plain.stages[0].finished == plain.stages[0].trained
 
 
+def test_nothing_is_remembered_of_the_last_stage(lineage: Any) -> None:
+    ewc, mixing = lineage(EWC(10.0)).stages, lineage({**EWC(10.0), **MIXING}).stages
+    assert [stage.finished == stage.trained for stage in ewc] == [False, False, True]
+    assert [stage.finished == stage.weights for stage in mixing] == [False, False, True]
+    assert mixing[-1].weights != mixing[-1].trained
+    # A stream that goes on has trained the same stage, and remembers it.
+    short = lineage(EWC(10.0), "--data.order=[a, b]").stages
+    assert (short[1].trained, short[1].finished) == (ewc[1].trained, ewc[1].trained)
+
+
 @pytest.mark.parametrize(
     "words",
     [

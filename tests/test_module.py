@@ -84,7 +84,7 @@ def test_every_hook_in_its_place(llama: Path, tmp_path: Path) -> None:
     whole = ["prepare_dataset", "transform_dataset", "on_domain_start"]
     whole += [*STEP, *STEP, "transform_weights", "on_domain_end"]
     expected = [(name, stage) for stage in range(3) for name in whole]
-    assert calls == expected
+    assert calls == expected[:-1], "there is nothing to remember the last domain for"
     plain, _ = train(tmp_path / "plain", llama, tiny_lora(), steps=2)
     assert record["scores"] == plain["scores"], "a mitigation that changes nothing must not change a bit"
 
@@ -110,7 +110,8 @@ def test_domain_start_once_across_a_resume(llama: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", llama, tiny_lora(), {"r": Recorder(calls)})
     starts = [stage for name, stage in calls if name == "on_domain_start"]
     ends = [stage for name, stage in calls if name == "on_domain_end"]
-    assert starts == ends == [0, 1, 2]
+    assert starts == [0, 1, 2]
+    assert ends == [0, 1]
 
 
 class FreezeUpdate(Mitigation):

@@ -191,7 +191,8 @@ class Bench:
 
     def finish(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         """What follows the training of the k-th stage; what is to be stored."""
-        tree = finish_stage(self.module, facts, device=self.trainers.root_device)
+        last = k == len(self.stages)
+        tree = finish_stage(self.module, facts, device=self.trainers.root_device, remember=not last)
         self.at, self.trained = k, 0
         return tree
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -264,11 +264,12 @@ class ResidencyCLI(LightningCLI):
     @cached_property
     def resolved(self) -> dict[str, Any]:
         """The full config as plain values; where the run lies is not part of what it is."""
-        with warnings.catch_warnings():
-            # Lightning calls jsonargparse by a name that will go.
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            self._dump_config()
-        return {key: value for key, value in self.config_dump.items() if key not in ("config", "run_dir", "subcommand")}
+        # As Lightning's own dump, but not checked again, which parsing has just done: a study asks for every cell.
+        text = self.parser.dump(
+            self.config, skip_link_targets=False, skip_unset=False, skip_validation=True, format="yaml"
+        )
+        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))[self._verb]
+        return {key: value for key, value in plain.items() if key not in ("config", "run_dir", "subcommand")}
 
     def _views(self) -> list[View]:
         return [ConsoleView(folder=self.folder.path), self.tracker(), LoggerView()]

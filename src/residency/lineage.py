@@ -91,7 +91,8 @@ class StageKeys:
     Args:
         trained: Weights as the last step left them.
         weights: Weights after `transform_weights`; `trained` itself if nobody changes them.
-        finished: Weights and the states of all mitigations; `trained` itself if there is no mitigation.
+        finished: Weights and the states of all mitigations; `trained` itself if there is no mitigation. Of the last
+            stage `weights`: there is nothing to remember for.
         watched: Mitigations whose state is part of what was trained, by name.
     """
 
@@ -133,7 +134,9 @@ class Lineage:
             trained, watched = self._trained(stage, weights, states, offset)
             weights = self._weights(stage, trained, weights, states)
             states = {name: self._state(m, trained, weights, states[name]) for name, m in self._named()}
-            finished = digest("finished", weights, states) if states else trained
+            last = stage.index + 1 == stage.stages
+            # After the last stage nobody remembers anything: only its weights are kept.
+            finished = weights if last else digest("finished", weights, states) if states else trained
             keys = StageKeys(trained=trained, weights=weights, finished=finished, watched=watched)
             self.stages.append(keys)
             offset += stage.steps

@@ -51,7 +51,7 @@ class ContinualModule(LightningModule):
                 weights = M.transform_update(module, weights before the step, weights so far)
             adapter.end_stage(model, stage, observe)          # the end of training: runs with one past share it
             weights = M.transform_weights(module, weights of `before`, weights now)    # finish_stage
-            M.on_domain_end(module, stage)                    # estimate and remember, at the final weights
+            M.on_domain_end(module, stage)                    # remember, at the final weights; not after the last
             save state; score every domain; write the record  # residency.stream
 
     Args:
@@ -263,8 +263,11 @@ class ContinualModule(LightningModule):
         self.model.eval()
         self._adapter_stage(self.adapter.end_stage, "end")
 
-    def finish_stage(self) -> None:
+    def finish_stage(self, *, remember: bool = True) -> None:
         """What follows training: mix weights, then let mitigations remember, at the final weights.
+
+        Args:
+            remember: Whether another stage follows: a Fisher estimate for a domain that never comes is work for nobody.
 
         Not part of the fit, so that it can be done, or done again with other mitigations, from a stored trained state
         (after `begin_stage` and `Adapter.load_state`).
@@ -274,7 +277,7 @@ class ContinualModule(LightningModule):
             mitigation.move_state(self.device)
         self._transform_weights()
         with torch.enable_grad():
-            for mitigation in self._active["on_domain_end"]:
+            for mitigation in self._active["on_domain_end"] if remember else ():
                 mitigation.on_domain_end(self, self.stage)
         for mitigation in self.mitigations.values():
             mitigation.reduce_state()

@@ -113,28 +113,34 @@ def adopt_training(
         module.mitigations[name].load_state_dict(state)
 
 
-def finish_stage(module: ContinualModule, facts: Mapping[str, Any], *, device: torch.device) -> dict[str, Any]:
+def finish_stage(
+    module: ContinualModule, facts: Mapping[str, Any], *, device: torch.device, remember: bool = True
+) -> dict[str, Any]:
     """What follows training: mix weights, let mitigations remember.
 
     Args:
         module: As the last step left it.
         facts: Of the training.
         device: Where to compute.
+        remember: Whether another stage follows, for which mitigations remember this one.
 
     Returns:
         What is stored: {"weights", "mitigations", "facts"}.
     """
     start = time.perf_counter()
     module.to(device)  # Lightning has brought it back to the CPU
-    held = {name: m.state_bytes() for name, m in module.mitigations.items()}
-    module.finish_stage()
+    index, every = module.stage.index, module.mitigations.items()
+    # Without remembering, those count that had a part in the weights: runs without the others share them.
+    taking_part = {n: m for n, m in every if remember or m.touches_training(index) or m.changes_weights(index)}
+    held = {name: m.state_bytes() for name, m in taking_part.items()}
+    module.finish_stage(remember=remember)
     more = {
         "finish_seconds": time.perf_counter() - start,
         # Some drop at the end what they held during the stage, others take it in only then.
-        "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in module.mitigations.items()},
+        "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in taking_part.items()},
         "weights": module.weights_log,
     }
-    return {**training_state(module, module.mitigations), "facts": {**facts, **more}}
+    return {**training_state(module, taking_part), "facts": {**facts, **more}}
 
 
 def training_state(module: ContinualModule, watched: Iterable[str]) -> dict[str, Any]:
@@ -146,8 +152,10 @@ def training_state(module: ContinualModule, watched: Iterable[str]) -> dict[str,
 def restore_stage(module: ContinualModule, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Bring module and mitigations to the state after a stage; its facts."""
     module.adapter.load_state(module.model, tree["weights"])
-    for name, mitigation in module.mitigations.items():
-        mitigation.load_state_dict(tree["mitigations"][name])
+    for name, state in tree["mitigations"].items():
+        # After the last stage, a run with other mitigations may have left it: no training will ask for their states.
+        if name in module.mitigations:
+            module.mitigations[name].load_state_dict(state)
     return dict(tree["facts"])
 
 

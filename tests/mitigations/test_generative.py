@@ -209,6 +209,7 @@ def test_a_model_writes_the_prompts_it_has_learned(llama: Path, tmp_path: Path) 
     replay = GenerativeReplay(examples=24, shots=0, kept=0, prompt_loss=1.0, top_k=0)
     kinds = {"a": "generative"}
     _, trained = train(tmp_path / "run", llama, Full(), {"x": replay}, kinds=kinds, steps=100, lr=1e-2)
+    trained.finish_stage()  # as if another domain followed
     decode = trained.backbone.tokenizer.decode
     texts = [decode(list(e.prompt)) for e in replay.written()]
     assert len(texts) >= 12

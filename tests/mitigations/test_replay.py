@@ -354,7 +354,9 @@ def test_memory_holds_training_rows_only(llama: Path, tmp_path: Path) -> None:
 
     kept = {name: {e for e in replay.memory() if e.domain == name} for name in readers}
     prompts = {name: {e.prompt for e in kept[name]} for name in readers}
-    for name in readers:
+    *learned, last = readers
+    assert not kept[last], "nothing is remembered where nothing follows"
+    for name in learned:
         assert kept[name]
         assert kept[name] <= encoded(name, "train")
         assert not prompts[name] & {e.prompt for split in ("test", "validation") for e in encoded(name, split)}

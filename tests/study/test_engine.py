@@ -11,6 +11,7 @@ import pytest
 
 from command import read_json
 from residency.bench import Bench
+from residency.storage import load_tree
 from residency.store import Store
 from residency.study.executors import Executor
 from sweeping import EWC, MIXING, REPLAY, alone, matrices, run_sweep, write_study
@@ -47,6 +48,23 @@ def test_every_cell_is_bit_equal_to_its_run_alone(study: tuple[Path, Path, str],
         assert scores == alone(folder, cell, tmp_path), cell
     assert found["ewc_10-s0"] != found["ewc_1000-s0"]
     assert found["none-s0"] != found["mixing-s0"]
+
+
+def test_a_stream_goes_on_where_another_one_ends(llama: Path, tmp_path: Path) -> None:
+    """What is remembered of a domain is estimated for the streams that go on, and for these only."""
+    axes = {"mitigation": {"ewc": EWC(10.0), "mixing": MIXING, "both": {**EWC(10.0), **MIXING}}}
+    path = write_study(tmp_path, llama, axes=axes, orders=[["a", "b"], ["a", "b", "c"]])
+    code, out = run_sweep(path, tmp_path / "out")
+    assert code == 0, out
+    found = matrices(tmp_path / "out")
+    assert len(found) == 6
+    for cell, scores in found.items():
+        assert scores == alone(tmp_path / "out", cell, tmp_path), cell
+    for run in (tmp_path / "out" / "cells" / "ewc-a_b_c-s0", tmp_path / "ewc-a_b_c-s0"):
+        states = [load_tree(run / "stages" / k / "state.safetensors")["mitigations"] for k in ("2-b", "3-c")]
+        assert states[0]["ewc"].keys() == states[1]["ewc"].keys()
+        for name, value in states[0]["ewc"]["precision"].items():
+            assert states[1]["ewc"]["precision"][name].equal(value)
 
 
 def test_the_plan_says_what_is_trained_and_that_is_trained(study: tuple[Path, Path, str]) -> None:

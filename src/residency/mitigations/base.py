@@ -96,7 +96,10 @@ class Mitigation(Callback):
         """Before the first step of a domain: anchors, teachers, bases. May set `self.state`, never weights."""
 
     def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
-        """After the last step and after every `transform_weights`: estimate, remember. Never changes weights."""
+        """After the last step and after every `transform_weights`: estimate, remember. Never changes weights.
+
+        Not called after the last stage of a stream, where there is nothing to remember for.
+        """
 
     def prepare_dataset(self, module: ContinualModule, dataset: Sequence[Example], stage: Stage) -> None:
         """Right before its own `transform_dataset`, with the weights that the stage before left: where the model itself

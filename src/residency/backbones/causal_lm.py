@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,34 +20,19 @@ from residency.backbones.base import Backbone, Sampling
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from residency.backbones.folders import model_folder
 from residency.backbones.greedy import greedy
+from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options
+from residency.backbones.supervised import supervised_logits, supervised_nll
 from residency.errors import UserError
 from residency.kernels.apart import Lanes, lanes_for
 from residency.kernels.lanes import run_in_lanes
-from residency.kernels.last_layer import only_at, trim_last_layer
+from residency.kernels.last_layer import trim_last_layer
 from residency.kernels.norm import fuse_norms
 from residency.kernels.rotary import fuse_rotary
 from residency.types import Batch, Layout
 
-__all__ = ["CausalLM", "Quantisation", "quiet_transformers"]
+__all__ = ["CausalLM", "quiet_transformers"]
 
 PACKAGED = "packaged"
-
-_HEAD_ROWS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantisation:
-    """How bitsandbytes stores the frozen weights (QLoRA, Dettmers et al. 2023).
-
-    Args:
-        kind: `nf4` (4 bit, normal-float levels), `fp4` or `int8`.
-        double: Quantise the quantisation constants too (4.127 instead of 4.5 bit per weight; 4-bit kinds only).
-        compute_dtype: Of the matrix products (4-bit kinds only).
-    """
-
-    kind: Literal["nf4", "fp4", "int8"] = "nf4"
-    double: bool = True
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class CausalLM(Backbone):
@@ -118,7 +102,7 @@ class CausalLM(Backbone):
         config = copy.deepcopy(AutoConfig.from_pretrained(self.folder))
         options: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
         if self.quantisation is not None:
-            options |= {"quantization_config": _bitsandbytes(self.quantisation), "device_map": _device_map()}
+            options |= loading_options(self.quantisation)
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(self.folder, config=config, **options)
         if model._supports_attention_backend:
@@ -128,7 +112,7 @@ class CausalLM(Backbone):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         if self.quantisation is not None:
-            _forbid_repacking(model)
+            forbid_repacking(model)
         fuse_norms(model)
         fuse_rotary(model)
         if not self.gradient_checkpointing:
@@ -137,12 +121,12 @@ class CausalLM(Backbone):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits; the head is computed at the supervised positions only, which is exact."""
-        return self._run(_logits, model, batch)
+        return self._run(supervised_logits, model, batch)
 
     @torch.inference_mode()
     def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M,) nats; where several labels go on from one position, the head is computed there once."""
-        return super().target_nll(model, batch) if batch.layout == "padded" else self._run(_target_nll, model, batch)
+        return super().target_nll(model, batch) if batch.layout == "padded" else self._run(supervised_nll, model, batch)
 
     def _run(self, function: Callable[[nn.Module, Batch], Tensor], model: nn.Module, batch: Batch) -> Tensor:
         lanes, leaves = lanes_for(model, batch, self.lanes)
@@ -208,37 +192,6 @@ class CausalLM(Backbone):
         return described if self.revision is None else {**described, "revision": self.revision}
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    if batch.layout == "packed":
-        with only_at(batch.target_at):
-            out = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=None,
-                segments=batch.segments,
-                logits_to_keep=batch.target_at,
-                use_cache=False,
-            )
-        return out.logits[0]  # type: ignore[no-any-return]
-    width = batch.input_ids.shape[1]
-    # Columns count from the end of a row: an adapter may have put virtual tokens in front of it.
-    row, column = batch.target_at // width, batch.target_at % width - width
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if not _keeps_logits(model):
-        return model(**inputs).logits[row, column]  # type: ignore[no-any-return]
-    columns, at = column.unique(return_inverse=True)
-    return model(**inputs, logits_to_keep=columns).logits[row, at]  # type: ignore[no-any-return]
-
-
-def _target_nll(model: nn.Module, batch: Batch) -> Tensor:
-    """(M,) nats of a packed batch."""
-    positions, at = batch.target_at.unique(return_inverse=True)
-    logits = _logits(model, replace(batch, target_at=positions))
-    # A few rows at a time, so that the exponentials stay in the cache.
-    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(_HEAD_ROWS)])
-    return total[at] - logits[at, batch.targets].float()
-
-
 @contextmanager
 def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
     """transformers draws from the global generator: lend it a seed, and bring it back."""
@@ -248,38 +201,6 @@ def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
         yield
-
-
-def _keeps_logits(model: nn.Module) -> bool:
-    unwrap: Any = getattr(model, "get_base_model", None)
-    core = unwrap() if unwrap else model
-    return "logits_to_keep" in inspect.signature(core.forward).parameters
-
-
-def _bitsandbytes(quantisation: Quantisation) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantisation.kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantisation.kind,
-        bnb_4bit_use_double_quant=quantisation.double,
-        bnb_4bit_compute_dtype=getattr(torch, quantisation.compute_dtype),
-    )
-
-
-def _device_map() -> dict[str, Any]:
-    # Quantised layers must be made where they stay: one rank, one device, never "auto".
-    return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-
-
-def _forbid_repacking(model: nn.Module) -> None:
-    # On CPUs with AVX512-BF16 an evaluation pass repacks 4-bit weights in place into a form that has no autograd:
-    # every later training step would lose its gradients (bitsandbytes 0.50, spec/adapters A3).
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 class quiet_transformers:

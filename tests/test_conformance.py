@@ -19,6 +19,7 @@ from residency.adapters.peft import expected_remarks
 from residency.batching import make_batch
 from residency.errors import UserError
 from residency.mitigations import Mitigation
+from residency.objectives.sft import token_nll
 from residency.signals import Stopped
 from residency.storage import load_tree
 from residency.tensors import snapshot
@@ -182,6 +183,27 @@ def test_lanes_change_rounding_only(name: str, llama: Path) -> None:
         gradients = torch.autograd.grad(out.logsumexp(-1).sum(), leaves, allow_unused=True)
         found.append([out.detach(), *(g if g is not None else torch.zeros(0) for g in gradients)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@adapters
+def test_a_loss_without_logits_is_the_same(name: str, llama: Path) -> None:
+    """Whether or not the head is left out, and in lanes or not."""
+    module = built(llama, name)
+    module.begin_stage(stage(0), EXAMPLES)
+    leaves = [*module.adapter.trainable(module.model).values()]
+    batch = make_batch(EXAMPLES, layout=module.layout)
+    module.model.train()
+    found = []
+    for direct, lanes in ((False, 1), (True, 1), (True, 3)):
+        module.backbone.lanes = lanes
+        torch.manual_seed(0)
+        nll = module.backbone.nll(module.model, batch) if direct else token_nll(module.forward(batch), batch.targets)
+        gradients = torch.autograd.grad(nll.square().sum(), leaves, allow_unused=True)
+        found.append([nll.detach(), *(g if g is not None else torch.zeros(0) for g in gradients)])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            # As a whole: what is divided by a small norm (DeLoRA) amplifies the rounding of single entries.
+            assert float((one - two).norm()) <= 2e-4 * float(one.norm()) + 1e-6
 
 
 @adapters

@@ -110,7 +110,7 @@ def bare(module: ContinualModule, rows: Rows, stage: Stage) -> None:
     for step in range(stage.steps):
         group = examples[step * stage.batch_size : (step + 1) * stage.batch_size]
         batch = module.objective.collate(group, layout=module.layout)
-        loss = module.objective(module.forward, batch, None).loss
+        loss = module.objective(module.trained_forward, batch, None).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(leaves, 1.0, foreach=True)

@@ -17,7 +17,7 @@ from residency.backbones.base import Backbone
 from residency.compatibility import check_mitigations
 from residency.layout import LayoutChoice, choose_layout
 from residency.mitigations.base import HOOKS, Mitigation, overrides
-from residency.objectives.base import Objective
+from residency.objectives.base import Forward, Objective, Passes
 from residency.observation import logs_step, observe
 from residency.optim.fused import fuse
 from residency.randomness import seed_of
@@ -167,6 +167,14 @@ class ContinualModule(LightningModule):
         """(M, V) logits at the supervised positions."""
         return self.backbone.logits(self.model, batch)
 
+    @property
+    def trained_forward(self) -> Forward:
+        """What the objective gets in a training step: with a way around the logits where no mitigation reads them."""
+        readers = (m for m in self.mitigations.values() if m.uses_logits)
+        if any(reader.touches_training(self.stage.index) for reader in readers):
+            return self.forward
+        return Passes(logits=self.forward, nll=partial(self.backbone.nll, self.model))
+
     @torch.no_grad()
     def reference_forward(self, batch: Batch) -> Tensor:
         """(M, V) logits of the pretrained model, without gradient (the adapter provides `reference`)."""
@@ -182,7 +190,7 @@ class ContinualModule(LightningModule):
         """One micro-batch: transform, objective, added terms."""
         batch = self._fold("transform_batch", batch, lambda m, b: m.transform_batch(self, b))
         reference = self.reference_forward if "reference" in self.adapter.provides else None
-        outputs = self.objective(self.forward, batch, reference)
+        outputs = self.objective(self.trained_forward, batch, reference)
         terms = {"task": outputs.loss, **self._added_terms(batch, outputs)}
         loss = reduce(torch.add, terms.values())
         logged: dict[str, Any] = {f"loss/{name}": value.detach() for name, value in terms.items()}

@@ -140,7 +140,7 @@ def finish_stage(
         "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in taking_part.items()},
         "weights": module.weights_log,
     }
-    return {**training_state(module, taking_part), "facts": {**facts, **more}}
+    return {**training_state(module, module.mitigations if remember else ()), "facts": {**facts, **more}}
 
 
 def training_state(module: ContinualModule, watched: Iterable[str]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def restore_stage(module: ContinualModule, tree: Mapping[str, Any]) -> dict[str,
     """Bring module and mitigations to the state after a stage; its facts."""
     module.adapter.load_state(module.model, tree["weights"])
     for name, state in tree["mitigations"].items():
-        # After the last stage, a run with other mitigations may have left it: no training will ask for their states.
+        # The last stage may come from a run with other mitigations; no training will ask for their states.
         if name in module.mitigations:
             module.mitigations[name].load_state_dict(state)
     return dict(tree["facts"])

@@ -165,7 +165,8 @@ class Outputs:
 
     Args:
         loss: Scalar that is minimised (nats per supervised token for SFT).
-        logits: (M, V) at the supervised positions, attached to the graph, or `None` if the objective has none.
+        logits: (M, V) at the supervised positions, attached to the graph, or `None` if the objective has none or no
+            mitigation reads them (`Mitigation.uses_logits`).
         log: Named detached scalars to be logged as `train/<name>`.
     """
 

@@ -61,10 +61,12 @@ def test_a_stream_goes_on_where_another_one_ends(llama: Path, tmp_path: Path) ->
     for cell, scores in found.items():
         assert scores == alone(tmp_path / "out", cell, tmp_path), cell
     for run in (tmp_path / "out" / "cells" / "ewc-a_b_c-s0", tmp_path / "ewc-a_b_c-s0"):
-        states = [load_tree(run / "stages" / k / "state.safetensors")["mitigations"] for k in ("2-b", "3-c")]
-        assert states[0]["ewc"].keys() == states[1]["ewc"].keys()
-        for name, value in states[0]["ewc"]["precision"].items():
-            assert states[1]["ewc"]["precision"][name].equal(value)
+        after_b, after_c = (load_tree(run / "stages" / k / "state.safetensors")["mitigations"] for k in ("2-b", "3-c"))
+        estimates = after_b["ewc"]["precision"]
+        assert estimates
+        # As the training of c found it, or nothing.
+        for name, value in after_c.get("ewc", {}).get("precision", {}).items():
+            assert estimates[name].equal(value)
 
 
 def test_the_plan_says_what_is_trained_and_that_is_trained(study: tuple[Path, Path, str]) -> None:

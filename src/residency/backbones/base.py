@@ -46,6 +46,10 @@ class Backbone(ABC):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions of a batch, nowhere else."""
 
+    def nll(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M,) negative log-likelihood of each target in nats, float32, for training: where nobody reads the logits."""
+        return token_nll(self.logits(model, batch), batch.targets)
+
     def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M,) negative log-likelihood of each target in nats, float32, for scoring: without a gradient."""
         return token_nll(self.logits(model, batch), batch.targets)

@@ -21,9 +21,10 @@ from residency.backbones.fingerprint import tokenizer_fingerprint, weights_finge
 from residency.backbones.folders import model_folder
 from residency.backbones.greedy import greedy
 from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options
-from residency.backbones.supervised import supervised_logits, supervised_nll
+from residency.backbones.supervised import supervised_logits, supervised_nll, training_nll
 from residency.errors import UserError
 from residency.kernels.apart import Lanes, lanes_for
+from residency.kernels.head import free_head
 from residency.kernels.lanes import run_in_lanes
 from residency.kernels.last_layer import trim_last_layer
 from residency.kernels.norm import fuse_norms
@@ -115,13 +116,18 @@ class CausalLM(Backbone):
             forbid_repacking(model)
         fuse_norms(model)
         fuse_rotary(model)
+        free_head(model.eval())
         if not self.gradient_checkpointing:
             trim_last_layer(model)
-        return model.eval()  # type: ignore[no-any-return]
+        return model  # type: ignore[no-any-return]
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits; the head is computed at the supervised positions only, which is exact."""
         return self._run(supervised_logits, model, batch)
+
+    def nll(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M,) nats; memory does not grow with the vocabulary where the model ends with a plain head (checked)."""
+        return self._run(training_nll, model, batch)
 
     @torch.inference_mode()
     def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:

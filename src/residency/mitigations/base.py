@@ -66,6 +66,10 @@ class Mitigation(Callback):
     uses_stream_length: ClassVar[bool] = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 
+    uses_logits: bool = False
+    """Whether `loss_terms` reads `outputs.logits`; may be set per instance. Where nobody does they are `None`: the loss
+    is computed without them."""
+
     uses_base: bool = False
     """Whether `transform_weights` reads `module.base_weights`, the weights before the first stage; may be set per
     instance. Costs a snapshot of the adapter's state in memory, and nothing on disk."""

@@ -114,7 +114,7 @@ def reference_gradient(
     try:
         for batch in batches:
             with torch.enable_grad():
-                loss = module.objective(module.forward, batch, base).loss * (len(batch.targets) / total)
+                loss = module.objective(module.trained_forward, batch, base).loss * (len(batch.targets) / total)
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             found = [f if g is None else f + g for f, g in zip(found, gradients, strict=True)]
     finally:

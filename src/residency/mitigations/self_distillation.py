@@ -49,6 +49,8 @@ class SelfDistillation(Mitigation):
         batch_tokens: Tokens per pass of the cache; changes memory, not the result (beyond rounding).
     """
 
+    uses_logits = True
+
     instead: ClassVar[str] = "configs/mitigation/self_distillation.yaml, whose teacher is the previous model"
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"strength", "teacher", "temperature", "ema_rate", "cache", "batch_tokens"}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from residency.batching import make_batch
-from residency.objectives.base import Forward, Objective
+from residency.objectives.base import Forward, Objective, Passes
 from residency.types import Batch, Example, Layout, Outputs
 
 __all__ = ["SFT", "token_nll"]
@@ -35,7 +35,9 @@ class SFT(Objective):
         return make_batch(examples, layout=layout)
 
     def __call__(self, forward: Forward, batch: Batch, reference: Forward | None) -> Outputs:
-        """The loss; `reference` is not used."""
+        """The loss; `reference` is not used. Without logits where nobody else reads them."""
+        if isinstance(forward, Passes):
+            return Outputs(loss=forward.nll(batch).mean(), logits=None, log={})
         logits = forward(batch)
         loss = F.cross_entropy(logits.float(), batch.targets)
         return Outputs(loss=loss, logits=logits, log={})

@@ -21,7 +21,7 @@ from peft import OSFConfig, PeftModel, get_peft_model
 from attached import attach, backbone, learn, logits, mixed
 from peft_configs import CONFIGS
 from residency.adapters import OSF, Adapter, Peft
-from residency.adapters.peft import expected_remarks
+from residency.adapters.wrapping import expected_remarks
 from residency.errors import UserError
 from residency.tensors import snapshot
 from tiny import write_backbone

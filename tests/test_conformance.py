@@ -15,7 +15,7 @@ from comparing import differing
 from growing import stage
 from paired import Pairs
 from residency.adapters import Adapter
-from residency.adapters.peft import expected_remarks
+from residency.adapters.wrapping import expected_remarks
 from residency.batching import make_batch
 from residency.errors import UserError
 from residency.mitigations import Mitigation

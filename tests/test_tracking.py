@@ -19,7 +19,8 @@ from residency.errors import UserError
 from residency.report.assemble import Report
 from residency.report.material import read_material
 from residency.report.track import track_report
-from residency.tracking import WandbSettings, WandbView, flat_config
+from residency.short_names import flat_config
+from residency.tracking import WandbSettings, WandbView
 from synthetic import write_study
 
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z0-9_]+)+")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from residency.tracking import WandbSettings, WandbView, flat_config
+from residency.short_names import flat_config
+from residency.tracking import WandbSettings, WandbView
 from residency.views import RunInfo, View
 
 __all__ = ["Tracker"]

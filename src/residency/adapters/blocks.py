@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from residency.adapters.base import copy_state
-from residency.adapters.peft import expected_remarks, is_quantised
 from residency.adapters.tuners import capabilities, check_config
+from residency.adapters.wrapping import expected_remarks, is_quantised
 from residency.errors import UserError
 from residency.types import Tensors
 

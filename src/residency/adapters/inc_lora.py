@@ -30,7 +30,7 @@ from residency.adapters.blocks import (
 from residency.adapters.low_rank import low_rank_factors
 from residency.adapters.merging import merged_lora
 from residency.adapters.orthogonality import Orthogonality, overlap, squared_cosine
-from residency.adapters.peft import wrap
+from residency.adapters.wrapping import wrap
 from residency.tensors import Computed
 from residency.types import Stage, Tensors
 

@@ -31,7 +31,7 @@ from residency.adapters.blocks import (
 from residency.adapters.covariance import input_covariances
 from residency.adapters.dual_gpm import Memory, directions, energy_threshold, remember
 from residency.adapters.merging import merged_lora
-from residency.adapters.peft import wrap
+from residency.adapters.wrapping import wrap
 from residency.errors import UserError
 from residency.tensors import Computed
 from residency.types import Stage, Tensors

@@ -12,7 +12,7 @@ from peft.tuners.osf import OSFLayer
 from torch import Tensor, nn
 
 from residency.adapters.base import Adapter, Observe, copy_state
-from residency.adapters.peft import wrap
+from residency.adapters.wrapping import wrap
 from residency.tensors import Computed
 from residency.types import Stage, Tensors
 

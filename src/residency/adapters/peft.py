@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
 
 from residency.adapters.base import Adapter, LowRankLayer, OptimizerFactory, missing_capability
 from residency.adapters.low_rank import low_rank_factors, product_factors
 from residency.adapters.merging import merged_lora
-from residency.adapters.tuners import capabilities, check_config, check_quantised, kind_of
+from residency.adapters.tuners import capabilities, check_config, kind_of
+from residency.adapters.wrapping import expected_remarks, is_quantised, wrap
 from residency.errors import UserError
-from residency.kernels.lora import fuse_lora
 from residency.tensors import Products, Term, terms_of
 from residency.types import Tensors
 
-__all__ = ["Peft", "expected_remarks", "is_quantised", "lora", "low_rank_factors", "wrap"]
+__all__ = ["Peft", "lora", "low_rank_factors"]
 
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
-
-_EXPECTED = (
-    ".*is_gradient_checkpointing.*",  # PEFT asks transformers for a property that has been renamed
-    ".*cannot merge the BEFT adapter.*",  # which the capabilities say
-    ".*Failed to load the CUDA extension.*",  # BOFT has a slower way without it, and says what it sets for it
-    ".*Setting boft_n_butterfly_factor to 1.*",
-    ".*Unsupported layer type.*Norm.*",  # LN tuning only asks for the sizes of the layer
-)
 
 
 class Peft(Adapter):
@@ -188,49 +178,6 @@ class Peft(Adapter):
     def _check_averageable(self) -> None:
         if "averageable" not in self.provides:
             raise missing_capability(self, "averageable")
-
-
-def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.Module:
-    """Attach a PEFT tuner under a name; does nothing to a model that has one.
-
-    Raises:
-        UserError: The tuner does not fit the model, its layers or its quantisation.
-    """
-    if isinstance(model, PeftModel):
-        return model  # type: ignore[no-any-return]
-    if is_quantised(model):
-        check_quantised(config)
-    # A copy: PEFT writes the base model's name and the resolved targets into the config it is given.
-    config = copy.deepcopy(config)
-    config.task_type = config.task_type or "CAUSAL_LM"
-    if kind_of(config) == "FROD":
-        # torch's default, said aloud: it warns about FRoD's sparse matrices otherwise.
-        torch.sparse.check_sparse_tensor_invariants.disable()
-    try:
-        with expected_remarks():
-            wrapped = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
-        fuse_lora(wrapped)
-        return wrapped  # type: ignore[no-any-return]
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(
-            f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",
-            why="the tuner does not fit this model, its layers or its quantisation",
-            fix="correct model.adapter.config (often target_modules), or use configs/adapter/lora.yaml",
-        ) from error
-
-
-@contextmanager
-def expected_remarks() -> Iterator[None]:
-    """Silence what PEFT and torch remark while a tuner is attached or loaded, and what is known here."""
-    with warnings.catch_warnings():
-        for message in _EXPECTED:
-            warnings.filterwarnings("ignore", message=message)
-        yield
-
-
-def is_quantised(model: nn.Module) -> bool:
-    """Whether some weights are stored as integer codes."""
-    return any(not p.is_floating_point() for p in model.parameters())
 
 
 def _on_dequantised_base(model: Any) -> nn.Module:

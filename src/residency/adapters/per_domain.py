@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from residency.adapters.base import Adapter, Observe, PromptNLL, Served, copy_state, missing_capability
 from residency.adapters.merging import merged_lora
 from residency.adapters.names import KEY, read_names, write_names
-from residency.adapters.peft import wrap
 from residency.adapters.tuners import capabilities, check_config, kind_of
+from residency.adapters.wrapping import wrap
 from residency.errors import UserError
 from residency.types import Example, Stage, Tensors
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from residency.adapters.base import Adapter, Observe, copy_state
 from residency.adapters.blocks import add_block, check_additive, factors, merged, switched, use_blocks, write_adapter
 from residency.adapters.merging import merged_lora
-from residency.adapters.peft import wrap
+from residency.adapters.wrapping import wrap
 from residency.errors import UserError
 from residency.types import Stage
 

@@ -14,7 +14,7 @@ import yaml
 
 from residency.errors import UserError
 from residency.report.tables import Record, printable
-from residency.tracking import flat_config
+from residency.short_names import flat_config
 
 __all__ = ["Entry", "Material", "read_material"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from residency.report.arms import Arm
 from residency.report.tables import printable
-from residency.tracking import flat_config
+from residency.short_names import flat_config
 
 __all__ = ["differences", "flat_configs", "numeric_settings"]
 

@@ -11,7 +11,8 @@ import polars as pl
 from residency.report.advice import Advice
 from residency.report.material import Material
 from residency.report.tables import finite, printable
-from residency.tracking import Scalar, WandbSettings, WandbView
+from residency.short_names import Scalar
+from residency.tracking import WandbSettings, WandbView
 
 __all__ = ["track_report"]
 

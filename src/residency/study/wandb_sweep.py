@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from residency.errors import UserError
+from residency.short_names import MAX_DOTS
 from residency.storage import replace_file
 from residency.study.cells import Cell
 from residency.study.plan import Study
@@ -22,7 +23,7 @@ from residency.study.space import Parameter, Search
 
 __all__ = ["wandb_sweep", "write_wandb_sweep"]
 
-_MAX_DOTS = 3
+
 _COMMAND = ["${env}", "${interpreter}", "-m", "${program}", "fit"]
 _HEAD = """\
 # {command}
@@ -79,7 +80,7 @@ def _grid(cells: Sequence[Cell]) -> dict[str, Any]:
     points = [(*(cell.axes[axis] for axis in axes), cell.seed) for cell in cells]
     columns = [list(dict.fromkeys(column)) for column in zip(*points, strict=True)]
     names = [f"axes.{axis}" for axis in axes]
-    simple = all(name.count(".") <= _MAX_DOTS and "=" not in name for name in names)
+    simple = all(name.count(".") <= MAX_DOTS and "=" not in name for name in names)
     if not simple or len(points) != len([*itertools.product(*columns)]):
         return {"cell": {"values": [cell.id for cell in cells]}}
     return {name: {"values": values} for name, values in zip([*names, "seed_everything"], columns, strict=True)}
@@ -100,10 +101,10 @@ def _space(search: Search, cells: Sequence[Cell]) -> dict[str, Any]:
 def _flat(key: str) -> str:
     """A key without `init_args`, which the command line does not need."""
     short = ".".join(part for part in key.split(".") if part != "init_args")
-    if short.count(".") > _MAX_DOTS:
+    if short.count(".") > MAX_DOTS:
         raise UserError(
             f"search.parameters has {key}",
-            why=f"W&B does not filter by names with more than {_MAX_DOTS} dots",
+            why=f"W&B does not filter by names with more than {MAX_DOTS} dots",
             fix="let `residency sweep` search this parameter",
         )
     return short

@@ -135,7 +135,7 @@ class Lineage:
             weights = self._weights(stage, trained, weights, states)
             states = {name: self._state(m, trained, weights, states[name]) for name, m in self._named()}
             last = stage.index + 1 == stage.stages
-            # After the last stage nobody remembers anything: only its weights are kept.
+            # After the last stage nobody remembers anything: its weights are all that counts.
             finished = weights if last else digest("finished", weights, states) if states else trained
             keys = StageKeys(trained=trained, weights=weights, finished=finished, watched=watched)
             self.stages.append(keys)

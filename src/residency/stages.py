@@ -140,7 +140,7 @@ def finish_stage(
         "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in taking_part.items()},
         "weights": module.weights_log,
     }
-    return {**training_state(module, module.mitigations if remember else ()), "facts": {**facts, **more}}
+    return {**training_state(module, taking_part), "facts": {**facts, **more}}
 
 
 def training_state(module: ContinualModule, watched: Iterable[str]) -> dict[str, Any]:

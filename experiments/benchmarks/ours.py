@@ -20,6 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import residency  # noqa: F401  (before torch: what it sets for its threads and pages is read there)
+
+# isort: split
 import torch
 
 from residency.adapters.peft import lora

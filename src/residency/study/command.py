@@ -114,10 +114,10 @@ def sweep(
     folder = (study_dir or Path("studies") / study.name).resolve()
     place = (store or (Path(study.store) if study.store else folder / "store")).resolve()
     kind = where or study.executor
-    cores = _cores(study, folder, kind, workers, threads)
-    _set_threads(cores.threads)
     if emit_wandb is not None:
         return _emit(study, path, emit_wandb, place, console)
+    cores = _cores(study, folder, kind, workers, threads)
+    _set_threads(cores.threads)
     console.print(f"stages at once: {cores.workers}, threads of each: {cores.threads} ({cores.why})", highlight=False)
     parts: dict[str, Any] = {"folder": folder, "store": place, "console": console, "workers": cores.workers}
     if dry_run:
@@ -125,8 +125,7 @@ def sweep(
 
         Workshop(study, **parts).check(measured=measure)
         return EXIT_DONE
-    share = cores.workers, cores.threads
-    make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, *share))
+    make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, cores.workers, cores.threads))
     # A new study has something to run: its workers import what they need while this process does.
     early = executor is None and kind == "local" and not (folder / "plan.json").exists()
     with _only_sweep(folder), _started(make, folder / "logs", early=early) as start:

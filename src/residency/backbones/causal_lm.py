@@ -21,14 +21,16 @@ from residency.backbones.fingerprint import tokenizer_fingerprint, weights_finge
 from residency.backbones.folders import model_folder
 from residency.backbones.greedy import greedy
 from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options
-from residency.backbones.supervised import supervised_logits, supervised_nll, training_nll
+from residency.backbones.supervised import supervised_logits, supervised_nll
 from residency.errors import UserError
 from residency.kernels.apart import Lanes, lanes_for
-from residency.kernels.head import free_head
+from residency.kernels.head import bare_head, free_head, head_nll, without_head
 from residency.kernels.lanes import run_in_lanes
 from residency.kernels.last_layer import trim_last_layer
+from residency.kernels.layers import fuse_layers
 from residency.kernels.norm import fuse_norms
 from residency.kernels.rotary import fuse_rotary
+from residency.objectives.sft import token_nll
 from residency.types import Batch, Layout
 
 __all__ = ["CausalLM", "quiet_transformers"]
@@ -119,6 +121,7 @@ class CausalLM(Backbone):
         free_head(model.eval())
         if not self.gradient_checkpointing:
             trim_last_layer(model)
+        fuse_layers(model)
         return model  # type: ignore[no-any-return]
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -127,7 +130,13 @@ class CausalLM(Backbone):
 
     def nll(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M,) nats; memory does not grow with the vocabulary where the model ends with a plain head (checked)."""
-        return self._run(training_nll, model, batch)
+        head = bare_head(model)
+        if head is None:
+            return token_nll(self.logits(model, batch), batch.targets)
+        # Behind the lanes: the weights of the head are read once, by all threads.
+        with without_head():
+            features = self._run(supervised_logits, model, batch)
+        return head_nll(features, head.weight, head.bias, batch.targets)
 
     @torch.inference_mode()
     def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -8,7 +8,6 @@ scaled-dot-product attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from residency.kernels.segments import segment_mask
 from residency.types import Segment, segment_tokens
 
 __all__ = ["NAME", "Memory", "attend_segments", "register", "segment_mask"]
@@ -181,44 +181,3 @@ def _per_head(tensor: Tensor, heads: int) -> Tensor:
     """(1, N, K, d) -> (1, N, H, d): keys and values repeated for the query heads that share them."""
     repeats = heads // tensor.shape[2]
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, 2)
-
-
-@lru_cache(maxsize=256)
-def segment_mask(segment: Segment, window: int | None = None) -> Tensor:
-    """Which key (column) each query (row) of one segment may see: the tokens it follows, and itself.
-
-    Args:
-        segment: See `Segment`; n tokens.
-        window: Keys further back than this are hidden.
-
-    Returns:
-        (n, n) bool.
-    """
-    n = segment_tokens(segment)
-    seen = torch.zeros(n, n, dtype=torch.bool)
-    position = torch.zeros(n, dtype=torch.long)
-    _fill(seen, position, segment, 0, [])
-    distance = position[:, None] - position[None, :]
-    return seen if window is None else seen & (distance < window)
-
-
-def _fill(seen: Tensor, position: Tensor, segment: Segment, start: int, before: Sequence[int]) -> None:
-    """Write what the tokens of a segment see and where they stand.
-
-    Args:
-        seen: (n, n).
-        position: (n,).
-        segment: The part whose first token is `start`.
-        start: Place in the row.
-        before: Places of the tokens that all of the part's tokens follow.
-    """
-    length = segment_tokens(segment[:1])
-    run = range(start, start + length)
-    seen[start : start + length, list(before)] = True
-    seen[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
-    position[start : start + length] = torch.arange(length) + len(before)
-    start += length
-    for branch in segment[1:]:
-        part = (branch,) if isinstance(branch, int) else branch
-        _fill(seen, position, part, start, [*before, *run])
-        start += segment_tokens(part)

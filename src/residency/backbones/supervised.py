@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residency.kernels.head import bare_head, head_nll, without_head
 from residency.kernels.last_layer import only_at
-from residency.objectives.sft import token_nll
 from residency.types import Batch
 
-__all__ = ["supervised_logits", "supervised_nll", "training_nll"]
+__all__ = ["supervised_logits", "supervised_nll"]
 
 _HEAD_ROWS = 32
 
@@ -40,16 +38,6 @@ def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
         return model(**inputs).logits[row, column]  # type: ignore[no-any-return]
     columns, at = column.unique(return_inverse=True)
     return model(**inputs, logits_to_keep=columns).logits[row, at]  # type: ignore[no-any-return]
-
-
-def training_nll(model: nn.Module, batch: Batch) -> Tensor:
-    """(M,) nats with a graph, of a batch of either layout; without logits as a whole where the head allows it."""
-    head = bare_head(model)
-    if head is None:
-        return token_nll(supervised_logits(model, batch), batch.targets)
-    with without_head():
-        features = supervised_logits(model, batch)
-    return head_nll(features, head.weight, head.bias, batch.targets)
 
 
 def supervised_nll(model: nn.Module, batch: Batch) -> Tensor:

@@ -15,19 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["fuse_norms", "rms_norm"]
+__all__ = ["fuse_norms", "is_plain_norm", "normalise", "normalise_back", "rms_norm"]
 
 # Of the outputs on normal inputs: rounding is some 1e-6, another formula (1 + weight, no weight) is off by 1.
 _TOLERANCE = 1e-5
 
 
+def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """y, (..., D), and r, (..., 1); see above."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    inverse = squares.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return (x * inverse).mul_(weight), inverse
+
+
+def normalise_back(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """dx, (..., D), for the weight that is not trained; see above."""
+    dx = dy * weight
+    along = torch.linalg.vecdot(dx, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
+    return dx.mul_(inverse).addcmul_(x, along, value=-1)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        inverse = squares.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        y, inverse = normalise(x, weight, epsilon)
         ctx.save_for_backward(x, weight, inverse)
-        y: Tensor = (x * inverse).mul_(weight)
         return y
 
     @staticmethod
@@ -38,9 +50,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = (x * inverse).mul_(dy).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
-            dx = dy * weight
-            along = torch.linalg.vecdot(dx, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
-            dx.mul_(inverse).addcmul_(x, along, value=-1)
+            dx = normalise_back(dy, x, weight, inverse)
         return dx, dw, None
 
 
@@ -83,6 +93,11 @@ def fuse_norms(model: nn.Module) -> int:
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
             count += 1
     return count
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether a norm of a model is run by `rms_norm`."""
+    return getattr(vars(norm).get("forward"), "__func__", None) is _forward
 
 
 def _forward(norm: Any, hidden_states: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["fuse_rotary", "rotate"]
+__all__ = ["fuse_rotary", "rotate", "turn"]
 
 # The name under which the attention of transformers' models looks the function up.
 _NAME = "apply_rotary_pos_emb"
@@ -26,7 +26,18 @@ _TOLERANCE = 1e-5
 _Function = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """y, or dx for `x` = dy; see above.
+
+    Args:
+        x: (..., d).
+        cos: The same, or broadcast.
+        sin: The same, or broadcast.
+        back: Compute the gradient.
+
+    Returns:
+        (..., d).
+    """
     half = x.shape[-1] // 2
     y = x * cos
     first, second = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])
@@ -40,13 +51,13 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn(query, cos, sin, back=False), _turn(key, cos, sin, back=False)
+        return turn(query, cos, sin), turn(key, cos, sin)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dquery: Tensor, dkey: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turn(dquery, cos, sin, back=True), _turn(dkey, cos, sin, back=True), None, None
+        return turn(dquery, cos, sin, back=True), turn(dkey, cos, sin, back=True), None, None
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

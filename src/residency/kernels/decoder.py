@@ -56,7 +56,7 @@ class _Kept(NamedTuple):
     inverse: Tensor
     h: Tensor
     thin: Tensor | None
-    before: tuple[Tensor, ...]  # q, k, v, or g, u, silu(g)
+    before: tuple[Tensor, ...]  # q, k, v, or g, u
     inner: Tensor  # what the last linear layer reads
     inner_thin: Tensor | None
     totals: list[Tensor]
@@ -89,8 +89,6 @@ def _first_half(x: Tensor, cos: Tensor, sin: Tensor, seen: Seen, parts: Parts) -
     (q, k, v), thin = lora.forward(h, parts.linear[:3])
     q, k, v = (tensor.view(x.shape[0], -1, d) for tensor in (q, k, v))
     q, k = turn(q, cos, sin), turn(k, cos, sin)
-    shared = q.shape[1] // k.shape[1]
-    k, v = (t if shared == 1 else t.repeat_interleave(shared, 1) for t in (k, v))
     out, totals = attend(q, k, v, seen, parts.scale)
     inner = out.view(x.shape[0], -1)
     (y,), inner_thin = lora.forward(inner, parts.linear[3:4])
@@ -100,19 +98,20 @@ def _first_half(x: Tensor, cos: Tensor, sin: Tensor, seen: Seen, parts: Parts) -
 def _second_half(x: Tensor, parts: Parts) -> tuple[Tensor, _Kept]:
     h, inverse = normalise(x, *parts.norms[1])
     (g, u), thin = lora.forward(h, parts.linear[4:6])
-    active = F.silu(g)
-    inner = active * u
+    inner = F.silu(g).mul_(u)
     (y,), inner_thin = lora.forward(inner, parts.linear[6:])
-    return y.add_(x), _Kept(inverse, h, thin, (g, u, active), inner, inner_thin, [])
+    return y.add_(x), _Kept(inverse, h, thin, (g, u), inner, inner_thin, [])
 
 
 def _second_half_back(dy: Tensor, x: Tensor, kept: _Kept, parts: Parts) -> tuple[Tensor, list[Tensor | None]]:
     """dx and the gradients of gate, up and down: A, B, A, B, ..."""
-    g, u, active = kept.before
+    g, u = kept.before
     dinner, *down = lora.backward([dy], kept.inner, parts.linear[6:], kept.inner_thin)
     assert dinner is not None
-    du = dinner * active
-    dg = torch.ops.aten.silu_backward(dinner.mul_(u), g)
+    # silu(g) again: as fast as it is read from memory, and not kept. What is new here is written over while at hand.
+    du = F.silu(g).mul_(dinner)
+    dg = dinner.mul_(u)
+    torch.ops.aten.silu_backward.grad_input(dg, g, grad_input=dg)
     dh, *gate_up = lora.backward([dg, du], kept.h, parts.linear[4:6], kept.thin)
     assert dh is not None
     dx = normalise_back(dh, x, parts.norms[1].weight, kept.inverse).add_(dy)
@@ -127,11 +126,8 @@ def _first_half_back(
     q, k, v = kept.before
     dinner, *last = lora.backward([dy], kept.inner, parts.linear[3:4], kept.inner_thin)
     assert dinner is not None
-    heads = q.shape[1]
-    out, dout = kept.inner.view(n, heads, d), dinner.view(n, heads, d)
-    dq, *dkv = attend_back(dout, q, k, v, out, kept.totals, seen, parts.scale)
-    own = parts.linear[1].weight.shape[0] // d
-    dk, dv = dkv if own == heads else (t.reshape(n, own, heads // own, d).sum(2) for t in dkv)
+    out, dout = kept.inner.view(q.shape), dinner.view(q.shape)
+    dq, dk, dv = attend_back(dout, q, k, v, out, kept.totals, seen, parts.scale)
     dq, dk = turn(dq, cos, sin, back=True), turn(dk, cos, sin, back=True)
     rows = [t.reshape(n, -1) for t in (dq, dk, dv)]
     dh, *first = lora.backward(rows, kept.h, parts.linear[:3], kept.thin, of_input=of_input)
@@ -162,20 +158,21 @@ class _DecoderLayer(torch.autograd.Function):
         x, middle, cos, sin, *rest = ctx.saved_tensors
         count = 2 * len(parts.linear)
         split = len(rest) - _SECOND
-        first, second = _restored(rest[count:split]), _restored(rest[split:])
+        first, second = _restored(rest[count:split], 3), _restored(rest[split:], 2)
         dmiddle, of_second = _second_half_back(dy, middle, second, parts)
         dx, of_first = _first_half_back(dmiddle, x, first, cos, sin, ctx.seen, parts, of_input=ctx.needs_input_grad[0])
         return dx, None, None, None, None, *of_first, *of_second
 
 
 # Tensors of a second half, flat; a first half has the sums of its segments besides.
-_SECOND = 8
+_SECOND = 7
 
 
 def _flat(kept: _Kept) -> list[Tensor | None]:
     return [kept.inverse, kept.h, kept.thin, *kept.before, kept.inner, kept.inner_thin, *kept.totals]
 
 
-def _restored(flat: Sequence[Any]) -> _Kept:
-    inverse, h, thin, a, b, c, inner, inner_thin, *totals = flat
-    return _Kept(inverse, h, thin, (a, b, c), inner, inner_thin, totals)
+def _restored(flat: Sequence[Any], before: int) -> _Kept:
+    inverse, h, thin, *rest = flat
+    inner, inner_thin, *totals = rest[before:]
+    return _Kept(inverse, h, thin, tuple(rest[:before]), inner, inner_thin, totals)

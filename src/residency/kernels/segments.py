@@ -50,41 +50,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float) -> tuple[T
 
     Args:
         q: (N, H, d) float32 on the CPU, like k and v.
-        k: (N, H, d).
-        v: (N, H, d).
+        k: (N, K, d); K divides H (grouped-query attention).
+        v: (N, K, d).
         seen: Of the row.
         scale: Of the logits.
 
     Returns:
         (N, H, d) and, per segment, the logarithms of the sums of the softmax.
     """
+    groups = k.shape[1]
     found = [
         _ops._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, mask is None, attn_mask=mask, scale=scale)
-        for *parts, mask in zip(*_cut(seen, q, k, v), seen.masks, strict=True)
+        for *parts, mask in zip(*_cut(seen, groups, q, k, v), seen.masks, strict=True)
     ]
-    return _joined([out for out, _ in found]), [total for _, total in found]
+    return _joined([out for out, _ in found]).view(q.shape), [total for _, total in found]
 
 
 def attend_back(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, totals: Sequence[Tensor], seen: Seen, scale: float
 ) -> list[Tensor]:
-    """dq, dk and dv, (N, H, d) each, of `attend`."""
+    """dq, (N, H, d), dk and dv, (N, K, d) each, of `attend`."""
+    groups = k.shape[1]
     found = [
         _ops._scaled_dot_product_flash_attention_for_cpu_backward(
             *parts, total, 0.0, mask is None, attn_mask=mask, scale=scale
         )
-        for *parts, total, mask in zip(*_cut(seen, dout, q, k, v, out), totals, seen.masks, strict=True)
+        for *parts, total, mask in zip(*_cut(seen, groups, dout, q, k, v, out), totals, seen.masks, strict=True)
     ]
-    return [_joined(parts) for parts in zip(*found, strict=True)]
+    dq, dk, dv = (_joined(parts) for parts in zip(*found, strict=True))
+    return [dq.view(q.shape), dk.sum(2), dv.sum(2)]
 
 
-def _cut(seen: Seen, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Per tensor, (N, H, d), its segments as (1, H, n, d)."""
-    return [tensor.transpose(0, 1).unsqueeze(0).split_with_sizes(seen.sizes, 2) for tensor in tensors]
+def _cut(seen: Seen, groups: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Per tensor, (N, H or K, d), its segments as (K, H / K, n, d): keys are lent to the queries that share them."""
+    shared = max(tensor.shape[1] for tensor in tensors) // groups
+    wide = [tensor.unflatten(1, (groups, -1)).permute(1, 2, 0, 3) for tensor in tensors]
+    return [tensor.expand(groups, shared, -1, -1).split_with_sizes(seen.sizes, 2) for tensor in wide]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.transpose(1, 2) for part in parts], 1)[0]
+    """(N, K, H / K, d) of the segments."""
+    return torch.cat([part.permute(2, 0, 1, 3) for part in parts])
 
 
 @lru_cache(maxsize=256)

@@ -122,7 +122,7 @@ def _first_half_back(
     dy: Tensor, x: Tensor, kept: _Kept, cos: Tensor, sin: Tensor, seen: Seen, parts: Parts, *, of_input: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, where it is needed, and the gradients of q, k, v and o: A, B, A, B, ..."""
-    d, n = parts.head_dim, x.shape[0]
+    n = x.shape[0]
     q, k, v = kept.before
     dinner, *last = lora.backward([dy], kept.inner, parts.linear[3:4], kept.inner_thin)
     assert dinner is not None

@@ -1,4 +1,4 @@
-"""Decoder layers as one node: values and gradients of the modules, and stepping aside where they do something else."""
+"""Decoder layers as one node: the values and gradients of the modules."""
 
 from __future__ import annotations
 
@@ -9,79 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from residency.backbones import CausalLM
+from layered import BRANCHED, PLAIN, by_modules, nodes, run, saved, small, with_lora
 from residency.kernels.layers import fuse_layers
-from residency.kernels.lora import fuse_lora
-
-ROW = torch.arange(1, 13)[None]
-POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4]])
-# Five tokens, and two continuations of two and three tokens behind two common ones.
-BRANCHED = ((5,), (2, 2, 3))
-PLAIN = ((5,), (7,))
-
-
-def saved(model: Any, folder: Path) -> Any:
-    """The model as a backbone loads it."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    return CausalLM(path=str(folder)).load()
-
-
-def small(kind: type[PretrainedConfig] = LlamaConfig, **options: Any) -> Any:
-    sizes: dict[str, Any] = {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-    }
-    return AutoModelForCausalLM.from_config(kind(**{**sizes, **options}))
-
-
-def with_lora(model: Any, **options: Any) -> PeftModel:
-    chosen = {"r": 3, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    tuned = get_peft_model(model, LoraConfig(**chosen))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(generator=draw)
-    fuse_lora(tuned)
-    return tuned  # type: ignore[no-any-return]
-
-
-def run(model: Any, segments: Any = BRANCHED) -> Tensor:
-    out: Tensor = model(input_ids=ROW, position_ids=POSITIONS, attention_mask=None, segments=segments, use_cache=False)
-    return out.logits  # type: ignore[attr-defined, no-any-return]
-
-
-def nodes(model: Any) -> int:
-    """Layers that were one node of the graph of one pass."""
-    seen, queue = set(), [run(model).grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            queue += [parent for parent, _ in node.next_functions]
-    return sum(type(node).__name__ == "_DecoderLayerBackward" for node in seen)
-
-
-def by_modules(model: Any) -> Any:
-    """The same model with the layers' own forward."""
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if "self_attn" in module._modules:
-            vars(module).pop("forward", None)
-    return plain
 
 
 @pytest.fixture
@@ -207,100 +138,3 @@ def test_a_copy_computes_with_its_own_weights(model: Any) -> None:
     assert nodes(other) == 2
     torch.testing.assert_close(run(tuned), before, rtol=0, atol=0)
     assert (run(other) - before).abs().max() > 1e-3
-
-
-def _hook(tuned: Any) -> None:
-    tuned.base_model.model.model.layers[0].self_attn.o_proj.lora_A["default"].register_forward_hook(lambda *_: None)
-
-
-def _hook_on_part(tuned: Any) -> None:
-    tuned.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-
-
-def _hook_on_norm(tuned: Any) -> None:
-    tuned.base_model.model.model.layers[0].input_layernorm.register_full_backward_hook(lambda *_: None)
-
-
-def _train_norm(tuned: Any) -> None:
-    tuned.base_model.model.model.layers[0].post_attention_layernorm.weight.requires_grad_()
-
-
-def _train_weight(tuned: Any) -> None:
-    tuned.base_model.model.model.layers[0].self_attn.k_proj.base_layer.weight.requires_grad_()
-
-
-def _replace(tuned: Any) -> None:
-    layer = tuned.base_model.model.model.layers[0]
-    layer.mlp.forward = lambda x: type(layer.mlp).forward(layer.mlp, x)
-
-
-def _checkpoint(tuned: Any) -> None:
-    tuned.base_model.model.model.layers[0].gradient_checkpointing = True
-    tuned.base_model.model.model.layers[0]._gradient_checkpointing_func = lambda function, *args: function(*args)
-
-
-@pytest.mark.parametrize(
-    "change", [_hook, _hook_on_part, _hook_on_norm, _train_norm, _train_weight, _replace, _checkpoint]
-)
-def test_a_layer_steps_aside(model: Any, change: Callable[[Any], None]) -> None:
-    tuned = with_lora(model)
-    before = run(tuned)
-    tuned.train()
-    change(tuned)
-    assert nodes(tuned) == 1
-    torch.testing.assert_close(run(tuned), before, rtol=1e-5, atol=1e-5)
-
-
-def test_merged_and_disabled_adapters(model: Any) -> None:
-    tuned = with_lora(model)
-    plain = by_modules(tuned)
-    trained = run(tuned)
-    with tuned.disable_adapter(), plain.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(run(tuned), run(plain), rtol=1e-5, atol=1e-5)
-        assert (run(tuned) - trained).abs().max() > 1e-2
-    tuned.merge_adapter()
-    with torch.no_grad():
-        torch.testing.assert_close(run(tuned), trained, rtol=1e-3, atol=1e-3)
-
-
-def test_dropout_is_left_to_the_modules(model: Any) -> None:
-    tuned = with_lora(model, lora_dropout=0.5)
-    tuned.train()
-    assert nodes(tuned) == 0
-    tuned.eval()
-    assert nodes(tuned) == 2
-
-
-def test_padded_batches_go_through_the_modules(model: Any) -> None:
-    tuned = with_lora(model)
-    ids = ROW.view(2, 6)
-    whole = tuned(input_ids=ids, attention_mask=torch.ones_like(ids))
-    names, queue = set(), [whole.logits.grad_fn]
-    while queue:
-        node = queue.pop()
-        names.add(type(node).__name__)
-        queue += [parent for parent, _ in node.next_functions if parent is not None and len(names) < 200]
-    assert "_LoraLinearBackward" in names
-    assert "_DecoderLayerBackward" not in names
-
-
-def test_half_precision_is_left_to_the_modules(tmp_path: Path) -> None:
-    small().save_pretrained(tmp_path)
-    model = CausalLM(path=str(tmp_path), dtype="bfloat16").load()
-    assert not any("forward" in vars(layer) for layer in model.model.layers)
-
-
-def test_hidden_states_are_those_of_the_layers(model: Any) -> None:
-    found = model(input_ids=ROW, position_ids=POSITIONS, segments=PLAIN, output_hidden_states=True, use_cache=False)
-    plain = by_modules(model)(
-        input_ids=ROW, position_ids=POSITIONS, segments=PLAIN, output_hidden_states=True, use_cache=False
-    )
-    assert len(found.hidden_states) == len(plain.hidden_states) == 4
-    torch.testing.assert_close(found.hidden_states, plain.hidden_states, rtol=1e-5, atol=1e-5)
-
-
-def test_a_saved_model_is_as_before(tmp_path: Path) -> None:
-    model = small()
-    assert isinstance(model, LlamaForCausalLM)
-    loaded = saved(model, tmp_path)
-    assert loaded.state_dict().keys() == model.state_dict().keys()

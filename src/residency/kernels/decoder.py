@@ -148,17 +148,18 @@ class _DecoderLayer(torch.autograd.Function):
         y, second = _second_half(middle, parts)
         ctx.seen, ctx.parts = seen, parts
         flat = [tensor for kept in (first, second) for tensor in _flat(kept)]
-        ctx.save_for_backward(x, middle, cos, sin, *trained, *flat)
+        # What `parts` holds as well is kept once more for autograd, which notices where it was changed meanwhile.
+        frozen = [layer.weight for layer in parts.linear] + [norm.weight for norm in parts.norms]
+        ctx.save_for_backward(*trained, *frozen, x, middle, cos, sin, *flat)
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         parts: Parts = ctx.parts
-        x, middle, cos, sin, *rest = ctx.saved_tensors
-        count = 2 * len(parts.linear)
-        split = len(rest) - _SECOND
-        first, second = _restored(rest[count:split], 3), _restored(rest[split:], 2)
+        known = 3 * len(parts.linear) + len(parts.norms)
+        x, middle, cos, sin, *rest = ctx.saved_tensors[known:]
+        first, second = _restored(rest[:-_SECOND], 3), _restored(rest[-_SECOND:], 2)
         dmiddle, of_second = _second_half_back(dy, middle, second, parts)
         dx, of_first = _first_half_back(dmiddle, x, first, cos, sin, ctx.seen, parts, of_input=ctx.needs_input_grad[0])
         return dx, None, None, None, None, *of_first, *of_second

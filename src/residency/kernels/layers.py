@@ -125,7 +125,8 @@ class _Fused:
         layer, seen, parts = self._layer, kwargs.get("segments"), None
         if not args and seen is not None and _is_packed(hidden_states, kwargs):
             parts = _parts(layer, self._kinds, hidden_states)
-        if parts is None:
+        # Positions of half a head are another function.
+        if parts is None or kwargs["position_embeddings"][0].shape[-1] != parts.head_dim:
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
         cos, sin = (t[0].unsqueeze(1) for t in kwargs["position_embeddings"])
         return decoder_layer(hidden_states[0], cos, sin, segments_seen(seen), parts)[None]

@@ -32,9 +32,9 @@ class Seen(NamedTuple):
     masks: list[Tensor | None]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def segments_seen(segments: tuple[Segment, ...]) -> Seen:
-    """The same for every layer of a pass."""
+    """The same for every layer of a pass, of which there may be several at a time."""
     return Seen([segment_tokens(segment) for segment in segments], [_added(segment) for segment in segments])
 
 

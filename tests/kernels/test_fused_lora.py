@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from residency.kernels.lora import fuse_lora, lora_linear
 from residency.kernels.norm import fuse_norms
@@ -141,3 +141,22 @@ def test_autocast_and_other_dtypes_step_aside(llama: Path) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert nodes(model) == 0
     assert nodes(model.bfloat16()) == 14
+
+
+def test_biases_that_are_trained_get_their_gradients(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_bias=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = peft_model(tmp_path, bias="lora_only")
+    fuse_lora(model)
+    logits(model).sin().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if name.endswith("bias")}
+    assert len(trained) == 4
+    assert all(gradient is not None for gradient in trained.values())

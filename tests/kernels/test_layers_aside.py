@@ -104,6 +104,12 @@ def test_padded_batches_go_through_the_modules(model: Any) -> None:
     assert "_DecoderLayerBackward" not in names
 
 
+def test_checkpointed_layers_are_left_to_the_modules(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    model = CausalLM(path=str(tmp_path), gradient_checkpointing=True).load()
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
 def test_half_precision_is_left_to_the_modules(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     model = CausalLM(path=str(tmp_path), dtype="bfloat16").load()

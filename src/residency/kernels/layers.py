@@ -32,7 +32,8 @@ def fuse_layers(model: nn.Module) -> int:
     """Let the decoder layers of a model run as one node each, where that computes the same.
 
     Args:
-        model: On any device, with its norms fused; its last layer trimmed, if at all: that one stays as it is.
+        model: On any device, with its norms fused and without gradient checkpointing; its last layer trimmed, if at
+            all: that one stays as it is.
 
     Returns:
         The number of layers.
@@ -98,7 +99,11 @@ def _is_plain(layer: Any) -> bool:
     options = {"position_embeddings": (angle.cos(), angle.sin()), "segments": segments}
     try:
         expected = type(layer).forward(layer, x, attention_mask=None, past_key_values=None, use_cache=False, **options)
-        found = _Fused(layer)(x, **options)
+        parts = _parts(layer, _kinds(layer), x)
+        if parts is None:
+            return False
+        cos, sin = (t[0].unsqueeze(1) for t in (angle.cos(), angle.sin()))
+        found = decoder_layer(x[0], cos, sin, segments_seen(segments), parts)[None]
     except Exception:  # another signature, or no such kernel in this torch: not ours to replace
         return False
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
@@ -113,13 +118,17 @@ def _is_windowed(attention: Any) -> bool:
     return any(getattr(w, name, None) is not None for w in where for name in ("sliding_window", "attention_chunk_size"))
 
 
+def _kinds(layer: Any) -> tuple[type, type]:
+    """Adapters put their own modules in the place of a part."""
+    return type(layer.self_attn), type(layer.mlp)
+
+
 class _Fused:
     """The forward of a layer that is one node where it can be, and the chain of its modules where it cannot."""
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
-        # Adapters put their own modules in the place of a part.
-        self._kinds = type(layer.self_attn), type(layer.mlp)
+        self._kinds = _kinds(layer)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer, seen, parts = self._layer, kwargs.get("segments"), None

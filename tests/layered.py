@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from graphs import count_nodes
 from residency.backbones import CausalLM
 from residency.kernels.lora import fuse_lora
 
@@ -63,13 +64,7 @@ def run(model: Any, segments: Any = BRANCHED) -> Tensor:
 
 def nodes(model: Any) -> int:
     """Layers that were one node of the graph of one pass."""
-    seen, queue = set(), [run(model).grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            queue += [parent for parent, _ in node.next_functions]
-    return sum(type(node).__name__ == "_DecoderLayerBackward" for node in seen)
+    return count_nodes(run(model), "_DecoderLayerBackward")
 
 
 def by_modules(model: Any) -> Any:

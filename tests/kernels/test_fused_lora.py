@@ -10,8 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from graphs import count_nodes
+from layered import small
 from residency.kernels.lora import fuse_lora, lora_linear
 from residency.kernels.norm import fuse_norms
 
@@ -69,13 +71,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def nodes(model: Any) -> int:
     """Fused nodes in the graph of one forward pass."""
-    seen, queue = set(), [logits(model).grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            queue += [parent for parent, _ in node.next_functions]
-    return sum(type(node).__name__ == "_LoraLinearBackward" for node in seen)
+    return count_nodes(logits(model), "_LoraLinearBackward")
 
 
 def test_a_model_computes_the_same(llama: Path) -> None:
@@ -144,16 +140,7 @@ def test_autocast_and_other_dtypes_step_aside(llama: Path) -> None:
 
 
 def test_biases_that_are_trained_get_their_gradients(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_bias=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    small(attention_bias=True, num_hidden_layers=1).save_pretrained(tmp_path)
     model = peft_model(tmp_path, bias="lora_only")
     fuse_lora(model)
     logits(model).sin().sum().backward()

@@ -32,8 +32,7 @@ def fuse_layers(model: nn.Module) -> int:
     """Let the decoder layers of a model run as one node each, where that computes the same.
 
     Args:
-        model: On any device, with its norms fused and without gradient checkpointing; its last layer trimmed, if at
-            all: that one stays as it is.
+        model: On any device, with its norms fused. Layers that are trimmed or checkpointed stay as they are.
 
     Returns:
         The number of layers.

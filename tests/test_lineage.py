@@ -164,24 +164,14 @@ def test_an_edited_plug_in_is_another_one(
     plug_in: Mapping[str, Any], edited: str, lineage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own file, or one of those beside it from which it takes functions, near or far."""
-    from residency import lineage as module
+    from residency import code_identity
 
     before = lineage(plug_in, f"--name=before-{edited}")
-    original = module._source
-    monkeypatch.setattr(module, "_source", lambda n: original(n) + "#" * (n == f"residency.mitigations.{edited}"))
+    original, name = code_identity._definitions, f"residency.mitigations.{edited}"
+    monkeypatch.setattr(code_identity, "_definitions", lambda n: (*original(n), *["edited"] * (n == name)))
     after = lineage(plug_in, f"--name=after-{edited}")
     assert common(before, after) == (1, 1)
     assert before.stages[0].finished != after.stages[0].finished
-
-
-def test_code_that_a_plug_in_takes_from_its_neighbours_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from residency import lineage as module
-
-    read: list[str] = []
-    monkeypatch.setattr(module, "_source", lambda name: read.append(name) or name)
-    module._code(residency.mitigations.SDFT)
-    wanted = {"sdft", "base", "memory", "prompting", "selection", "teachers"}
-    assert {*read} == {f"residency.mitigations.{name}" for name in wanted}
 
 
 # -- the declarations that keys rely on ------------------------------------------------------------------------

@@ -12,16 +12,12 @@ their contents are equal: training knows only the mitigations that touch it, wei
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import residency
+from residency.code_identity import class_code, core_code
 from residency.mitigations.base import Mitigation, overrides
 from residency.provenance import numerics
 from residency.types import Stage
@@ -36,52 +32,11 @@ __all__ = ["Lineage", "StageKeys", "digest"]
 # Of the Trainer's options, those that only watch. `logger` may be an object with a folder of its own.
 _WATCHING = {"logger", "enable_progress_bar", "enable_model_summary", "default_root_dir", "profiler", "max_steps"}
 _WATCHING |= {"max_epochs", "barebones", "enable_checkpointing"}
-# The code of this package that decides numbers; a change of it must never meet results of the old one.
-_CORE = (
-    *("adapters/*.py", "optim/*.py", "backbones/*.py", "batching.py", "checkpointing.py", "data.py", "domains/*.py"),
-    *("evaluation.py", "kernels/*.py", "layout.py", "likelihoods.py", "mitigations/base.py", "module.py"),
-    *("objectives/*.py", "observation.py", "per_example.py", "randomness.py", "scorers.py", "stages.py", "tensors.py"),
-    *("trainers.py", "types.py"),
-)
-_LIBRARIES = ("builtins", "abc", "typing", "torch", "lightning")
 
 
 def digest(*parts: Any) -> str:
     """SHA-256 (hex) of JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@cache
-def _core_code() -> str:
-    folder = Path(residency.__file__).parent
-    files = sorted({file for pattern in _CORE for file in folder.glob(pattern)})
-    return digest([[str(file.relative_to(folder)), file.read_text(encoding="utf-8")] for file in files])
-
-
-def _code(kind: type) -> str:
-    """The source of a class, of what it inherits from and of the files beside it that these use: plug-ins are edited
-    between studies.
-    """
-    names = [base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] not in _LIBRARIES]
-    for name in names:  # grows as it is read
-        names += [used for used in _neighbours(name) if used not in names]
-    return digest([_source(name) for name in dict.fromkeys(names)])
-
-
-def _neighbours(module: str) -> list[str]:
-    """Modules of the same package from which a module has taken functions or classes."""
-    package = module.rpartition(".")[0]
-    known = vars(sys.modules[module]) if package and module in sys.modules else {}
-    found = {str(getattr(value, "__module__", "")) for value in known.values()}
-    return sorted(name for name in found - {module} if name.rpartition(".")[0] == package)
-
-
-@cache
-def _source(module: str) -> str:
-    try:
-        return inspect.getsource(sys.modules[module])
-    except (OSError, TypeError, KeyError):
-        return module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +74,9 @@ class Lineage:
         self.data = data
         self.config = config
         model = config["model"]
-        self._adapter = [model["adapter"], _code(type(module.adapter))]
-        backbone = [dict(module.backbone.fingerprint()), _code(type(module.backbone))]
-        self._environment = [numerics(), _core_code(), backbone]
+        self._adapter = [model["adapter"], class_code(type(module.adapter))]
+        backbone = [dict(module.backbone.fingerprint()), class_code(type(module.backbone))]
+        self._environment = [numerics(), core_code(), backbone]
         self.model = digest("model", self._environment, self._adapter, model.get("layout"))
         self.stages: list[StageKeys] = []
         self._add_stages(stages)
@@ -155,7 +110,7 @@ class Lineage:
         parts = {
             "environment": self._environment,
             "adapter": self._adapter,
-            "objective": [model["objective"], _code(type(self.module.objective))],
+            "objective": [model["objective"], class_code(type(self.module.objective))],
             "optimizer": [model.get("optimizer"), model.get("scheduler"), model.get("layout")],
             "trainer": {k: v for k, v in (self.config.get("trainer") or {}).items() if k not in _WATCHING},
             "batches": [data.get("batch_size"), data.get("micro_batch_size")],
@@ -169,7 +124,7 @@ class Lineage:
     def _mitigation(self, name: str, mitigation: Mitigation, *, without: frozenset[str] = frozenset()) -> list[Any]:
         written = self.config["model"]["mitigations"][name]
         arguments = {k: v for k, v in (written.get("init_args") or {}).items() if k not in without}
-        return [name, written["class_path"], arguments, mitigation.fingerprint(), _code(type(mitigation))]
+        return [name, written["class_path"], arguments, mitigation.fingerprint(), class_code(type(mitigation))]
 
     def _weights(self, stage: Stage, trained: str, before: str, states: Mapping[str, str]) -> str:
         changing = [[*self._mitigation(n, m), states[n]] for n, m in self._named() if m.changes_weights(stage.index)]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pairs import equal, randn, two_stages
-from residency import lineage
 from residency.adapters.low_rank import low_rank_factors, product_factors
+from residency.code_identity import closure
 from residency.mitigations import (
     DARE,
     EMA,
@@ -164,15 +164,11 @@ def test_off_shares_everything(name: str) -> None:
     assert not off.uses_validation
 
 
-def test_the_key_knows_the_files_that_a_mitigation_is_written_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    monkeypatch.setattr(lineage, "_source", lambda name: read.append(name) or name)
-    lineage._code(FisherMerge)
-    assert {f"residency.mitigations.{name}" for name in ("fisher_merge", "base", "fisher", "quadratic")} <= {*read}
-    read.clear()
-    lineage._code(TIES)
-    assert "residency.mitigations.merging" in read
-    assert "residency.mitigations.fisher" not in read
+def test_the_key_knows_the_files_that_a_mitigation_is_written_with() -> None:
+    reached = {c: closure([c.__module__], followed=frozenset({"residency"})) for c in (FisherMerge, TIES)}
+    assert {f"residency.mitigations.{name}" for name in ("fisher", "quadratic")} <= reached[FisherMerge]
+    assert "residency.mitigations.merging" in reached[TIES]
+    assert "residency.mitigations.fisher" not in reached[TIES]
 
 
 # -- resume ---------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from residency.adapters import Adapter
 from residency.adapters.wrapping import expected_remarks
 from residency.batching import make_batch
 from residency.errors import UserError
+from residency.losses import token_nll
 from residency.mitigations import Mitigation
-from residency.objectives.sft import token_nll
 from residency.signals import Stopped
 from residency.storage import load_tree
 from residency.tensors import snapshot

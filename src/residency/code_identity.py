@@ -233,17 +233,22 @@ def _submodule_defining(package: str, symbol: str) -> str | None:
 def _definitions(module: str) -> tuple[str, ...]:
     """Every top-level statement of a module as text that does not depend on where it stands."""
     bare = _Bare(module)
-    texts = []
-    for node in _tree(module).body:
-        exports = isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets)
-        if _is_text(node) or exports or isinstance(node, ast.Import | ast.ImportFrom):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        texts.append(ast.dump(bare.visit(deepcopy(node))))
+    texts = [ast.dump(bare.visit(deepcopy(node))) for node in _statements(module)]
     # Where a name comes from counts, by what it stands for there: two modules may define one name.
     texts += [f"import {text}" for node in _tree(module).body for text in bare.origins(node)]
     return tuple(texts)
+
+
+def _statements(module: str) -> list[ast.stmt]:
+    """Top-level statements that compute: no texts, no export list, no imports."""
+    return [
+        node
+        for node in _tree(module).body
+        if not isinstance(node, ast.Import | ast.ImportFrom)
+        and not _is_text(node)
+        and not (isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets))
+        and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
 
 
 @cache
@@ -253,9 +258,9 @@ def _meaning(module: str, symbol: str | None) -> str:
     top = home.partition(".")[0]
     if _file(home) is None or top in _OUTSIDE or (_installed(_file(home) or Path()) and top != "residency"):
         return f"{module}.{symbol}"
-    nodes = [_defined(home)[name]] if name in _defined(home) else _tree(home).body
+    nodes = [_defined(home)[name]] if name in _defined(home) else _statements(home)
     bare = _Bare(None)
-    parts = [ast.dump(bare.visit(deepcopy(n))) for n in nodes if not isinstance(n, ast.Import | ast.ImportFrom)]
+    parts = [ast.dump(bare.visit(deepcopy(node))) for node in nodes]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

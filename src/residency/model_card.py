@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from residency.report.tables import printable
+from residency.text import printable
 
 __all__ = ["model_card", "text"]
 

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from residency.report.tables import printable
+from residency.text import printable
 
 __all__ = ["StageProgress", "clock_time", "evaluation_progress", "no_terminal"]
 

@@ -16,7 +16,7 @@ from residency.data import StreamData
 from residency.errors import UserError
 from residency.inspection import Inspection, LmEval
 from residency.judgement import general_ability
-from residency.objectives.sft import token_nll
+from residency.losses import token_nll
 from residency.types import Example
 from running import domains, make_module
 from table import ADAPTERS

@@ -18,10 +18,10 @@ from residency.backbones import CausalLM
 from residency.batching import make_batch
 from residency.kernels import head as kernel
 from residency.kernels.head import bare_head, free_head, head_nll, without_head
+from residency.losses import token_nll
 from residency.mitigations import EWC, SelfDistillation
 from residency.module import ContinualModule
 from residency.objectives import SFT
-from residency.objectives.sft import token_nll
 from residency.types import Batch, Example, Layout, Stage
 
 SIZES: dict[str, Any] = {

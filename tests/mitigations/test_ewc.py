@@ -18,11 +18,11 @@ from residency.adapters.peft import lora
 from residency.backbones import CausalLM
 from residency.batching import make_batch
 from residency.errors import UserError
+from residency.losses import token_nll
 from residency.mitigations import EWC
 from residency.mitigations.sampling import unpack_facts
 from residency.module import ContinualModule
 from residency.objectives import SFT
-from residency.objectives.sft import token_nll
 from residency.randomness import permutation
 from residency.storage import load_tree, save_tree
 from residency.types import Example, Layout, Stage

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from residency.objectives.sft import token_nll
+from residency.losses import token_nll
 from residency.types import Batch, Layout
 
 __all__ = ["Backbone", "Sampling"]

@@ -30,7 +30,7 @@ from residency.kernels.last_layer import trim_last_layer
 from residency.kernels.layers import fuse_layers
 from residency.kernels.norm import fuse_norms
 from residency.kernels.rotary import fuse_rotary
-from residency.objectives.sft import token_nll
+from residency.losses import token_nll
 from residency.types import Batch, Layout
 
 __all__ = ["CausalLM", "quiet_transformers"]

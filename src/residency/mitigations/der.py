@@ -18,10 +18,10 @@ from torch import Tensor
 from residency.batching import make_batch
 from residency.domains.sampler import learned_examples
 from residency.errors import UserError
+from residency.losses import token_nll
 from residency.mitigations.base import Mitigation
 from residency.mitigations.memory import into_reservoir, pack_examples, unpack_examples
 from residency.mitigations.reading import evaluating, passes
-from residency.objectives.sft import token_nll
 from residency.randomness import permutation
 from residency.types import Batch, Example, Outputs, Stage
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from residency.objectives.sft import token_nll
+from residency.losses import token_nll
 from residency.per_example import ExampleLosses, per_example_gradients, supports_batched
 from residency.randomness import generator
 from residency.types import Batch, Example, Tensors

@@ -17,6 +17,7 @@ from torch import Tensor
 from residency.batching import make_batch
 from residency.domains.sampler import learned_examples
 from residency.errors import UserError
+from residency.losses import token_nll
 from residency.mitigations.base import Mitigation
 from residency.mitigations.memory import Mixture, pack_examples, unpack_examples
 from residency.mitigations.reading import mean_hidden
@@ -30,7 +31,6 @@ from residency.mitigations.writing import (
     shape_of,
     unpack_shapes,
 )
-from residency.objectives.sft import token_nll
 from residency.randomness import permutation, seed_of
 from residency.types import Batch, Example, Outputs, Stage
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from residency.batching import make_batch
+from residency.losses import token_nll
 from residency.mitigations.reading import evaluating, example_nll, swapped
-from residency.objectives.sft import token_nll
 from residency.types import Example, Tensors
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from torch import Tensor
 from residency.batching import make_batch
 from residency.domains.sampler import learned_examples
 from residency.errors import UserError
+from residency.losses import token_nll
 from residency.mitigations.base import Mitigation
 from residency.mitigations.linear_maps import kept_share
-from residency.objectives.sft import token_nll
 from residency.randomness import permutation
 from residency.types import Capability, Example, Stage, Tensors
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from residency.batching import by_token_budget, make_batch
 from residency.errors import UserError
-from residency.objectives.sft import token_nll
+from residency.losses import token_nll
 from residency.types import Batch, Example, Tensors
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from residency.batching import make_batch
+from residency.losses import token_nll
 from residency.mitigations.linear_maps import layer_weight, passes
-from residency.objectives.sft import token_nll
 from residency.randomness import generator, seed_of
 from residency.types import Example
 

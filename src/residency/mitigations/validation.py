@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from residency.batching import by_token_budget, make_batch
-from residency.objectives.sft import token_nll
+from residency.losses import token_nll
 from residency.tensors import wide
 
 if TYPE_CHECKING:

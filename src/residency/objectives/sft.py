@@ -5,26 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from residency.batching import make_batch
+from residency.losses import token_nll
 from residency.objectives.base import Forward, Objective, Passes
 from residency.types import Batch, Example, Layout, Outputs
 
 __all__ = ["SFT", "token_nll"]
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each supervised token.
-
-    Args:
-        logits: (M, V).
-        targets: (M,).
-
-    Returns:
-        (M,) in nats, float32.
-    """
-    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 class SFT(Objective):

@@ -26,8 +26,8 @@ from residency.report.grids import Grid, comparisons_grid, domains_grid, methods
 from residency.report.material import Material, read_material
 from residency.report.origin import configs, missing, provenance
 from residency.report.published import Published, published
-from residency.report.tables import printable
 from residency.report.viewer import viewer_data
+from residency.text import printable
 
 __all__ = ["Report", "build"]
 

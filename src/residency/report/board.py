@@ -9,7 +9,7 @@ from residency.report.advice import Advice
 from residency.report.arms import Arm
 from residency.report.frames import Frames
 from residency.report.material import Material
-from residency.report.tables import printable
+from residency.text import printable
 
 __all__ = ["Board"]
 

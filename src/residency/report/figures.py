@@ -17,7 +17,7 @@ from residency.report.frames import Frames
 from residency.report.heatmap import comparison
 from residency.report.material import Material
 from residency.report.settings import numeric_settings
-from residency.report.tables import printable
+from residency.text import printable
 
 __all__ = ["figures_of"]
 

@@ -11,7 +11,7 @@ from residency.report.arms import Arm
 from residency.report.grids import Grid, plain_grid
 from residency.report.material import Material
 from residency.report.settings import differences
-from residency.report.tables import printable
+from residency.text import printable
 
 __all__ = ["configs", "missing", "provenance"]
 

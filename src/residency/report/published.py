@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from residency.references import PROVENANCE, load
 from residency.report.grids import Cell, Column, Grid, Row
-from residency.report.tables import printable
+from residency.text import printable
 
 __all__ = ["Published", "published"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from residency.report.arms import Arm
-from residency.report.tables import printable
 from residency.short_names import flat_config
+from residency.text import printable
 
 __all__ = ["differences", "flat_configs", "numeric_settings"]
 

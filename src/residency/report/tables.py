@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from residency.errors import UserError
+from residency.text import printable
 
 __all__ = ["Record", "comparison_table", "finite", "printable", "score_at", "score_table", "scores", "verdict"]
 
@@ -30,12 +31,6 @@ WORSE, SLIGHTLY_WORSE, BETTER = "#D55E00", "#C98A2B", "#0072B2"
 AS_MUCH = 0.02  # Differences up to this share of the baseline are worded "as much".
 FLOOR = 1e-3  # A percentage of less forgetting than this would be noise.
 NUMBERS = ("n", "average", "learning", "bwt", "forgetting", "reduction", "seconds", "extra state")
-
-
-def printable(name: object, limit: int = 60) -> str:
-    """A name from data on one line: no control, direction or other invisible characters, at most `limit` long."""
-    text = "".join(c for c in " ".join(str(name).split()) if c.isprintable())
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def finite(value: Any) -> float | None:

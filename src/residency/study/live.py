@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.text import Text
 
 from residency.progress import clock_time, no_terminal
-from residency.report.tables import printable
 from residency.study.events import Event, StudyGrid, Watcher
 from residency.study.screen import AFTER, LONGEST, WORDS, StudyState, screen, title_of
+from residency.text import printable
 
 __all__ = ["StudyView"]
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from residency.progress import clock_time
-from residency.report.tables import printable
 from residency.study.events import Event, GridCell, StudyGrid
+from residency.text import printable
 
 __all__ = ["AFTER", "LONGEST", "WORDS", "State", "StudyState", "screen", "title_of"]
 

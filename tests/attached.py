@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from residency.adapters import Adapter, Peft
 from residency.backbones import CausalLM, Quantisation
-from residency.batching import make_batch
-from residency.types import Batch, Example, Layout
+from residency.core.batching import make_batch
+from residency.core.types import Batch, Example, Layout
 
 __all__ = ["EXAMPLES", "attach", "backbone", "layer", "learn", "logits", "merged_weight", "mixed", "weight"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from residency.module import ContinualModule
-from residency.types import Tensors
+from residency.core.types import Tensors
+from residency.engine.module import ContinualModule
 
 __all__ = ["assert_still", "clone", "differing", "generators", "live_tensors", "undrawn"]
 

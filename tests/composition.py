@@ -21,9 +21,9 @@ from peft import OSFConfig, PeftModel, get_peft_model
 from attached import attach, backbone, learn, logits, mixed
 from peft_configs import CONFIGS
 from residency.adapters import OSF, Adapter, Peft
-from residency.adapters.wrapping import expected_remarks
-from residency.errors import UserError
-from residency.tensors import snapshot
+from residency.adapters.peft_tools.wrapping import expected_remarks
+from residency.core.errors import UserError
+from residency.core.tensors import snapshot
 from tiny import write_backbone
 
 __all__ = ["FOLDER", "NAMES", "promised", "rendered", "tried"]

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from residency import storage, store
+from residency.core import tensor_files as storage
+from residency.runs.store import store
 from running import PRELOAD
 from sweeping import run_sweep
 
@@ -46,7 +47,7 @@ def _child(path: Path, into: Path, at: int, options: Any) -> None:
 def in_child(path: Path, into: Path, *, at: int = 0, **options: Any) -> Any:
     """Start a sweep in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "residency.cli", "residency.study.prepare"])
+    context.set_forkserver_preload([*PRELOAD, "residency.runs.cli", "residency.study.planning.prepare"])
     process = context.Process(target=_child, args=(path, into, at, options))
     process.start()
     return process

@@ -1,6 +1,6 @@
 """The fit of one stage without a Trainer: the real module, its real hooks, and Lightning's own step, in a few lines.
 
-A Trainer costs more than the few steps of a tiny stage. `Fits` makes what stands in for it where `residency.stages`
+A Trainer costs more than the few steps of a tiny stage. `Fits` makes what stands in for it where `engine.stage`
 asks for one. Strategy, precision plugin and wrapped optimizer are Lightning's, so backward, clipping and the optimizer
 step are too; the order of the hooks around them is written out here, and `test_fitting.py` holds it, call by call and
 bit by bit, against a real Trainer. Left out are loggers, progress, validation loops and other ranks: whoever asks for
@@ -22,10 +22,10 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from residency.module import ContinualModule
-from residency.storage import load_tree, save_tree
-from residency.trainers import Trainers
-from residency.types import Batch
+from residency.core.tensor_files import load_tree, save_tree
+from residency.core.types import Batch
+from residency.engine.module import ContinualModule
+from residency.engine.trainers import Trainers
 
 __all__ = ["Fit", "Fits"]
 

@@ -10,8 +10,8 @@ import torch
 from attached import EXAMPLES, learn
 from residency.adapters import Adapter
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.types import Batch, Layout, Stage
+from residency.core.batching import make_batch
+from residency.core.types import Batch, Layout, Stage
 
 __all__ = ["go", "observing", "stage"]
 
@@ -22,7 +22,7 @@ def stage(index: int, *, stages: int = 3) -> Stage:
 
 
 def observing(model: Any, layout: Layout = "padded") -> Any:
-    """A pass over `EXAMPLES`, as `residency.observation.observe` makes it."""
+    """A pass over `EXAMPLES`, as `residency.engine.observation.observe` makes it."""
 
     def observe() -> Iterator[Batch]:
         model.eval()

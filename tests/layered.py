@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from graphs import count_nodes
 from residency.backbones import CausalLM
-from residency.kernels.lora import fuse_lora
+from residency.backbones.kernels.lora import fuse_lora
 
 ROW = torch.arange(1, 13)[None]
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4]])

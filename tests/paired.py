@@ -30,17 +30,17 @@ from fitting import Fits
 from residency.adapters import Adapter
 from residency.adapters.base import changes
 from residency.backbones import CausalLM
-from residency.checkpointing import History
-from residency.data import StreamData
-from residency.errors import UserError
-from residency.evaluation import completion_nll, prompt_nll
+from residency.core.errors import UserError
+from residency.core.tensors import snapshot
+from residency.core.types import Stage, Tensors
+from residency.domains.stream_data import StreamData
+from residency.engine.checkpointing import History
+from residency.engine.module import ContinualModule
+from residency.engine.scoring.evaluation import completion_nll, prompt_nll
+from residency.engine.stage import finish_stage, restore_stage, train_stage
 from residency.mitigations import Mitigation
 from residency.mitigations.base import overrides
-from residency.module import ContinualModule
 from residency.objectives import SFT
-from residency.stages import finish_stage, restore_stage, train_stage
-from residency.tensors import snapshot
-from residency.types import Stage, Tensors
 from running import domains
 from table import ADAPTERS, MITIGATIONS, MitigationRow
 
@@ -113,7 +113,7 @@ class Pairs:
                 self._attached[adapter] = self.module(adapter, {}, fresh=True)
             source = backbone.source = self._attached[adapter]
             backbone.tokenizer = source.backbone.tokenizer
-            with patch("residency.module.choose_layout", lambda *_: (source.layout, source.layout_reason)):
+            with patch("residency.engine.module.choose_layout", lambda *_: (source.layout, source.layout_reason)):
                 module.build(seed=0)
         else:
             module.build(seed=0)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from residency.adapters import Adapter, Full
 from residency.adapters.peft import lora
+from residency.core.signals import Stopped
+from residency.core.tensor_files import load_tree
+from residency.core.tensors import snapshot
+from residency.engine.module import ContinualModule
 from residency.mitigations import Mitigation
-from residency.module import ContinualModule
-from residency.signals import Stopped
-from residency.storage import load_tree
-from residency.tensors import snapshot
 from running import domains, train
 
 __all__ = ["ADAPTERS", "LAST", "Named", "Pair", "equal", "randn", "two_stages"]

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from residency.adapters import Adapter
+from residency.core.types import Row, Split
 from residency.domains import Domain
 from residency.mitigations import Mitigation
-from residency.types import Row, Split
 
 __all__ = [
     "Bare",

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from residency.adapters import Adapter
+from residency.core.signals import Stopped
+from residency.core.tensor_files import load_tree
 from residency.mitigations import Mitigation
-from residency.record import RunFolder
-from residency.signals import Stopped
-from residency.storage import load_tree
+from residency.runs.folder import RunFolder
 from running import train
 
 __all__ = ["goes_on_exactly", "history"]

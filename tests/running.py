@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from residency import storage
 from residency.adapters import Adapter
 from residency.backbones import CausalLM
-from residency.data import StreamData
+from residency.core import tensor_files as storage
 from residency.domains.jsonl import Jsonl
+from residency.domains.stream_data import StreamData
 from residency.domains.template import Template
+from residency.engine.module import ContinualModule
+from residency.engine.trainers import Trainers
 from residency.mitigations import Mitigation
-from residency.module import ContinualModule
 from residency.objectives import SFT
-from residency.record import RunFolder
-from residency.stream import StreamSettings, train_stream
-from residency.trainers import Trainers
+from residency.runs.folder import RunFolder
+from residency.runs.stream import StreamSettings, train_stream
 from table import ADAPTERS, MITIGATIONS
 from tiny import write_domain
 
@@ -84,7 +84,7 @@ def train(
 
 # What a child would otherwise import anew. Importing runs nothing in parallel, so forking afterwards is safe.
 PRELOAD = [
-    "residency.stream",
+    "residency.runs.stream",
     "residency.mitigations",
     "peft",
     "transformers.models.llama.modeling_llama",

@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from command import tiny_config, write_yaml
-from residency.cli import parse
-from residency.record import RunFolder
-from residency.stream import train_stream
+from residency.runs.cli import parse
+from residency.runs.folder import RunFolder
+from residency.runs.stream import train_stream
 from residency.study.command import sweep
 from residency.study.executors import Executor, Outcome, Task
-from residency.study.tasks import run_task
+from residency.study.worker import run_task
 from tiny import write_domain
 
 __all__ = ["EWC", "MIXING", "REPLAY", "Inline", "alone", "matrices", "run_sweep", "write_study"]

@@ -12,7 +12,7 @@ import polars as pl
 import yaml
 
 from residency.metrics.matrix import summary
-from residency.record import RunFolder
+from residency.runs.folder import RunFolder
 
 __all__ = ["QUICKSTART", "write_cell", "write_study"]
 

@@ -28,7 +28,7 @@ from residency.adapters import (
     ProgressivePrompts,
     SinkhornResidual,
 )
-from residency.adapters.orthogonality import Orthogonality
+from residency.adapters.algebra.orthogonality import Orthogonality
 from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain

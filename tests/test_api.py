@@ -12,7 +12,7 @@ import pytest
 
 import residency
 from command import call, read_json, tiny_config, write_yaml
-from residency.storage import write_json
+from residency.core.tensor_files import write_json
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from residency import assets
-from residency._pinned import Package
-from residency.assets import PACKAGES, cache_folder, fetch, package_folder
-from residency.errors import UserError
+from residency.core.assets import cache as assets
+from residency.core.assets.cache import PACKAGES, cache_folder, fetch, package_folder
+from residency.core.assets.pinned import Package
+from residency.core.errors import UserError
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from residency.backbones import CausalLM
+from residency.backbones.layout import choose_layout
 from residency.backbones.packed_attention import attend_segments, segment_mask
-from residency.batching import by_token_budget, make_batch, prefix_tree
-from residency.errors import UserError
-from residency.layout import choose_layout
+from residency.core.batching import by_token_budget, make_batch, prefix_tree
+from residency.core.errors import UserError
+from residency.core.types import Batch, Example, Layout
 from residency.objectives import SFT
-from residency.types import Batch, Example, Layout
 
 LAYOUTS: list[Layout] = ["packed", "padded"]
 

@@ -16,8 +16,8 @@ from lightning.pytorch import Trainer
 
 from command import Result, call, printed_config, read_json, tiny_config, write_yaml
 from residency import adapters, backbones, domains, inspection, mitigations, objectives
-from residency.class_names import class_names
 from residency.domains import packaged
+from residency.runs.config.class_names import class_names
 
 DATA = ["data.domains", "data.probes"]
 EWC = {"strength": 3.0, "mode": "online", "decay": 0.9, "fisher_samples": 4, "batch_tokens": 64}

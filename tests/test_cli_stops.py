@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from command import call, read_json, tiny_config, write_yaml
-from residency import storage
-from residency.checkpointing import History
+from residency.core import tensor_files as storage
+from residency.engine.checkpointing import History
 
 LOCK = (
     "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from command import printed_config, tiny_config, write_yaml
-from residency.cli import parse
+from residency.runs.cli import parse
 
 KEYS = {"model.adapter": "Adapter", "model.mitigations.x": "Mitigation", "data.domains.a": "Domain"}
 
@@ -101,7 +101,9 @@ def test_parts_of_parts(configs: list[Path]) -> None:
 
 def test_one_class_under_two_paths(configs: list[Path]) -> None:
     words = ["fit", "--config", configs[0], "--model.mitigations.x=EWC", "--model.mitigations.x.strength=3"]
-    found = printed_config(*words, "--model.mitigations.x=residency.mitigations.ewc.EWC")["model"]["mitigations"]["x"]
+    found = printed_config(*words, "--model.mitigations.x=residency.mitigations.penalties.ewc.EWC")["model"][
+        "mitigations"
+    ]["x"]
     assert found["init_args"]["strength"] == 3.0
 
 

@@ -13,10 +13,10 @@ from types import FrameType
 import pytest
 
 from command import tiny_config, write_yaml
-from residency import code_identity
-from residency.cli import parse
-from residency.code_identity import class_code, closure, core_modules
-from residency.stream import open_shelf
+from residency.runs import code_identity
+from residency.runs.cli import parse
+from residency.runs.code_identity import class_code, closure, core_modules
+from residency.runs.stream import open_shelf
 
 PLUG_IN = """
 from residency.mitigations import Mitigation
@@ -165,8 +165,13 @@ def test_the_core_holds_every_module_that_decides_a_state_or_a_score(llama: Path
     parts += cli.datamodule.domains.values()
     answered = closure([type(part).__module__ for part in parts], followed=frozenset({"residency"}))
     # What watches, and what makes the objects of a config, which itself is part of every key.
-    watching = ("residency.views", "residency.inspection", "residency.code_identity", "residency.cli")
-    watching += ("residency.building", "residency.errors")
+    watching = (
+        "residency.runs.views",
+        "residency.inspection",
+        "residency.runs.code_identity",
+        "residency.runs.cli",
+    )
+    watching += ("residency.runs.config.instantiate", "residency.core.errors")
     unknown = {m for m in executed if m.startswith("residency.") and not m.startswith(watching)}
     assert unknown - answered - core_modules() == set()
     assert {m for m in executed if m.startswith("residency")} & core_modules(), "nothing was seen"

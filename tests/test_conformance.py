@@ -15,15 +15,15 @@ from comparing import differing
 from growing import stage
 from paired import Pairs
 from residency.adapters import Adapter
-from residency.adapters.wrapping import expected_remarks
-from residency.batching import make_batch
-from residency.errors import UserError
-from residency.losses import token_nll
+from residency.adapters.peft_tools.wrapping import expected_remarks
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.signals import Stopped
+from residency.core.tensor_files import load_tree
+from residency.core.tensors import snapshot
+from residency.core.types import Example
 from residency.mitigations import Mitigation
-from residency.signals import Stopped
-from residency.storage import load_tree
-from residency.tensors import snapshot
-from residency.types import Example
+from residency.objectives.sft import token_nll
 from running import make_module, train
 from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS, SOME_ADAPTERS, SOME_MITIGATIONS
 
@@ -308,7 +308,7 @@ def test_export_loads_with_the_plain_library(name: str, llama: Path, plain: Any,
     if ADAPTERS[name].loads_with == "transformers":
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     elif ADAPTERS[name].loads_with == "residency":
-        from residency.adapters.own_format import attach_exported
+        from residency.adapters.export_format import attach_exported
 
         base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
         loaded: Any = attach_exported(base, tmp_path / "export")[1]
@@ -426,8 +426,8 @@ def test_seed_decides_everything(name: str, llama_dropout: Path, tmp_path: Path)
 
 @adapters
 def test_evaluation_changes_nothing(name: str, llama: Path, plain: Any, tmp_path: Path) -> None:
-    from residency.data import StreamData
-    from residency.evaluation import EvaluationSettings, evaluate
+    from residency.domains.stream_data import StreamData
+    from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
     from running import domains
 
     module = built(llama, name)

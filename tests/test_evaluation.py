@@ -19,17 +19,17 @@ from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
 from residency.backbones.base import Sampling
-from residency.batching import make_batch
-from residency.data import StreamData
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Example, Layout, Row, Split
 from residency.domains.base import Domain, Kind
+from residency.domains.stream_data import StreamData
 from residency.domains.template import Template
-from residency.errors import UserError
-from residency.evaluation import Evaluation, EvaluationSettings, RowScore, evaluate, means
-from residency.likelihoods import branch_nll, completions_and_labels
-from residency.module import ContinualModule
+from residency.engine.module import ContinualModule
+from residency.engine.scoring.evaluation import Evaluation, EvaluationSettings, RowScore, evaluate, means
+from residency.engine.scoring.likelihoods import branch_nll, completions_and_labels
 from residency.objectives import SFT
-from residency.scorers import check_scorers, exact_match, label_is_best, rouge_l
-from residency.types import Example, Layout, Row, Split
+from residency.scorers.base import check_scorers, exact_match, label_is_best, rouge_l
 
 LABELS = ("no", "yes, of course", "maybe", "k")
 PLAIN = EvaluationSettings()
@@ -229,7 +229,7 @@ def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         read.append(batch.tokens)
         return batch
 
-    monkeypatch.setattr("residency.likelihoods.make_batch", count)
+    monkeypatch.setattr("residency.engine.scoring.likelihoods.make_batch", count)
     return read
 
 
@@ -293,9 +293,9 @@ def test_scores_do_not_depend_on_merging(
     for leaf in module.adapter.trainable(module.model).values():
         leaf.data.normal_(std=0.3)
     before = digest(module)
-    monkeypatch.setattr("residency.evaluation.MERGE_FROM_TOKENS", 10**9)
+    monkeypatch.setattr("residency.engine.scoring.evaluation.MERGE_FROM_TOKENS", 10**9)
     wanted = comparable(evaluate(module, scored_data, split="test", settings=PLAIN))
-    monkeypatch.setattr("residency.evaluation.MERGE_FROM_TOKENS", threshold)
+    monkeypatch.setattr("residency.engine.scoring.evaluation.MERGE_FROM_TOKENS", threshold)
     found = comparable(evaluate(module, scored_data, split="test", settings=PLAIN))
     assert found == pytest.approx(wanted, abs=1e-5)
     assert (found == wanted) == (threshold > 0), "merging must have taken place, and rounding shows that it has"
@@ -319,7 +319,7 @@ def test_folding_once_for_columns_that_are_large(
         for name in scored_data.columns
     }
     small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
-    monkeypatch.setattr("residency.evaluation.MERGE_FROM_TOKENS", sizes[small] + 1)
+    monkeypatch.setattr("residency.engine.scoring.evaluation.MERGE_FROM_TOKENS", sizes[small] + 1)
     foldings = []
     fold = type(module.adapter).scoring
     monkeypatch.setattr(

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import residency
 from command import call, read_json, tiny_config, write_yaml
 from residency.adapters import Adapter, Bottleneck, Full
-from residency.adapters.own_format import attach_exported
+from residency.adapters.export_format import attach_exported
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.exporting import check_request, difference, merged_model
-from residency.model_card import model_card, text
-from residency.storage import load_tree
+from residency.core.tensor_files import load_tree
+from residency.runs.export.export import check_request, difference, merged_model
+from residency.runs.export.model_card import model_card, text
 from running import make_module
 
 IDS = torch.arange(20, 44).view(2, 12)

@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, Trainer
 from comparing import differing
 from fitting import Fits
 from residency.adapters import Adapter
-from residency.checkpointing import History
-from residency.data import StreamData
+from residency.core.signals import Stopped
+from residency.core.types import Stage
+from residency.domains.stream_data import StreamData
+from residency.engine.checkpointing import History
+from residency.engine.stage import finish_stage, restore_stage, train_stage
+from residency.engine.trainers import Trainers
 from residency.mitigations.base import HOOKS, Mitigation
-from residency.signals import Stopped
-from residency.stages import finish_stage, restore_stage, train_stage
-from residency.trainers import Trainers
-from residency.types import Stage
 from running import domains, make_module
 from table import ADAPTERS, MITIGATIONS
 

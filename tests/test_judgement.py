@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from residency.inspection.inspection import inside_record
-from residency.judgement import general_ability, missing, warnings
+from residency.runs.judgement import general_ability, missing, warnings
 
 
 def entry(R: list[list[float | None]], *, up: bool = True) -> dict[str, Any]:

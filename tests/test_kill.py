@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 
-from residency.storage import load_tree
+from residency.core.tensor_files import load_tree
 from running import Kill, in_child
 
 COMBINATIONS = [[], ["replay"], ["ewc"], ["ewc_online"], ["weight_mixing"], ["ewc", "replay", "weight_mixing"]]

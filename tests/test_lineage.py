@@ -14,12 +14,12 @@ import pytest
 import residency.adapters
 import residency.mitigations
 from command import tiny_config, write_yaml
-from residency.cli import parse
-from residency.lineage import Lineage
-from residency.record import RunFolder
-from residency.storage import load_tree
-from residency.stream import open_shelf
-from residency.types import Stage
+from residency.core.tensor_files import load_tree
+from residency.core.types import Stage
+from residency.runs.cli import parse
+from residency.runs.folder import RunFolder
+from residency.runs.keys import Lineage
+from residency.runs.stream import open_shelf
 from running import train
 from sweeping import EWC, MIXING, REPLAY
 from table import ADAPTERS, MITIGATIONS
@@ -146,7 +146,7 @@ def test_more_threads_are_another_environment(lineage: Any, monkeypatch: pytest.
 
 
 def test_scores_know_state_column_and_settings(lineage: Any) -> None:
-    from residency.evaluation import EvaluationSettings
+    from residency.engine.scoring.evaluation import EvaluationSettings
 
     options: dict[str, Any] = {"split": "test", "settings": EvaluationSettings(), "layout": "packed"}
     plain, other = lineage({}), lineage(EWC(10.0))
@@ -164,7 +164,7 @@ def test_an_edited_plug_in_is_another_one(
     plug_in: Mapping[str, Any], edited: str, lineage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own file, or one of those beside it from which it takes functions, near or far."""
-    from residency import code_identity
+    from residency.runs import code_identity
 
     before = lineage(plug_in, f"--name=before-{edited}")
     original, name = code_identity._definitions, f"residency.mitigations.{edited}"

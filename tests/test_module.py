@@ -12,13 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from residency import module as module_file
 from residency.adapters import Full
 from residency.adapters.peft import lora
-from residency.batching import make_batch
+from residency.core.batching import make_batch
+from residency.core.signals import Stopped
+from residency.core.types import Batch, Example, Outputs, Stage, Tensors
+from residency.engine import module as module_file
 from residency.mitigations.base import HOOKS, Mitigation, overrides
-from residency.signals import Stopped
-from residency.types import Batch, Example, Outputs, Stage, Tensors
 from running import make_module, train
 
 

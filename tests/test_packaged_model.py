@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from residency._pinned import MODEL_FINGERPRINT
-from residency.assets import convert_model, package_folder, packaged_model
-from residency.errors import UserError
+from residency.core.assets.cache import convert_model, package_folder, packaged_model
+from residency.core.assets.pinned import MODEL_FINGERPRINT
+from residency.core.errors import UserError
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_an_unconverted_model_names_the_command(cache: Path) -> None:
 
 def converting(monkeypatch: pytest.MonkeyPatch, fingerprint: str) -> list[Path]:
     """Replace the conversion by one that writes a file, and put an (empty) GGUF file in place."""
-    from residency import _smollm2
+    from residency.core.assets import smollm2 as _smollm2
 
     done: list[Path] = []
 
@@ -89,7 +89,7 @@ def test_the_packaged_tokenizer() -> None:
 def test_the_packaged_model_is_the_pinned_one() -> None:
     from transformers import AutoModelForCausalLM
 
-    from residency._smollm2 import tensors_fingerprint
+    from residency.core.assets.smollm2 import tensors_fingerprint
 
     folder = real_model()
     model = AutoModelForCausalLM.from_pretrained(folder)

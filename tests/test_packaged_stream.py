@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from residency.assets import cache_folder
+from residency.core.assets.cache import cache_folder
 
 ROOT = Path(__file__).parents[1]
 MODEL = cache_folder() / "models" / "smollm2-135m-instruct"

@@ -12,9 +12,9 @@ import torch
 
 from paired import Pairs
 from residency.adapters import Adapter
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.types import Batch, Outputs, Stage, Tensors
 from residency.mitigations import Mitigation
-from residency.types import Batch, Outputs, Stage, Tensors
 from table import MITIGATIONS, MitigationRow
 
 
@@ -131,6 +131,6 @@ def test_one_that_is_not_off_spoils_no_other(bench: Pairs) -> None:
 
 def test_a_pair_that_is_not_refused_is_seen(bench: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.check("per_domain", "ewc")
-    monkeypatch.setattr("residency.module.check_mitigations", lambda *_: None)
+    monkeypatch.setattr("residency.engine.module.check_mitigations", lambda *_: None)
     with pytest.raises(AssertionError, match="refused: it was not, although needs fixed_coordinates"):
         bench.check("per_domain", "ewc")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from residency.adapters import Adapter, Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.per_example import ExampleLosses, per_example_gradients, supports_batched
-from residency.types import Batch, Example, Layout
+from residency.core.batching import make_batch
+from residency.core.types import Batch, Example, Layout
+from residency.mitigations.penalties.per_example import ExampleLosses, per_example_gradients, supports_batched
 
 LAYOUTS: list[Layout] = ["packed", "padded"]
 EXAMPLES = [

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from command import printed_config
-from residency.cli import parse
+from residency.runs.cli import parse
 from residency.study import load_study, plan_cells
 
 ROOT = Path(__file__).parents[1]

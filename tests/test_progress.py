@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from residency import progress
-from residency.progress import StageProgress, evaluation_progress
+from residency.runs.views import progress
+from residency.runs.views.progress import StageProgress, evaluation_progress
 
 pytestmark = [
     # Four batches in the main process: workers would cost more than they bring.

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from residency.core.randomness import choice, generator, permutation, seed_of
+from residency.core.types import Example, Stage
 from residency.domains.sampler import StageBatches, StageExamples, learned_examples
 from residency.mitigations import EWC, Mitigation, Replay, WeightMixing
-from residency.mitigations.memory import pack_examples
-from residency.randomness import choice, generator, permutation, seed_of
-from residency.types import Example, Stage
+from residency.mitigations.rehearsal.memory import pack_examples
 
 
 def make_stage(*, index: int = 1, domain: str = "b", seed: int = 0, steps: int = 6, batch_size: int = 8) -> Stage:

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from residency import storage
-from residency.checkpointing import SafetensorsIO
-from residency.errors import UserError
-from residency.storage import load_tree, read_json, replace_file, save_tree, write_json
+from residency.core import tensor_files as storage
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree, read_json, replace_file, save_tree, write_json
+from residency.engine.checkpointing import SafetensorsIO
 
 
 def assert_same(one: Any, other: Any, where: str = "tree") -> None:

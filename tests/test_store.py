@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from command import call
-from residency import store as module
-from residency.errors import UserError
-from residency.leases import lease
-from residency.store import Store, link_or_copy
+from residency.core.errors import UserError
+from residency.core.leases import lease
+from residency.runs.store import store as module
+from residency.runs.store.store import Store, link_or_copy
 
 CONTENT = bytes(range(256)) * 64
 
@@ -219,7 +219,7 @@ def test_a_store_that_is_not_there(tmp_path: Path) -> None:
 # -- leases -----------------------------------------------------------------------------------------------------
 
 HOLD = (
-    "import sys, pathlib; from residency.leases import lease\n"
+    "import sys, pathlib; from residency.core.leases import lease\n"
     "with lease(pathlib.Path(sys.argv[1])) as held: print(held, flush=True); sys.stdin.readline()"
 )
 

@@ -13,10 +13,10 @@ from filelock import FileLock
 from lightning.pytorch import Callback, Trainer
 
 from residency.adapters.peft import lora
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.engine.module import ContinualModule
 from residency.mitigations import EWC, Replay
-from residency.module import ContinualModule
-from residency.record import RunFolder
+from residency.runs.folder import RunFolder
 from running import domains, train
 
 

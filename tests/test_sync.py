@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from command import call
-from residency import sync_command
+from residency.runs.views import sync_command
 
 
 @pytest.fixture

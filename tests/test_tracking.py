@@ -15,12 +15,12 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from residency.errors import UserError
-from residency.report.assemble import Report
-from residency.report.material import read_material
-from residency.report.track import track_report
-from residency.short_names import flat_config
-from residency.tracking import WandbSettings, WandbView
+from residency.core.errors import UserError
+from residency.report.page.build import Report
+from residency.report.page.wandb_report import track_report
+from residency.report.records.records import read_material
+from residency.runs.views.flat_config import flat_config
+from residency.runs.views.wandb_view import WandbSettings, WandbView
 from synthetic import write_study
 
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z0-9_]+)+")
@@ -159,7 +159,9 @@ def test_a_second_attempt_is_a_new_run_of_the_group_that_shows_everything(tmp_pa
 def test_switched_off_it_writes_nothing(enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled" if enabled else "offline")
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail: nothing of W&B is touched
-    assert "wandb" not in vars(sys.modules["residency.tracking"])  # nor was it when the module was imported
+    assert "wandb" not in vars(
+        sys.modules["residency.runs.views.wandb_view"]
+    )  # nor was it when the module was imported
     off = view(tmp_path, settings=WandbSettings(enabled=enabled))
     off.start()
     off.replay(LINES, ROWS)

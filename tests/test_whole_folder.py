@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from residency.errors import UserError
-from residency.whole_folder import replace_folder
+from residency.core.errors import UserError
+from residency.core.folders import replace_folder
 
 
 def fill(path: Path, content: str, *, overwrite: bool = False, fail: bool = False) -> None:

@@ -39,14 +39,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.data import StreamData
+from residency.core.batching import make_batch
+from residency.core.types import Example
 from residency.domains.packaged import IcdChapters, LicenceClauses, StdlibSignatures
-from residency.evaluation import EvaluationSettings, evaluate, means
-from residency.module import ContinualModule
+from residency.domains.stream_data import StreamData
+from residency.engine.module import ContinualModule
+from residency.engine.scoring.evaluation import EvaluationSettings, evaluate, means
 from residency.objectives import SFT
-from residency.scorers import exact_match, label_is_best, rouge_l
-from residency.types import Example
+from residency.scorers.base import exact_match, label_is_best, rouge_l
 
 READERS = {"medical": IcdChapters, "legal": LicenceClauses, "code": StdlibSignatures}
 ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}

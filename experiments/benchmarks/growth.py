@@ -33,7 +33,7 @@ def small_model(folder: Path, *, layers: int, width: int = 64) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from residency.assets import packaged_model
+    from residency.core.assets.cache import packaged_model
 
     if not (folder / "config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(packaged_model())
@@ -153,10 +153,10 @@ def rows(folder: Path, rounds: int) -> Mapping[str, Any]:
     """Seconds to score one column of so many rows."""
     from residency.adapters.peft import lora
     from residency.backbones import CausalLM
-    from residency.data import StreamData
     from residency.domains import Jsonl
-    from residency.evaluation import EvaluationSettings, evaluate
-    from residency.module import ContinualModule
+    from residency.domains.stream_data import StreamData
+    from residency.engine.module import ContinualModule
+    from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
     from residency.objectives import SFT
 
     path = str(small_model(folder / "model2", layers=2))

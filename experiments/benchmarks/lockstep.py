@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--over", default="loop", help="the arm that is 1.00")
     options = parser.parse_args()
     if options.model is None:
-        from residency.assets import packaged_model
+        from residency.core.assets.cache import packaged_model
 
         options.model = packaged_model()
     with tempfile.TemporaryDirectory() as folder:

@@ -27,15 +27,15 @@ import torch
 
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.checkpointing import History
-from residency.evaluation import completion_nll
+from residency.core.types import Example, Stage
+from residency.engine.checkpointing import History
+from residency.engine.fused_optimizer import fuse
+from residency.engine.module import ContinualModule
+from residency.engine.scoring.evaluation import completion_nll
+from residency.engine.stage import finish_stage, train_stage
+from residency.engine.trainers import Trainers
 from residency.mitigations import Mitigation
-from residency.module import ContinualModule
 from residency.objectives import SFT
-from residency.optim.fused import fuse
-from residency.stages import finish_stage, train_stage
-from residency.trainers import Trainers
-from residency.types import Example, Stage
 
 RANK = 8
 

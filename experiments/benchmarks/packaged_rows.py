@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from residency.data import StreamData
+from residency.core.types import Example, Stage
 from residency.domains.packaged import IcdChapters, LicenceClauses, StdlibSignatures
-from residency.types import Example, Stage
+from residency.domains.stream_data import StreamData
 
 __all__ = ["Encoded", "load", "parser", "stream"]
 

@@ -26,13 +26,13 @@ from typing import Any
 import yaml
 
 from residency.adapters.peft import lora
-from residency.assets import packaged_model
 from residency.backbones import CausalLM
-from residency.data import StreamData
+from residency.core.assets.cache import packaged_model
+from residency.core.types import Example, Stage
 from residency.domains.packaged import IcdChapters, LicenceClauses, StdlibSignatures
-from residency.module import ContinualModule
+from residency.domains.stream_data import StreamData
+from residency.engine.module import ContinualModule
 from residency.objectives import SFT
-from residency.types import Example, Stage
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ours
 import packaged_rows
 
-from residency.assets import packaged_model
 from residency.backbones import CausalLM
-from residency.types import Stage
+from residency.core.assets.cache import packaged_model
+from residency.core.types import Stage
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_")
 ATTENTION = ("attention",)

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from residency.api import Run, StudyRuns, export, fit, load_run, load_study, sweep
-    from residency.errors import UserError
+    from residency.core.errors import UserError
+    from residency.study.api import Run, StudyRuns, export, fit, load_run, load_study, sweep
 
 __all__ = ["Run", "StudyRuns", "UserError", "export", "fit", "load_run", "load_study", "sweep"]
 
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     # Loaded when asked for: `residency --help` and the names above must not cost the import of torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("residency.errors" if name == "UserError" else "residency.api"), name)
+    return getattr(import_module("residency.core.errors" if name == "UserError" else "residency.study.api"), name)
 
 
 def __dir__() -> list[str]:

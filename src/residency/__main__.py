@@ -9,8 +9,8 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from residency.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
-from residency.signals import Stopped, stop_on_signals
+from residency.core.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
+from residency.core.signals import Stopped, stop_on_signals
 
 __all__ = ["main"]
 
@@ -92,11 +92,11 @@ def _dispatch(words: list[str]) -> int:
 
         return sweep_command(rest)
     if verb == "store":
-        from residency.store_command import store_command
+        from residency.runs.store.command import store_command
 
         return store_command(rest)
     if verb == "assets":
-        from residency.assets_command import assets_command
+        from residency.core.assets.command import assets_command
 
         return assets_command(rest)
     if verb == "report":
@@ -104,7 +104,7 @@ def _dispatch(words: list[str]) -> int:
 
         return report_command(rest)
     if verb == "sync":
-        from residency.sync_command import sync_command
+        from residency.runs.views.sync_command import sync_command
 
         return sync_command(rest)
     verbs = ("assets", "sweep", "store", "report", "sync", *_STREAM_VERBS)
@@ -128,10 +128,10 @@ def _stream_verb(verb: str, rest: list[str]) -> int:
             )
         rest = ["--config", str(folder / "config.yaml"), "--run_dir", str(folder), *rest[1:]]
     if verb == "fit":
-        from residency.study.one_cell import expand_cell
+        from residency.study.fit_cell import expand_cell
 
         rest = expand_cell(rest)
-    from residency.cli import ResidencyCLI
+    from residency.runs.cli import ResidencyCLI
 
     ResidencyCLI([verb, *rest])
     return EXIT_DONE

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from residency.adapters import Bottleneck
-from residency.adapters.own_format import attach_exported
+from residency.adapters.export_format import attach_exported
 from residency.backbones import CausalLM, Quantisation
-from residency.errors import UserError
+from residency.core.errors import UserError
 
 IDS = torch.arange(20, 44).view(2, 12)
 

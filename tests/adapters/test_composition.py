@@ -15,8 +15,8 @@ from attached import attach
 from composition import FOLDER, NAMES, promised, rendered, tried
 from peft_configs import CONFIGS
 from residency.adapters import Peft
-from residency.adapters.tuners import kind_of
-from residency.errors import UserError
+from residency.adapters.peft_tools.tuners import kind_of
+from residency.core.errors import UserError
 
 AGAIN = (
     "write the table anew with `PYTHONPATH=tests python tests/composition.py`, and say in the changelog what changed"

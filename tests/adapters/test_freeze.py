@@ -10,10 +10,10 @@ import torch
 
 from residency.adapters import Freeze
 from residency.adapters.freeze import bottom_blocks
-from residency.adapters.structure import blocks, embeddings, names_of
 from residency.backbones import CausalLM, Quantisation
-from residency.errors import UserError
-from residency.tensors import snapshot
+from residency.backbones.structure import blocks, embeddings, names_of
+from residency.core.errors import UserError
+from residency.core.tensors import snapshot
 from running import train
 
 

@@ -10,11 +10,11 @@ import torch
 
 from residency.adapters import GaLore
 from residency.adapters.galore import projected_names
+from residency.adapters.optim import GaLoreOptimizer
 from residency.backbones import CausalLM, Quantisation
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree
 from residency.mitigations import Mitigation, Replay
-from residency.optim import GaLoreOptimizer
-from residency.storage import load_tree
 from running import Kill, in_child, make_module, train
 
 TWO = {"a": "generative", "b": "label"}

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from attached import attach
 from growing import observing, stage
 from residency.adapters import SLAO, IncLoRA, InfLoRA
-from residency.adapters.dual_gpm import Memory, directions
-from residency.adapters.orthogonality import Orthogonality
-from residency.errors import UserError
+from residency.adapters.algebra.dual_gpm import Memory, directions
+from residency.adapters.algebra.orthogonality import Orthogonality
+from residency.core.errors import UserError
 
 
 def config(**options: Any) -> LoraConfig:

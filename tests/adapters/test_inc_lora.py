@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel
 from attached import attach, backbone, learn, logits
 from growing import go, observing, stage
 from residency.adapters import IncLoRA
-from residency.adapters.orthogonality import Orthogonality, overlap, squared_cosine
-from residency.errors import UserError
+from residency.adapters.algebra.orthogonality import Orthogonality, overlap, squared_cosine
+from residency.core.errors import UserError
 from running import train
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}

@@ -12,11 +12,11 @@ from peft import LoraConfig
 from attached import EXAMPLES, attach, learn, logits
 from growing import go, observing, stage
 from residency.adapters import InfLoRA
-from residency.adapters.covariance import input_covariances, tokens_of
-from residency.adapters.dual_gpm import Memory, directions, energy_threshold, project, remember
+from residency.adapters.algebra.covariance import input_covariances, tokens_of
+from residency.adapters.algebra.dual_gpm import Memory, directions, energy_threshold, project, remember
 from residency.adapters.inf_lora import _layers, _memory
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
 
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 

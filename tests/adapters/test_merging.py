@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from residency.adapters.merging import merged_lora
 from residency.adapters.peft import lora
+from residency.adapters.peft_tools.folding import merged_lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.types import Example
+from residency.core.batching import make_batch
+from residency.core.types import Example
 
 ROWS = [Example(domain="d", row=str(i), prompt=tuple(range(1, 5 + i)), completion=(3, 9, i)) for i in range(3)]
 
@@ -112,7 +112,7 @@ def test_what_must_not_be_folded(llama: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not untouched(adapter, model)
     with adapter.reference(model):
         assert untouched(adapter, model)
-    monkeypatch.setattr("residency.adapters.merging.MERGE_BYTES", 1000)
+    monkeypatch.setattr("residency.adapters.peft_tools.folding.MERGE_BYTES", 1000)
     assert untouched(adapter, model)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from attached import attach, backbone, learn, logits
 from residency.adapters import OSF
 from residency.adapters.osf import project
-from residency.errors import UserError
-from residency.tensors import snapshot
-from residency.types import Stage
+from residency.core.errors import UserError
+from residency.core.tensors import snapshot
+from residency.core.types import Stage
 from running import make_module, train
 
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW

@@ -15,9 +15,9 @@ from attached import EXAMPLES, attach, backbone, layer, learn, logits, merged_we
 from peft_configs import CONFIGS
 from residency.adapters import Peft
 from residency.adapters.peft import lora
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.tensors import snapshot
 from residency.mitigations import Mitigation
-from residency.tensors import snapshot
 from running import make_module, train
 
 QV = ["q_proj", "v_proj"]
@@ -159,7 +159,7 @@ def test_lora_plus_of_a_tuner_without_b_is_refused() -> None:
 
 
 def _batch() -> Any:
-    from residency.batching import make_batch
+    from residency.core.batching import make_batch
 
     return make_batch(EXAMPLES, layout="padded")
 

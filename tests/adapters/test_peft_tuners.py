@@ -16,9 +16,9 @@ from attached import EXAMPLES, attach, backbone, layer, learn, logits, merged_we
 from peft_configs import CONFIGS
 from residency.adapters import OSF, Peft
 from residency.adapters.peft import lora
-from residency.adapters.tuners import _REFUSED, _REFUSED_INITS, _REFUSED_OPTIONS
-from residency.errors import UserError
-from residency.layout import choose_layout
+from residency.adapters.peft_tools.tuners import _REFUSED, _REFUSED_INITS, _REFUSED_OPTIONS
+from residency.backbones.layout import choose_layout
+from residency.core.errors import UserError
 from running import Kill, in_child
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from peft import LoraConfig, VeraConfig
 
 from residency.adapters import PerDomain
 from residency.adapters.per_domain import group_rows, lowest
-from residency.errors import UserError
-from residency.storage import load_tree
-from residency.types import Example
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree
+from residency.core.types import Example
 from running import train
 
 LORA = {"r": 4, "target_modules": "all-linear"}

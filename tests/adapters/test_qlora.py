@@ -16,16 +16,16 @@ from attached import attach, backbone, learn, logits
 from peft_configs import CONFIGS
 from residency.adapters import Full, Peft
 from residency.backbones import CausalLM, Quantisation
-from residency.data import StreamData
-from residency.errors import UserError
-from residency.evaluation import EvaluationSettings, evaluate
-from residency.module import ContinualModule
+from residency.core.errors import UserError
+from residency.core.signals import Stopped
+from residency.core.tensors import snapshot
+from residency.domains.stream_data import StreamData
+from residency.engine.module import ContinualModule
+from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
+from residency.engine.trainers import Trainers
 from residency.objectives import SFT
-from residency.record import RunFolder
-from residency.signals import Stopped
-from residency.stream import StreamSettings, train_stream
-from residency.tensors import snapshot
-from residency.trainers import Trainers
+from residency.runs.folder import RunFolder
+from residency.runs.stream import StreamSettings, train_stream
 from running import domains, make_module, train
 from table import ADAPTERS
 
@@ -245,7 +245,7 @@ def test_the_state_of_an_8_bit_optimizer_is_about_a_quarter(llama: Path) -> None
 
 
 def test_the_preset_is_nf4_twice_quantised_with_lora(llama: Path) -> None:
-    from residency.cli import parse
+    from residency.runs.cli import parse
 
     root = Path(__file__).parents[2]
     words = ["--config", str(root / "configs/quickstart.yaml"), "--config", str(root / "configs/backbone/qlora.yaml")]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from residency.adapters import Adapter, Full, GaLore, Peft, PerDomain, SinkhornResidual
-from residency.adapters.mixing import (
+from residency.adapters.algebra.sinkhorn import (
     Mixing,
     birkhoff,
     initial_logits,
@@ -21,13 +21,13 @@ from residency.adapters.mixing import (
     residual,
     sinkhorn,
 )
-from residency.adapters.own_format import attach_exported
+from residency.adapters.export_format import attach_exported
 from residency.adapters.peft import lora
 from residency.adapters.sinkhorn import mixers
 from residency.backbones import CausalLM, Quantisation
-from residency.errors import UserError
-from residency.evaluation import EvaluationSettings, evaluate, means
-from residency.storage import load_tree
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree
+from residency.engine.scoring.evaluation import EvaluationSettings, evaluate, means
 from running import domains, train
 
 IDS = torch.arange(20, 44).view(2, 12)
@@ -246,7 +246,7 @@ def test_drift_is_that_of_the_saved_adapter_under_the_final_mixing(arms: dict[st
         for name, p in module.model.named_parameters():
             if name in saved:
                 p.zero_().add_(saved[name])
-    from residency.data import StreamData
+    from residency.domains.stream_data import StreamData
 
     data = StreamData(domains=domains(folder.parent / "data", TWO))
     again = means(evaluate(module, data, split="test", settings=EvaluationSettings(), columns=["a"]))

@@ -11,9 +11,9 @@ import torch
 from attached import EXAMPLES, attach, backbone, learn, logits
 from peft_configs import CONFIGS
 from residency.adapters import Peft
-from residency.batching import make_batch
-from residency.errors import UserError
-from residency.types import Example
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Example
 from running import make_module, train
 
 NAMES = ["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"]

@@ -11,9 +11,9 @@ import torch
 from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM, Quantisation
-from residency.batching import make_batch
-from residency.errors import UserError
-from residency.types import Example
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Example
 from running import make_module, train
 
 EXAMPLES = [

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from residency.backbones import CausalLM
-from residency.backbones.greedy import greedy
+from residency.backbones.generation import greedy
 
 
 @torch.no_grad()

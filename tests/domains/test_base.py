@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from residency.core.errors import UserError
+from residency.core.types import Row, Split
 from residency.domains.base import Domain, Kind, Template, drop_ambiguous, hash_order, split_by_group
-from residency.errors import UserError
-from residency.types import Row, Split
 
 quick = settings(deadline=None, database=None, max_examples=60)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from residency.core.errors import UserError
 from residency.domains.jsonl import Jsonl
-from residency.errors import UserError
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from residency.assets import PACKAGES, package_folder
+from residency.core.assets import locate as _locate
+from residency.core.assets.cache import PACKAGES, package_folder
+from residency.core.errors import UserError
+from residency.core.types import Split
 from residency.domains import packaged
 from residency.domains.base import Domain
-from residency.domains.packaged import _locate
-from residency.errors import UserError
-from residency.types import Split
 
 _MISSING = [p.distribution for p in PACKAGES if not package_folder(p.distribution, p.version).exists()]
 needs_assets = pytest.mark.skipif(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from residency.core.errors import UserError
+from residency.core.types import Row
 from residency.domains.base import Template
-from residency.errors import UserError
-from residency.types import Row
 
 BOS, EOS = 1, 2
 

@@ -14,7 +14,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from residency.data import StreamData
+from residency.domains.stream_data import StreamData
+from residency.engine.module import ContinualModule
+from residency.engine.trainers import Trainers
 from residency.inspection import (
     AnswerCalibration,
     BackboneDrift,
@@ -26,12 +28,10 @@ from residency.inspection import (
     RepresentationDrift,
     WeightDriftByLayer,
 )
-from residency.metrics.drift import kl_tokens
-from residency.metrics.gradients import GradientStability, stability_improvement
-from residency.module import ContinualModule
-from residency.record import RunFolder
-from residency.stream import StreamSettings, train_stream
-from residency.trainers import Trainers
+from residency.inspection.drift_metrics import kl_tokens
+from residency.inspection.gradient_metrics import GradientStability, stability_improvement
+from residency.runs.folder import RunFolder
+from residency.runs.stream import StreamSettings, train_stream
 from running import domains, make_module
 from table import ADAPTERS
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from residency.data import StreamData
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.types import Example
+from residency.domains.stream_data import StreamData
 from residency.inspection import Inspection, LmEval
-from residency.judgement import general_ability
-from residency.losses import token_nll
-from residency.types import Example
+from residency.objectives.sft import token_nll
+from residency.runs.judgement import general_ability
 from running import domains, make_module
 from table import ADAPTERS
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from graphs import count_nodes
 from layered import small
-from residency.kernels.lora import fuse_lora, lora_linear
-from residency.kernels.norm import fuse_norms
+from residency.backbones.kernels.lora import fuse_lora, lora_linear
+from residency.backbones.kernels.norm import fuse_norms
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

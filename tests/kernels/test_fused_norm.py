@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from residency.kernels.norm import fuse_norms, rms_norm
+from residency.backbones.kernels.norm import fuse_norms, rms_norm
 
 
 class ShiftedRMSNorm(nn.Module):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from residency.kernels.rotary import fuse_rotary, rotate
+from residency.backbones.kernels.rotary import fuse_rotary, rotate
 
 IDS = torch.arange(1, 13).view(2, 6)
 

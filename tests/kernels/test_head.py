@@ -15,14 +15,14 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.kernels import head as kernel
-from residency.kernels.head import bare_head, free_head, head_nll, without_head
-from residency.losses import token_nll
+from residency.backbones.kernels import head as kernel
+from residency.backbones.kernels.head import bare_head, free_head, head_nll, without_head
+from residency.core.batching import make_batch
+from residency.core.types import Batch, Example, Layout, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import EWC, SelfDistillation
-from residency.module import ContinualModule
 from residency.objectives import SFT
-from residency.types import Batch, Example, Layout, Stage
+from residency.objectives.sft import token_nll
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,

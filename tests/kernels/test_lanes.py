@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from residency.backbones import CausalLM, Quantisation
-from residency.batching import make_batch
-from residency.errors import UserError
-from residency.kernels.apart import lanes_for
-from residency.kernels.lanes import run_in_lanes, split
-from residency.kernels.lora import fuse_lora
-from residency.types import Batch, Example
+from residency.backbones.kernels.lane_choice import lanes_for
+from residency.backbones.kernels.lanes import run_in_lanes, split
+from residency.backbones.kernels.lora import fuse_lora
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Batch, Example
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_choice(llama: Path, threads: None, monkeypatch: pytest.MonkeyPatch)
     assert count(model, of=batch(1)) == 1
     assert count(model, of=make_batch(batch().examples, layout="padded")) == 1
     assert count(model, asked="auto", of=batch(9)) == 1, "too small a model to pay"
-    monkeypatch.setattr("residency.kernels.apart._MIN_PARAMETERS", 1)
+    monkeypatch.setattr("residency.backbones.kernels.lane_choice._MIN_PARAMETERS", 1)
     assert count(model, asked="auto", of=batch(9)) == 2
     assert count(model, asked="auto", of=batch(2)) == 1, "too few tokens to pay"
     model.requires_grad_(True)

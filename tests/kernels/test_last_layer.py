@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.kernels.last_layer import only_at, trim_last_layer
-from residency.types import Batch, Example
+from residency.backbones.kernels.last_layer import only_at, trim_last_layer
+from residency.core.batching import make_batch
+from residency.core.types import Batch, Example
 
 
 def batch() -> Batch:

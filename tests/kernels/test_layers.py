@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layered import BRANCHED, PLAIN, by_modules, nodes, run, saved, small, with_lora
-from residency.kernels.layers import fuse_layers
+from residency.backbones.kernels.layers import fuse_layers
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def test_values_and_gradients_are_those_of_the_modules(model: Any, options: dict
 
 def test_gradients_are_the_derivatives(model: Any) -> None:
     """Against differences, in double precision: the node alone."""
-    from residency.kernels.decoder import Norm, Parts, decoder_layer
-    from residency.kernels.lora import Linear
-    from residency.kernels.segments import segments_seen
+    from residency.backbones.kernels.decoder import Norm, Parts, decoder_layer
+    from residency.backbones.kernels.lora import Linear
+    from residency.backbones.kernels.segments import segments_seen
 
     draw = torch.Generator().manual_seed(3)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from residency.metrics.drift import (
+from residency.inspection.drift_metrics import (
     dense_drift,
     functional_drift,
     kl_from_top,

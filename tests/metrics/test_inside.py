@@ -11,10 +11,11 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_calibration_error
 
-from residency.metrics import cost, gradients
-from residency.metrics.calibration import brier, calibration, expected_calibration_error, token_answers
+from residency.inspection import gradient_metrics as gradients
+from residency.inspection.calibration_metrics import brier, calibration, expected_calibration_error, token_answers
+from residency.inspection.gradient_metrics import GradientStability, gradient_stability, stability_improvement
+from residency.metrics import cost
 from residency.metrics.cost import optimizer_state_bytes, overhead, tokens_per_second, training_flops
-from residency.metrics.gradients import GradientStability, gradient_stability, stability_improvement
 
 
 @pytest.mark.parametrize("module", [gradients, cost])

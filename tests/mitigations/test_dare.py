@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pairs import equal, randn
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.randomness import generator
 from residency.mitigations import DARE
-from residency.mitigations.dare import dare, dare_merge
-from residency.mitigations.task_arithmetic import task_arithmetic
-from residency.randomness import generator
+from residency.mitigations.merging.dare import dare, dare_merge
+from residency.mitigations.merging.task_arithmetic import task_arithmetic
 
 
 @pytest.mark.parametrize("drop", [0.1, 0.5, 0.9])

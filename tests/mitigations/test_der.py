@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residency.adapters.peft import lora
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree, save_tree
+from residency.core.types import Example, Outputs, Stage
 from residency.mitigations import DER
-from residency.mitigations.der import stored_kl, stored_mse, top_log_probs
-from residency.storage import load_tree, save_tree
-from residency.types import Example, Outputs, Stage
+from residency.mitigations.rehearsal.der import stored_kl, stored_mse, top_log_probs
 from running import make_module, train
 
 

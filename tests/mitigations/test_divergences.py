@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from residency.mitigations.divergences import buckets, distillation_loss, generalised_jsd, top_log_probs
+from residency.mitigations.distillation.divergences import buckets, distillation_loss, generalised_jsd, top_log_probs
 
 M, V = 5, 11
 

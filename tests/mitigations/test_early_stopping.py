@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pairs import ADAPTERS, LAST, equal, two_stages
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.mitigations import EarlyStopping, Mitigation
 from residency.mitigations import early_stopping as module_of_stopping
 from residency.mitigations.early_stopping import Progress, judged

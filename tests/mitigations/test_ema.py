@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pairs import ADAPTERS, equal, randn, two_stages
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.mitigations import EMA, Mitigation
-from residency.mitigations.ema import ema_step, ema_weight
+from residency.mitigations.merging.ema import ema_step, ema_weight
 
 
 def averaged(values: list[dict[str, torch.Tensor]], decay: float) -> dict[str, torch.Tensor]:

@@ -16,16 +16,16 @@ from torch import Tensor
 from residency.adapters import Adapter, Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.errors import UserError
-from residency.losses import token_nll
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.randomness import permutation
+from residency.core.tensor_files import load_tree, save_tree
+from residency.core.types import Example, Layout, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import EWC
-from residency.mitigations.sampling import unpack_facts
-from residency.module import ContinualModule
+from residency.mitigations.penalties.sampling import unpack_facts
 from residency.objectives import SFT
-from residency.randomness import permutation
-from residency.storage import load_tree, save_tree
-from residency.types import Example, Layout, Stage
+from residency.objectives.sft import token_nll
 from running import train
 
 Named = dict[str, Tensor]

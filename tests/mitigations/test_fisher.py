@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from residency.batching import make_batch
-from residency.mitigations.fisher import (
+from residency.core.batching import make_batch
+from residency.core.types import Batch, Example
+from residency.mitigations.penalties.fisher import (
     batch_fisher_diagonal,
     completions,
     data_losses,
@@ -21,7 +22,6 @@ from residency.mitigations.fisher import (
     sampled_losses,
     true_fisher_diagonal,
 )
-from residency.types import Batch, Example
 
 
 class Readout(nn.Module):

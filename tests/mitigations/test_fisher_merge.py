@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pairs import ADAPTERS, equal, randn, two_stages
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.mitigations import FisherMerge, Mitigation
-from residency.mitigations.fisher_merge import fisher_merge
+from residency.mitigations.merging.fisher_merge import fisher_merge
 
 Side = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from residency.adapters import Full
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Example, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import AGEM, GEM
-from residency.mitigations.gradient_constraints import (
+from residency.mitigations.constraints.gradient_projection import (
     dual_weights,
     inner,
     project_agem,
     project_gem,
     reference_gradient,
 )
-from residency.mitigations.memory import unpack_examples
-from residency.module import ContinualModule
+from residency.mitigations.rehearsal.memory import unpack_examples
 from residency.objectives import SFT
-from residency.types import Example, Stage
 
 Named = dict[str, Tensor]
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 4), "b": (5,), "c": ()}

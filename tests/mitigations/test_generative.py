@@ -14,13 +14,21 @@ import torch
 from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones.base import Sampling
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree, save_tree
+from residency.core.tensors import snapshot
+from residency.core.types import Example, Outputs, Stage
 from residency.mitigations import GenerativeReplay
-from residency.mitigations.writing import Shape, close, degenerate, label, pack_shapes, shape_of, unpack_shapes
-from residency.storage import load_tree, save_tree
-from residency.tensors import snapshot
-from residency.types import Example, Outputs, Stage
+from residency.mitigations.rehearsal.generation import (
+    Shape,
+    close,
+    degenerate,
+    label,
+    pack_shapes,
+    shape_of,
+    unpack_shapes,
+)
 from running import make_module, train
 
 HEAD, TAIL = (50, 51), (60,)

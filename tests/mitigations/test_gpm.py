@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from residency.adapters import Adapter, Full
-from residency.adapters.dual_gpm import Memory, project, remember
+from residency.adapters.algebra.dual_gpm import Memory, project, remember
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Example, Layout, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import GPM
-from residency.mitigations.gpm import project_update
-from residency.mitigations.linear_maps import LinearMap, linear_maps, passes
-from residency.module import ContinualModule
+from residency.mitigations.constraints.gpm import project_update
+from residency.mitigations.constraints.linear_maps import LinearMap, linear_maps, passes
 from residency.objectives import SFT
-from residency.types import Example, Layout, Stage
 
 PLACE = LinearMap(kind="weight", owner="w", layer="w", transposed=False)
 ALL = 1 - 1e-6  # of the energy: a covariance in float32 has as much in directions without inputs

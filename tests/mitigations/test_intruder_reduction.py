@@ -13,10 +13,10 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from pairs import randn
 from residency.adapters import Full, Peft
 from residency.adapters.peft import lora
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.types import Stage
 from residency.mitigations import IntruderReduction
-from residency.mitigations.intruder_reduction import intruders, reduce_intruders
-from residency.types import Stage
+from residency.mitigations.merging.intruder_reduction import intruders, reduce_intruders
 from running import make_module
 
 STAGE = Stage(index=0, domain="a", stages=1, seed=0, steps=1, batch_size=1)

@@ -13,17 +13,17 @@ from residency.adapters import Full
 from residency.adapters.base import LowRankLayer
 from residency.adapters.peft import Peft, lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree, save_tree
+from residency.core.types import Example, Layout, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import KroneckerEWC
-from residency.mitigations.ewc_kfac import merge_factors
-from residency.mitigations.fisher import data_losses
-from residency.mitigations.kronecker import kronecker_factors, low_rank_pull, low_rank_pulls
-from residency.mitigations.sampling import unpack_facts
-from residency.module import ContinualModule
+from residency.mitigations.penalties.ewc_kfac import merge_factors
+from residency.mitigations.penalties.fisher import data_losses
+from residency.mitigations.penalties.kronecker import kronecker_factors, low_rank_pull, low_rank_pulls
+from residency.mitigations.penalties.sampling import unpack_facts
 from residency.objectives import SFT
-from residency.storage import load_tree, save_tree
-from residency.types import Example, Layout, Stage
 from running import train
 
 OUT, IN, RANK = 5, 7, 2

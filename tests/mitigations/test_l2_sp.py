@@ -12,11 +12,11 @@ from torch import Tensor
 
 from residency.adapters import Full
 from residency.adapters.peft import Peft, lora
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.types import Stage
 from residency.mitigations import L2SP
-from residency.mitigations.l2_sp import decoupled_update, l2_sp_pull, learning_rates
-from residency.mitigations.quadratic import quadratic_penalty, quadratic_pull
-from residency.types import Stage
+from residency.mitigations.penalties.l2_sp import decoupled_update, l2_sp_pull, learning_rates
+from residency.mitigations.penalties.quadratic import quadratic_penalty, quadratic_pull
 from running import make_module, train
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 4), "head": (5,)}

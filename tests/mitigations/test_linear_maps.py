@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from residency.adapters.peft import lora
+from residency.core.signals import Stopped
+from residency.core.tensor_files import load_tree
 from residency.mitigations import AGEM, GEM, GPM, MIGU, OGD, Mitigation, SourceShielding, ZClip
-from residency.mitigations.linear_maps import kept_share, layer_weight, linear_maps
-from residency.signals import Stopped
-from residency.storage import load_tree
+from residency.mitigations.constraints.linear_maps import kept_share, layer_weight, linear_maps
 from running import make_module, train
 
 

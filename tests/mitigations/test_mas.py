@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Batch, Example, Layout, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import MAS
-from residency.mitigations.fisher import mean_over_examples
-from residency.mitigations.mas import hidden_states, squared_norms
-from residency.module import ContinualModule
+from residency.mitigations.penalties.fisher import mean_over_examples
+from residency.mitigations.penalties.mas import hidden_states, squared_norms
 from residency.objectives import SFT
-from residency.types import Batch, Example, Layout, Stage
 
 EXAMPLES = [
     Example(domain="d", row=str(k), prompt=tuple(range(5 + k, 8 + 2 * k)), completion=tuple(range(5, 6 + k)))

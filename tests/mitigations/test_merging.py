@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pairs import equal, randn, two_stages
-from residency.adapters.low_rank import low_rank_factors, product_factors
-from residency.code_identity import closure
+from residency.adapters.algebra.low_rank import low_rank_factors, product_factors
+from residency.core.tensors import Products, Term, terms_of, weighted_sum
+from residency.core.types import Tensors
 from residency.mitigations import (
     DARE,
     EMA,
@@ -25,12 +26,11 @@ from residency.mitigations import (
     TaskArithmetic,
     WiseFT,
 )
-from residency.mitigations.merging import kept_states, merged, merged_vectors, remember
-from residency.mitigations.slerp import slerp_merge
-from residency.mitigations.task_arithmetic import task_arithmetic
-from residency.mitigations.weight_mixing import mix
-from residency.tensors import Products, Term, terms_of, weighted_sum
-from residency.types import Tensors
+from residency.mitigations.merging.slerp import slerp_merge
+from residency.mitigations.merging.states import kept_states, merged, merged_vectors, remember
+from residency.mitigations.merging.task_arithmetic import task_arithmetic
+from residency.mitigations.merging.weight_mixing import mix
+from residency.runs.code_identity import closure
 from table import MITIGATIONS
 
 # -- sums of products -----------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def test_off_shares_everything(name: str) -> None:
 def test_the_key_knows_the_files_that_a_mitigation_is_written_with() -> None:
     reached = {c: closure([c.__module__], followed=frozenset({"residency"})) for c in (FisherMerge, TIES)}
     assert {f"residency.mitigations.{name}" for name in ("fisher", "quadratic")} <= reached[FisherMerge]
-    assert "residency.mitigations.merging" in reached[TIES]
-    assert "residency.mitigations.fisher" not in reached[TIES]
+    assert "residency.mitigations.merging.states" in reached[TIES]
+    assert "residency.mitigations.penalties.fisher" not in reached[TIES]
 
 
 # -- resume ---------------------------------------------------------------------------------------------------------

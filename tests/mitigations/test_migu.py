@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, Trainer
 
 from residency.adapters import Adapter, Full
 from residency.adapters.peft import lora
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.mitigations import MIGU
-from residency.mitigations.linear_maps import linear_maps
-from residency.mitigations.migu import kept_rows
+from residency.mitigations.constraints.linear_maps import linear_maps
+from residency.mitigations.constraints.migu import kept_rows
 from running import train
 
 KINDS = {"a": "label", "b": "generative"}

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from residency.adapters.peft import lora
-from residency.batching import make_batch
+from residency.core.batching import make_batch
+from residency.core.tensors import snapshot
+from residency.core.types import Example, Stage
 from residency.mitigations import Replay
-from residency.mitigations.mir import interference, most_interfered, virtual_step
-from residency.mitigations.reading import example_nll
-from residency.tensors import snapshot
-from residency.types import Example, Stage
+from residency.mitigations.rehearsal.mir import interference, most_interfered, virtual_step
+from residency.mitigations.rehearsal.model_views import example_nll
 from running import make_module
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Example, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import OGD
-from residency.mitigations.ogd import extend_basis, project_out
-from residency.module import ContinualModule
+from residency.mitigations.constraints.ogd import extend_basis, project_out
 from residency.objectives import SFT
-from residency.types import Example, Stage
 
 OLD = [Example(domain="first", row=str(k), prompt=(5 + k, 9), completion=(70 + k, 8, 0)) for k in range(3)]
 

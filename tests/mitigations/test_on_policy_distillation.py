@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from residency.adapters import Full
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.tensors import snapshot
+from residency.core.types import Example, Outputs, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import OnPolicyDistillation
-from residency.mitigations.divergences import buckets, generalised_jsd
-from residency.module import ContinualModule
-from residency.tensors import snapshot
-from residency.types import Example, Outputs, Stage
+from residency.mitigations.distillation.divergences import buckets, generalised_jsd
 from resuming import goes_on_exactly
 from running import make_module
 from table import ADAPTERS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from residency.mitigations.quadratic import add_pulls, add_quadratics, quadratic_penalty, quadratic_pull
+from residency.mitigations.penalties.quadratic import add_pulls, add_quadratics, quadratic_penalty, quadratic_pull
 
 Named = dict[str, Tensor]
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 4), "b": (5,), "c": ()}

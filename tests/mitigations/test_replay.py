@@ -14,12 +14,14 @@ import torch
 
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.data import StreamData
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree, save_tree
+from residency.core.types import Example, Stage
 from residency.domains.sampler import StageExamples
-from residency.errors import UserError
+from residency.domains.stream_data import StreamData
 from residency.mitigations import Replay
-from residency.mitigations.memory import (
+from residency.mitigations.rehearsal.memory import (
     Mixture,
     into_reservoir,
     pack_examples,
@@ -27,9 +29,7 @@ from residency.mitigations.memory import (
     replayed_slot,
     unpack_examples,
 )
-from residency.mitigations.reading import mean_hidden
-from residency.storage import load_tree, save_tree
-from residency.types import Example, Stage
+from residency.mitigations.rehearsal.model_views import mean_hidden
 from running import domains, make_module, train
 
 RATIOS = [0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.99]

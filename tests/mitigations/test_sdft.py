@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from residency.adapters import Full
-from residency.data import StreamData
-from residency.errors import UserError
-from residency.evaluation import completion_nll
+from residency.core.errors import UserError
+from residency.core.tensors import snapshot
+from residency.core.types import Example, Kind, Stage
+from residency.domains.stream_data import StreamData
+from residency.engine.module import ContinualModule
+from residency.engine.scoring.evaluation import completion_nll
 from residency.mitigations import SDFT, Replay
-from residency.mitigations.prompting import fill, without_end
-from residency.mitigations.sdft import accepted, label_in
-from residency.module import ContinualModule
-from residency.tensors import snapshot
-from residency.types import Example, Kind, Stage
+from residency.mitigations.distillation.prompting import fill, without_end
+from residency.mitigations.distillation.sdft import accepted, label_in
 from resuming import goes_on_exactly, history
 from running import domains, make_module, train
 from table import ADAPTERS

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from residency.mitigations.selection import cumulative, drawn, fair_quotas, herding_order, kmeans_order
+from residency.mitigations.rehearsal.selection import cumulative, drawn, fair_quotas, herding_order, kmeans_order
 
 
 def cloud(rows: int, *, seed: int = 0) -> Tensor:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from residency.adapters import Full
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.tensors import size_in_bytes, snapshot, swapped
+from residency.core.types import Example, Outputs, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import SelfDistillation
-from residency.mitigations.divergences import distillation_loss
-from residency.mitigations.teachers import follow, run_as, teacher_logits
-from residency.module import ContinualModule
-from residency.tensors import size_in_bytes, snapshot, swapped
-from residency.types import Example, Outputs, Stage
+from residency.mitigations.distillation.divergences import distillation_loss
+from residency.mitigations.distillation.teachers import follow, run_as, teacher_logits
 from resuming import goes_on_exactly, history
 from running import make_module, train
 from table import ADAPTERS

@@ -12,12 +12,12 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from residency.adapters.peft import lora
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.signals import Stopped
+from residency.core.tensors import snapshot
+from residency.core.types import Stage, Tensors
 from residency.mitigations import SI, Mitigation
-from residency.mitigations.si import path_contribution, path_importance
-from residency.signals import Stopped
-from residency.tensors import snapshot
-from residency.types import Stage, Tensors
+from residency.mitigations.penalties.si import path_contribution, path_importance
 from running import train
 
 CURVATURE = torch.tensor([1.0, 4.0, 0.5])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pairs import equal, randn, two_stages
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.mitigations import SLERP, Mitigation
-from residency.mitigations.slerp import slerp, slerp_merge, slerp_weights
+from residency.mitigations.merging.slerp import slerp, slerp_merge, slerp_weights
 
 ALPHAS = pytest.mark.parametrize("alpha", [0.1, 0.25, 0.5, 0.8])
 

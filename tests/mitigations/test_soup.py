@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pairs import ADAPTERS, equal, randn, two_stages
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.mitigations import Mitigation, Soup
-from residency.mitigations import soup as module_of_soup
-from residency.mitigations.soup import greedy, uniform
+from residency.mitigations.merging.soup import greedy, uniform
+from residency.mitigations.merging.states import soup as module_of_soup
 
 # -- the mean -------------------------------------------------------------------------------------------------------
 

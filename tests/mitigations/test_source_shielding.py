@@ -14,11 +14,13 @@ from torch import Tensor
 from residency.adapters import Adapter, Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Example, Stage
+from residency.engine.module import ContinualModule
 from residency.mitigations import SourceShielding
-from residency.mitigations.linear_maps import layer_weight, linear_maps
-from residency.mitigations.shield_scores import (
+from residency.mitigations.constraints.linear_maps import layer_weight, linear_maps
+from residency.mitigations.constraints.shield_scores import (
     column_scores,
     fisher_columns,
     frozen_columns,
@@ -26,10 +28,8 @@ from residency.mitigations.shield_scores import (
     own_text,
     score_layers,
 )
-from residency.mitigations.source_shielding import shield_factors
-from residency.module import ContinualModule
+from residency.mitigations.constraints.source_shielding import shield_factors
 from residency.objectives import SFT
-from residency.types import Example, Stage
 from running import domains, train
 
 STAGE = Stage(index=0, domain="a", stages=2, seed=0, steps=1, batch_size=1)
@@ -160,7 +160,7 @@ def test_random_columns_are_drawn_by_the_seed(llama: Path) -> None:
 
 def test_input_squares_count_tokens(llama: Path) -> None:
     module, _ = build(llama)
-    from residency.mitigations.linear_maps import passes
+    from residency.mitigations.constraints.linear_maps import passes
 
     found = input_squares(module.model, ["model.layers.0.mlp.up_proj"], passes(module, EXAMPLES))
     assert [tokens for _, tokens in found.values()] == [sum(len(e) - 1 for e in EXAMPLES)]

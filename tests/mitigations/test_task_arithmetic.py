@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pairs import equal, randn, two_stages
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.mitigations import Mitigation, TaskArithmetic
-from residency.mitigations.soup import uniform
-from residency.mitigations.task_arithmetic import task_arithmetic
+from residency.mitigations.merging.soup import uniform
+from residency.mitigations.merging.task_arithmetic import task_arithmetic
 
 Named = dict[str, torch.Tensor]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pairs import randn, two_stages
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.mitigations import TIES, Mitigation
-from residency.mitigations.ties import ties, ties_merge, trim
+from residency.mitigations.merging.ties import ties, ties_merge, trim
 
 
 def test_by_hand() -> None:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from residency.adapters import Adapter, Full, Peft
 from residency.adapters.peft import lora, low_rank_factors
 from residency.backbones import CausalLM
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree
+from residency.engine.module import ContinualModule
 from residency.mitigations import Mitigation, WeightMixing
-from residency.mitigations.weight_mixing import mix
-from residency.module import ContinualModule
+from residency.mitigations.merging.weight_mixing import mix
 from residency.objectives import SFT
-from residency.storage import load_tree
 from running import domains, train
 
 Named = dict[str, Tensor]

@@ -11,11 +11,11 @@ import torch
 
 from pairs import ADAPTERS, equal, randn, two_stages
 from residency.adapters.peft import lora
-from residency.batching import make_batch
-from residency.errors import UserError
+from residency.core.batching import make_batch
+from residency.core.errors import UserError
+from residency.core.types import Example
 from residency.mitigations import Mitigation, WiseFT
-from residency.mitigations.weight_mixing import mix
-from residency.types import Example
+from residency.mitigations.merging.weight_mixing import mix
 from running import make_module
 
 EXAMPLES = [Example(domain="x", row="0", prompt=(5, 6, 7), completion=(40, 50, 0))]

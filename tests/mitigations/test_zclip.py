@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree, save_tree
 from residency.mitigations import ZClip
-from residency.mitigations.zclip import clipped_norm
-from residency.storage import load_tree, save_tree
+from residency.mitigations.constraints.zclip import clipped_norm
 
 
 def feed(clipper: ZClip, norms: list[float]) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from residency.optim.fused import fuse
+from residency.engine.fused_optimizer import fuse
 
 
 def trained(make: Callable[..., Optimizer], *, fused: bool) -> list[torch.Tensor]:

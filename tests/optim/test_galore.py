@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from residency.optim import GaLoreOptimizer, LayerwiseOptimizer
-from residency.optim import galore as galore_module
-from residency.optim.galore import lift, project, projector
-from residency.storage import load_tree, save_tree
+from residency.adapters.optim import GaLoreOptimizer, LayerwiseOptimizer
+from residency.adapters.optim import galore as galore_module
+from residency.adapters.optim.galore import lift, project, projector
+from residency.core.tensor_files import load_tree, save_tree
 
 SHAPES = [(7, 5), (5, 7), (6, 6)]
 

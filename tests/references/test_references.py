@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from residency import metrics, references
-from residency.errors import UserError
-from residency.references import PROVENANCE, load, names
+from residency import metrics
+from residency.core.errors import UserError
+from residency.metrics import published as references
+from residency.metrics.published import PROVENANCE, load, names
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "matrices"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no published matrices: ../shared/data/matrices is absent")

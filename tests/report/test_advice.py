@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from residency.report.advice import Advice, advise
-from residency.report.arms import arms_of
-from residency.report.evidence import contrasts
-from residency.report.material import read_material
+from residency.report.advice.advice import Advice, advise
+from residency.report.records.arms import arms_of
+from residency.report.records.contrasts import contrasts
+from residency.report.records.records import read_material
 from synthetic import QUICKSTART, write_cell, write_study
 
 BASE = [[5.0, 5.0], [1.0, 5.0], [3.0, 1.0]]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from residency.report.arms import Arm, arms_of
 from residency.report.charts.overview import pareto
-from residency.report.evidence import METRICS, contrasts, example_interval
-from residency.report.material import read_material
+from residency.report.records.arms import Arm, arms_of
+from residency.report.records.contrasts import METRICS, contrasts, example_interval
+from residency.report.records.records import read_material
 from synthetic import write_study
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from residency.report.assemble import Report
 from residency.report.charts.theme import Figure, config
-from residency.report.material import read_material
+from residency.report.page.build import Report
+from residency.report.records.records import read_material
 from synthetic import QUICKSTART, write_cell
 
 STRENGTHS = (1, 10, 100)

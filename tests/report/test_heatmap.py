@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 import vl_convert
 
-from residency.errors import UserError
-from residency.report.heatmap import comparison, heat_map, save
+from residency.core.errors import UserError
+from residency.runs.views.heatmap import comparison, heat_map, save
 
 Record = dict[str, Any]
 

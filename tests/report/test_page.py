@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 
 from command import call
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.report import build
 from synthetic import QUICKSTART, write_cell, write_study
 
@@ -204,7 +204,7 @@ def test_a_study_with_nothing_done_says_so(tmp_path: Path) -> None:
 
 
 def test_no_torch_for_a_report() -> None:
-    code = "import residency.report.assemble, sys; assert not {'torch', 'lightning', 'wandb'} & {*sys.modules}"
+    code = "import residency.report.page.build, sys; assert not {'torch', 'lightning', 'wandb'} & {*sys.modules}"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 

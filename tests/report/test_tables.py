@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from residency.errors import UserError
-from residency.report.tables import comparison_table, printable, score_table, verdict
+from residency.core.errors import UserError
+from residency.runs.views.tables import comparison_table, printable, score_table, verdict
 
 Record = dict[str, Any]
 

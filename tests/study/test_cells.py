@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.study import Study, load_study, plan_cells
-from residency.study.cells import latin_square
+from residency.study.planning.cells import latin_square
 
 NAMES = ("a", "b", "c", "d")
 

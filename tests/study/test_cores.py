@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from residency.study.cores import at_once, keep_cores, kept_threads, measured_speeds, share_cores, usable_cores
-from residency.study.plan import Study
-from residency.study.space import Parameter, Search
+from residency.study.planning.cpu_sharing import (
+    at_once,
+    keep_cores,
+    kept_threads,
+    measured_speeds,
+    share_cores,
+    usable_cores,
+)
+from residency.study.planning.search_space import Parameter, Search
+from residency.study.planning.study_file import Study
 
 STUDY = Study(name="s", base="b", axes={"a": {"x": {}, "y": {}}, "b": {"1": {}, "2": {}, "3": {}}}, seeds=[0, 1])
 

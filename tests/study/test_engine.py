@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 
 from command import read_json
-from residency.bench import Bench
-from residency.storage import load_tree
-from residency.store import Store
+from residency.core.tensor_files import load_tree
+from residency.runs.stage_runner import Bench
+from residency.runs.store.store import Store
 from residency.study.executors import Executor
 from sweeping import EWC, MIXING, REPLAY, alone, matrices, run_sweep, write_study
 

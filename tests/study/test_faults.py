@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from dying import in_child
-from residency.store import Store
-from residency.study.events import Event, Watcher
+from residency.runs.store.store import Store
 from residency.study.executors import Outcome, Task
 from residency.study.executors.local import LocalExecutor
+from residency.study.views.events import Event, Watcher
 from sweeping import EWC, Inline, matrices, run_sweep, write_study
 
 AXES: dict[str, Any] = {"mitigation": {"none": {}, "ewc": EWC(1000.0)}}
@@ -218,7 +218,7 @@ def test_two_sweeps_on_one_store(whole: tuple[Path, Path], tmp_path: Path) -> No
 def test_one_study_has_one_sweep(whole: tuple[Path, Path]) -> None:
     from filelock import FileLock
 
-    from residency.errors import UserError
+    from residency.core.errors import UserError
 
     path, reference = whole
     with FileLock(reference / ".lock"), pytest.raises(UserError, match="in use by another sweep"):

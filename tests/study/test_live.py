@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from residency.study.events import Event, GridCell, Kind, StudyGrid
-from residency.study.live import StudyView
-from residency.study.screen import StudyState, screen
+from residency.study.views.events import Event, GridCell, Kind, StudyGrid
+from residency.study.views.live import StudyView
+from residency.study.views.screen import StudyState, screen
 
 KINDS: tuple[Kind, ...] = ("submitted", "running", "progress", "done", "failed", "retried", "skipped")
 

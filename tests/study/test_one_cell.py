@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from command import call, tiny_config, write_yaml
-from residency.cli import parse
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.runs.cli import parse
+from residency.runs.config.sources import pairs
 from residency.study import load_study
-from residency.study.cells import plan_cells
-from residency.study.one_cell import expand_cell
+from residency.study.fit_cell import expand_cell
+from residency.study.planning.cells import plan_cells
 from residency.study.wandb_sweep import wandb_sweep, write_wandb_sweep
-from residency.written import pairs
 
 MITIGATIONS: dict[str, Any] = {
     "none": {},

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from residency.assets import packaged_model
-from residency.errors import UserError
+from residency.core.assets.cache import packaged_model
+from residency.core.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

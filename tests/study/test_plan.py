@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.study import Study, load_study, plan_cells
 
 BASE = {"name": "s", "base": "base.yaml"}

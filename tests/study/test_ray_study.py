@@ -10,8 +10,8 @@ import pytest
 
 from command import read_json, tiny_config, write_yaml
 from residency.study.command import sweep
-from residency.study.events import Event, Watcher
 from residency.study.executors.ray import RayExecutor
+from residency.study.views.events import Event, Watcher
 
 
 class LosesANode(Watcher):

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from residency.store import Store
+from residency.runs.store.store import Store
 from residency.study.executors.base import Executor, Outcome, Task
+from residency.study.planning.tree import Need, Node, Tree
 from residency.study.schedule import run_tree
-from residency.study.tree import Need, Node, Tree
 
 
 class Small(Executor):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from command import read_json, tiny_config, write_yaml
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.study import load_study
 from residency.study.command import sweep
 from residency.study.executors.base import Task

@@ -11,9 +11,9 @@ import yaml
 
 import residency
 from command import Result, call, read_json, tiny_config, write_yaml
+from residency.runs.config.sources import read_yaml
 from residency.study import command
 from residency.study.executors import Outcome, Task
-from residency.written import read_yaml
 from sweeping import Inline
 
 REPLAY = {"class_path": "residency.mitigations.Replay", "init_args": {"ratio": 0.5, "capacity": 8}}

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residency.errors import UserError
-from residency.study.space import Parameter, Search, Stop, applies, check_search, survivors, value_of
-from residency.study.trials import Trial, Trials
+from residency.core.errors import UserError
+from residency.study.planning.search_space import Parameter, Search, Stop, applies, check_search, survivors, value_of
+from residency.study.search.trials import Trial, Trials
 
 PARAMETERS = {
     "lr": Parameter(low=1e-4, high=1e-1, log=True),

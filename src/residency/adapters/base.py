@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from residency.errors import UserError
-from residency.types import Batch, Capability, Example, Stage, Tensors
+from residency.core.errors import UserError
+from residency.core.types import Batch, Capability, Example, Stage, Tensors
 
 __all__ = [
     "Adapter",

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from residency.adapters.base import Adapter
-from residency.adapters.own_format import write_exported
-from residency.adapters.structure import blocks
-from residency.errors import UserError
-from residency.types import Tensors
+from residency.adapters.export_format import write_exported
+from residency.backbones.structure import blocks
+from residency.core.errors import UserError
+from residency.core.types import Tensors
 
 __all__ = ["Bottleneck"]
 
@@ -64,7 +64,7 @@ class Bottleneck(Adapter):
 
     The output h of a sublayer becomes h + s W_up σ(W_down h), before the residual connection. W_up starts at zero, so
     the start is the pretrained model bit for bit. It cannot be merged (it is not linear) and no other library loads
-    what it exports: `residency.adapters.own_format.attach_exported` does.
+    what it exports: `residency.adapters.export_format.attach_exported` does.
 
     Args:
         placement: `pfeiffer`: behind the feed-forward part. `houlsby`: behind attention too.
@@ -166,7 +166,7 @@ class Bottleneck(Adapter):
                 switch.enabled = True  # type: ignore[assignment]
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """A folder that `residency.adapters.own_format.attach_exported` loads."""
+        """A folder that `residency.adapters.export_format.attach_exported` loads."""
         write_exported(path, self, self.options, self.state(model))
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from residency.adapters.base import Adapter
-from residency.adapters.structure import blocks, embeddings, matching, names_of, refuse_quantised
-from residency.errors import UserError
-from residency.types import Tensors
+from residency.backbones.structure import blocks, embeddings, matching, names_of, refuse_quantised
+from residency.core.errors import UserError
+from residency.core.types import Tensors
 
 __all__ = ["Freeze", "bottom_blocks", "frozen_names"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from residency.adapters.base import Adapter
-from residency.errors import UserError
-from residency.types import Tensors
+from residency.core.errors import UserError
+from residency.core.types import Tensors
 
 __all__ = ["Full"]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from residency.adapters.base import Adapter, Observe, OptimizerFactory
-from residency.adapters.structure import blocks, matching, names_of, refuse_quantised
-from residency.errors import UserError
-from residency.optim import GaLoreOptimizer, LayerwiseOptimizer
-from residency.types import Stage, Tensors
+from residency.adapters.optim import GaLoreOptimizer, LayerwiseOptimizer
+from residency.backbones.structure import blocks, matching, names_of, refuse_quantised
+from residency.core.errors import UserError
+from residency.core.types import Stage, Tensors
 
 __all__ = ["GaLore", "projected_names"]
 

@@ -11,8 +11,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from residency.adapters.algebra.low_rank import low_rank_factors
+from residency.adapters.algebra.orthogonality import Orthogonality, overlap, squared_cosine
 from residency.adapters.base import Adapter, Observe
-from residency.adapters.blocks import (
+from residency.adapters.peft_tools.folding import merged_lora
+from residency.adapters.peft_tools.lora_blocks import (
     block_name,
     block_names,
     block_state,
@@ -27,12 +30,9 @@ from residency.adapters.blocks import (
     use_blocks,
     write_adapter,
 )
-from residency.adapters.low_rank import low_rank_factors
-from residency.adapters.merging import merged_lora
-from residency.adapters.orthogonality import Orthogonality, overlap, squared_cosine
-from residency.adapters.wrapping import wrap
-from residency.tensors import Computed
-from residency.types import Stage, Tensors
+from residency.adapters.peft_tools.wrapping import wrap
+from residency.core.tensors import Computed
+from residency.core.types import Stage, Tensors
 
 __all__ = ["IncLoRA"]
 
@@ -147,7 +147,7 @@ class IncLoRA(Adapter):
         return switched(model, [])
 
     def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:

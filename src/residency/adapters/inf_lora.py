@@ -12,8 +12,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from residency.adapters.algebra.covariance import input_covariances
+from residency.adapters.algebra.dual_gpm import Memory, directions, energy_threshold, remember
 from residency.adapters.base import Adapter, Observe
-from residency.adapters.blocks import (
+from residency.adapters.peft_tools.folding import merged_lora
+from residency.adapters.peft_tools.lora_blocks import (
     block_name,
     block_names,
     block_state,
@@ -28,13 +31,10 @@ from residency.adapters.blocks import (
     use_blocks,
     write_adapter,
 )
-from residency.adapters.covariance import input_covariances
-from residency.adapters.dual_gpm import Memory, directions, energy_threshold, remember
-from residency.adapters.merging import merged_lora
-from residency.adapters.wrapping import wrap
-from residency.errors import UserError
-from residency.tensors import Computed
-from residency.types import Stage, Tensors
+from residency.adapters.peft_tools.wrapping import wrap
+from residency.core.errors import UserError
+from residency.core.tensors import Computed
+from residency.core.types import Stage, Tensors
 
 __all__ = ["InfLoRA"]
 
@@ -174,7 +174,7 @@ class InfLoRA(Adapter):
         return switched(model, [])
 
     def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:

@@ -12,9 +12,9 @@ from peft.tuners.osf import OSFLayer
 from torch import Tensor, nn
 
 from residency.adapters.base import Adapter, Observe, copy_state
-from residency.adapters.wrapping import wrap
-from residency.tensors import Computed
-from residency.types import Stage, Tensors
+from residency.adapters.peft_tools.wrapping import wrap
+from residency.core.tensors import Computed
+from residency.core.types import Stage, Tensors
 
 __all__ = ["OSF", "project"]
 

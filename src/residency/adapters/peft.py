@@ -13,14 +13,14 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
 
+from residency.adapters.algebra.low_rank import low_rank_factors, product_factors
 from residency.adapters.base import Adapter, LowRankLayer, OptimizerFactory, missing_capability
-from residency.adapters.low_rank import low_rank_factors, product_factors
-from residency.adapters.merging import merged_lora
-from residency.adapters.tuners import capabilities, check_config, kind_of
-from residency.adapters.wrapping import expected_remarks, is_quantised, wrap
-from residency.errors import UserError
-from residency.tensors import Products, Term, terms_of
-from residency.types import Tensors
+from residency.adapters.peft_tools.folding import merged_lora
+from residency.adapters.peft_tools.tuners import capabilities, check_config, kind_of
+from residency.adapters.peft_tools.wrapping import expected_remarks, is_quantised, wrap
+from residency.core.errors import UserError
+from residency.core.tensors import Products, Term, terms_of
+from residency.core.types import Tensors
 
 __all__ = ["Peft", "lora", "low_rank_factors"]
 
@@ -32,7 +32,7 @@ class Peft(Adapter):
 
     Args:
         config: Any `peft.PeftConfig`, for example `{class_path: peft.LoraConfig, init_args: {r: 8, ...}}`. The few
-            that cannot work are refused with the reason (`residency.adapters.tuners`).
+            that cannot work are refused with the reason (`residency.adapters.peft_tools.tuners`).
         lr_ratio: Learning rate of LoRA's B over that of everything else: LoRA+ (Hayou et al. 2024) uses 4 to 16.
 
     Raises:
@@ -154,7 +154,7 @@ class Peft(Adapter):
         return model.disable_adapter()  # type: ignore[operator, no-any-return]
 
     def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:

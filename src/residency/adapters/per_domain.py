@@ -14,12 +14,12 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from residency.adapters.base import Adapter, Observe, PromptNLL, Served, copy_state, missing_capability
-from residency.adapters.merging import merged_lora
-from residency.adapters.names import KEY, read_names, write_names
-from residency.adapters.tuners import capabilities, check_config, kind_of
-from residency.adapters.wrapping import wrap
-from residency.errors import UserError
-from residency.types import Example, Stage, Tensors
+from residency.adapters.domain_names import KEY, read_names, write_names
+from residency.adapters.peft_tools.folding import merged_lora
+from residency.adapters.peft_tools.tuners import capabilities, check_config, kind_of
+from residency.adapters.peft_tools.wrapping import wrap
+from residency.core.errors import UserError
+from residency.core.types import Example, Stage, Tensors
 
 __all__ = ["PerDomain", "group_rows", "lowest"]
 
@@ -186,7 +186,7 @@ class PerDomain(Adapter):
         return torch.stack(rows)
 
     def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:

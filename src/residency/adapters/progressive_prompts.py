@@ -12,9 +12,9 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from residency.adapters.base import Adapter, Observe, PromptNLL, Served, copy_state
-from residency.adapters.names import KEY, read_names, write_names
-from residency.errors import UserError
-from residency.types import Example, Stage, Tensors
+from residency.adapters.domain_names import KEY, read_names, write_names
+from residency.core.errors import UserError
+from residency.core.types import Example, Stage, Tensors
 
 __all__ = ["ProgressivePrompts", "Prompted", "prepend"]
 

@@ -13,7 +13,7 @@ Which question the arms answer:
     unconstrained   modular, matrix free                     configs/adapter/sinkhorn_unconstrained.yaml
 
 Zero drift is a property of *frozen* already, so what the mixing adds is modular minus frozen; and what its constraint
-adds is modular minus unconstrained. Give all arms the same clipping (see `residency.metrics.gradients`).
+adds is modular minus unconstrained. Give all arms the same clipping (see `residency.inspection.gradient_metrics`).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from residency.adapters.algebra.sinkhorn import MIXER, Mixer, Mixing, add_mixer, residual
 from residency.adapters.base import Adapter, Observe, OptimizerFactory, PromptNLL, Served
-from residency.adapters.mixing import MIXER, Mixer, Mixing, add_mixer, residual
-from residency.adapters.own_format import INNER, write_exported
+from residency.adapters.export_format import INNER, write_exported
 from residency.adapters.peft import Peft
 from residency.adapters.per_domain import PerDomain
-from residency.adapters.structure import blocks
-from residency.errors import UserError
-from residency.tensors import Computed
-from residency.types import Capability, Example, Stage, Tensors
+from residency.backbones.structure import blocks
+from residency.core.errors import UserError
+from residency.core.tensors import Computed
+from residency.core.types import Capability, Example, Stage, Tensors
 
 __all__ = ["SinkhornResidual"]
 
@@ -286,7 +286,7 @@ class SinkhornResidual(Adapter):
                     mixer.enabled = True
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """A folder that `residency.adapters.own_format.attach_exported` loads, a PEFT adapter in it as PEFT writes it
+        """A folder that `export_format.attach_exported` loads, a PEFT adapter in it as PEFT writes it
         (the newest, if every domain has its own).
 
         Raises:

@@ -13,11 +13,19 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from residency.adapters.base import Adapter, Observe, copy_state
-from residency.adapters.blocks import add_block, check_additive, factors, merged, switched, use_blocks, write_adapter
-from residency.adapters.merging import merged_lora
-from residency.adapters.wrapping import wrap
-from residency.errors import UserError
-from residency.types import Stage
+from residency.adapters.peft_tools.folding import merged_lora
+from residency.adapters.peft_tools.lora_blocks import (
+    add_block,
+    check_additive,
+    factors,
+    merged,
+    switched,
+    use_blocks,
+    write_adapter,
+)
+from residency.adapters.peft_tools.wrapping import wrap
+from residency.core.errors import UserError
+from residency.core.types import Stage
 
 __all__ = ["SLAO", "merge_weight", "orthonormal_rows", "step_towards"]
 
@@ -113,7 +121,7 @@ class SLAO(Adapter):
         return switched(model, [])
 
     def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """LoRA folded into the weights (`residency.adapters.merging`)."""
+        """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 
     def merge(self, model: nn.Module) -> nn.Module:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from residency.losses import token_nll
-from residency.types import Batch, Layout
+from residency.core.losses import token_nll
+from residency.core.types import Batch, Layout
 
 __all__ = ["Backbone", "Sampling"]
 
@@ -73,7 +73,7 @@ class Backbone(ABC):
             prompts: At least one token each.
             max_new_tokens: Most tokens of a continuation; one that is as long as this was cut off.
             sampling: How to draw; `None` = greedy.
-            layout: `packed` if the model was found to run packed rows (`residency.layout`); faster for greedy ones.
+            layout: `packed` if the model was found to run packed rows (`backbones.layout`); faster for greedy ones.
         """
 
     @abstractmethod

@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from residency.backbones import packed_attention
 from residency.backbones.base import Backbone, Sampling
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
-from residency.backbones.folders import model_folder
-from residency.backbones.greedy import greedy
+from residency.backbones.generation import greedy
+from residency.backbones.kernels.head import bare_head, free_head, head_nll, without_head
+from residency.backbones.kernels.lane_choice import Lanes, lanes_for
+from residency.backbones.kernels.lanes import run_in_lanes
+from residency.backbones.kernels.last_layer import trim_last_layer
+from residency.backbones.kernels.layers import fuse_layers
+from residency.backbones.kernels.norm import fuse_norms
+from residency.backbones.kernels.rotary import fuse_rotary
+from residency.backbones.locations import model_folder
 from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options
 from residency.backbones.supervised import supervised_logits, supervised_nll
-from residency.errors import UserError
-from residency.kernels.apart import Lanes, lanes_for
-from residency.kernels.head import bare_head, free_head, head_nll, without_head
-from residency.kernels.lanes import run_in_lanes
-from residency.kernels.last_layer import trim_last_layer
-from residency.kernels.layers import fuse_layers
-from residency.kernels.norm import fuse_norms
-from residency.kernels.rotary import fuse_rotary
-from residency.losses import token_nll
-from residency.types import Batch, Layout
+from residency.core.errors import UserError
+from residency.core.losses import token_nll
+from residency.core.types import Batch, Layout
 
 __all__ = ["CausalLM", "quiet_transformers"]
 
@@ -85,7 +85,7 @@ class CausalLM(Backbone):
         """
         if self.path != PACKAGED:
             return model_folder(self.path, self.revision)
-        from residency.assets import packaged_model
+        from residency.core.assets.cache import packaged_model
 
         return packaged_model()
 

@@ -1,7 +1,7 @@
 """Attention per segment of a packed row, through transformers' attention interface.
 
 Works for every architecture that calls the interface: the segments arrive as a keyword of the model's forward, and so
-does the memory of `residency.backbones.greedy`. Without these keywords (padded batches) it is transformers' own
+does the memory of `residency.backbones.generation`. Without these keywords (padded batches) it is transformers' own
 scaled-dot-product attention.
 """
 
@@ -17,8 +17,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from residency.kernels.segments import segment_mask
-from residency.types import Segment, segment_tokens
+from residency.backbones.kernels.segments import segment_mask
+from residency.core.types import Segment, segment_tokens
 
 __all__ = ["NAME", "Memory", "attend_segments", "register", "segment_mask"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residency.kernels.last_layer import only_at
-from residency.types import Batch
+from residency.backbones.kernels.last_layer import only_at
+from residency.core.types import Batch
 
 __all__ = ["supervised_logits", "supervised_nll"]
 

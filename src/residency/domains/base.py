@@ -11,9 +11,9 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar, get_args
 
+from residency.core.errors import UserError
+from residency.core.types import Kind, Row, Split
 from residency.domains.template import Template
-from residency.errors import UserError
-from residency.types import Kind, Row, Split
 
 __all__ = ["Domain", "Kind", "Template", "drop_ambiguous", "hash_order", "split_by_group"]
 

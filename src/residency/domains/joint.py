@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from residency.core.types import Row, Split
 from residency.domains.base import Domain, hash_order
 from residency.domains.template import Template
-from residency.types import Row, Split
 
 __all__ = ["Joint"]
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from residency.core.errors import UserError
+from residency.core.types import Row, Split
 from residency.domains.base import Domain, Kind, hash_order, split_by_group
-from residency.errors import UserError
-from residency.types import Row, Split
 
 __all__ = ["Jsonl"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-from residency.randomness import permutation
-from residency.types import Example, Stage
+from residency.core.randomness import permutation
+from residency.core.types import Example, Stage
 
 __all__ = ["StageBatches", "StageExamples", "learned_examples"]
 

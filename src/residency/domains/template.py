@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from residency.errors import UserError
-from residency.types import Example, Row
+from residency.core.errors import UserError
+from residency.core.types import Example, Row
 
 __all__ = ["Template"]
 

@@ -13,14 +13,14 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from residency.batching import by_token_budget, make_batch
-from residency.likelihoods import prompt_nll
-from residency.randomness import seed_of
-from residency.types import Batch, Example, Split, Stage, Tensors
+from residency.core.batching import by_token_budget, make_batch
+from residency.core.randomness import seed_of
+from residency.core.types import Batch, Example, Split, Stage, Tensors
+from residency.engine.scoring.likelihoods import prompt_nll
 
 if TYPE_CHECKING:
-    from residency.data import StreamData
-    from residency.module import ContinualModule
+    from residency.domains.stream_data import StreamData
+    from residency.engine.module import ContinualModule
 
 __all__ = ["Look", "Observer"]
 

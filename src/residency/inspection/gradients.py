@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from residency.core.types import Stage
 from residency.inspection.base import Observer
-from residency.metrics.gradients import gradient_stability
-from residency.types import Stage
+from residency.inspection.gradient_metrics import gradient_stability
 
 __all__ = ["GradientNorms"]
 
@@ -21,7 +21,7 @@ class GradientNorms(Observer):
     """E19: evenness of the global gradient norm of the whole loss, before clipping.
 
     Records `cv`, `mad_over_median`, `largest`, `spikes`, `steps`, and `clipper` and `seed`, which must be equal for two
-    runs to be compared (`residency.metrics.gradients.stability_improvement` refuses otherwise). The norm is taken
+    runs to be compared (`gradient_metrics.stability_improvement` refuses otherwise). The norm is taken
     after accumulation and unscaling, before `transform_gradients`: of what the loss asks for, not of what is granted.
     """
 

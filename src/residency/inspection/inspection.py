@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
+from residency.core.types import Stage, Tensors
 from residency.inspection.base import Look, Observer
-from residency.types import Stage, Tensors
 
 if TYPE_CHECKING:
-    from residency.data import StreamData
-    from residency.module import ContinualModule
+    from residency.domains.stream_data import StreamData
+    from residency.engine.module import ContinualModule
 
 __all__ = ["Inspection", "inside_record"]
 

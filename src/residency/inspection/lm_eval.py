@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.inspection.base import Look, Observer
 
 __all__ = ["LmEval"]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residency.core.types import Batch
 from residency.inspection.base import Look, Observer
-from residency.metrics.calibration import TokenAnswers, calibration, token_answers
-from residency.metrics.drift import kl_from_top, top_log_probabilities
-from residency.types import Batch
+from residency.inspection.calibration_metrics import TokenAnswers, calibration, token_answers
+from residency.inspection.drift_metrics import kl_from_top, top_log_probabilities
 
 __all__ = ["AnswerCalibration", "KLToBase"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residency.core.types import Batch
 from residency.inspection.base import Look, Observer
-from residency.metrics.drift import linear_cka
-from residency.types import Batch
+from residency.inspection.drift_metrics import linear_cka
 
 __all__ = ["RepresentationDrift"]
 

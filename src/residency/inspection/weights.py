@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residency.core.types import Tensors
 from residency.inspection.base import Look, Observer
-from residency.metrics.drift import (
+from residency.inspection.drift_metrics import (
     WeightDrift,
     dense_drift,
     low_rank_drift,
@@ -20,7 +21,6 @@ from residency.metrics.drift import (
     parametric_drift,
     spectral_norm,
 )
-from residency.types import Tensors
 
 __all__ = ["BackboneDrift", "WeightDriftByLayer"]
 

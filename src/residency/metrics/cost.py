@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from residency.tensors import size_in_bytes
+from residency.core.tensors import size_in_bytes
 
 __all__ = ["optimizer_state_bytes", "overhead", "tokens_per_second", "training_flops"]
 

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from residency.tensors import size_in_bytes
-from residency.types import Batch, Capability, Example, Outputs, Stage, Tensors
+from residency.core.tensors import size_in_bytes
+from residency.core.types import Batch, Capability, Example, Outputs, Stage, Tensors
 
 if TYPE_CHECKING:
-    from residency.module import ContinualModule
+    from residency.engine.module import ContinualModule
 
 __all__ = ["HOOKS", "Mitigation", "Reduction", "State", "overrides"]
 

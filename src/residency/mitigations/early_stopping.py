@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from residency.errors import UserError
+from residency.core.errors import UserError
+from residency.core.tensors import snapshot
 from residency.mitigations.base import Mitigation
 from residency.mitigations.validation import validation_nll
-from residency.tensors import snapshot
 
 if TYPE_CHECKING:
-    from residency.module import ContinualModule
+    from residency.engine.module import ContinualModule
 
 __all__ = ["EarlyStopping", "Progress", "judged"]
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from residency.batching import by_token_budget, make_batch
-from residency.losses import token_nll
-from residency.tensors import wide
+from residency.core.batching import by_token_budget, make_batch
+from residency.core.losses import token_nll
+from residency.core.tensors import wide
 
 if TYPE_CHECKING:
-    from residency.module import ContinualModule
+    from residency.engine.module import ContinualModule
 
 __all__ = ["validation_nll"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from residency.types import Batch, Example, Layout, Outputs
+from residency.core.types import Batch, Example, Layout, Outputs
 
 __all__ = ["Forward", "Objective", "Passes"]
 

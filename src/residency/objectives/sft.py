@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 
-from residency.batching import make_batch
-from residency.losses import token_nll
+from residency.core.batching import make_batch
+from residency.core.losses import token_nll  # moved
+from residency.core.types import Batch, Example, Layout, Outputs
 from residency.objectives.base import Forward, Objective, Passes
-from residency.types import Batch, Example, Layout, Outputs
 
 __all__ = ["SFT", "token_nll"]
 

@@ -16,7 +16,7 @@ def build(
     references: Iterable[str] = (),
     **choices: Any,
 ) -> Path:
-    """Write the report of runs or studies; see `residency.report.assemble.build`, which this loads when called."""
-    from residency.report import assemble
+    """Write the report of runs or studies; see `residency.report.page.build.build`, which this loads when called."""
+    from residency.report.page import build as assemble
 
     return assemble.build(paths, output=output, references=references, **choices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from residency.errors import EXIT_DONE, UserError
+from residency.core.errors import EXIT_DONE, UserError
 
 __all__ = ["report_command"]
 
@@ -50,7 +50,7 @@ def report_command(words: list[str]) -> int:
     parser.add_argument("--wandb", metavar="PROJECT", help="also make a W&B run of the report (offline by default)")
     options = parser.parse_args(words)
     if "list" in options.reference:
-        from residency.references import names
+        from residency.metrics.published import names
 
         for name, title in names().items():
             print(f"{name:20} {title}")
@@ -61,7 +61,7 @@ def report_command(words: list[str]) -> int:
             why="a report is made from the records of runs or studies",
             fix="name their folders, for example `residency report studies/quickstart`",
         )
-    from residency.report.assemble import build
+    from residency.report.page.build import build
 
     page = build(
         options.folders,

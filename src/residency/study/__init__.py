@@ -1,6 +1,6 @@
 """Studies: every combination of named axes, each a run."""
 
-from residency.study.cells import Cell, plan_cells
-from residency.study.plan import Study, load_study
+from residency.study.planning.cells import Cell, plan_cells
+from residency.study.planning.study_file import Study, load_study
 
 __all__ = ["Cell", "Study", "load_study", "plan_cells"]

@@ -15,13 +15,21 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
-from residency.errors import EXIT_DONE, UserError
-from residency.study.cores import Cores, at_once, forget_cores, keep_cores, kept_threads, share_cores, usable_cores
-from residency.study.plan import Study, load_study
+from residency.core.errors import EXIT_DONE, UserError
+from residency.study.planning.cpu_sharing import (
+    Cores,
+    at_once,
+    forget_cores,
+    keep_cores,
+    kept_threads,
+    share_cores,
+    usable_cores,
+)
+from residency.study.planning.study_file import Study, load_study
 
 if TYPE_CHECKING:
-    from residency.study.events import Watcher
     from residency.study.executors.base import Executor
+    from residency.study.views.events import Watcher
 
 __all__ = ["sweep", "sweep_command"]
 
@@ -121,7 +129,7 @@ def sweep(
     console.print(f"stages at once: {cores.workers}, threads of each: {cores.threads} ({cores.why})", highlight=False)
     parts: dict[str, Any] = {"folder": folder, "store": place, "console": console, "workers": cores.workers}
     if dry_run:
-        from residency.study.workshop import Workshop
+        from residency.study.runner import Workshop
 
         Workshop(study, **parts).check(measured=measure)
         return EXIT_DONE
@@ -129,7 +137,7 @@ def sweep(
     # A new study has something to run: its workers import what they need while this process does.
     early = executor is None and kind == "local" and not (folder / "plan.json").exists()
     with _only_sweep(folder), _started(make, folder / "logs", early=early) as start:
-        from residency.study.workshop import Workshop
+        from residency.study.runner import Workshop
 
         keep_cores(folder, cores)
         views = watchers if watchers is not None else [_view(path, study_dir, console)]
@@ -150,8 +158,8 @@ def _started(make: Callable[[Path], Executor], logs: Path, *, early: bool) -> It
 
 
 def _emit(study: Study, source: Path, path: Path, store: Path, console: Console) -> int:
-    from residency.study.prepare import cells_of
-    from residency.study.resolve import Resolver
+    from residency.study.planning.prepare import cells_of
+    from residency.study.planning.resolve import Resolver
     from residency.study.wandb_sweep import write_wandb_sweep
 
     write_wandb_sweep(study, cells_of(study, Resolver(study, store)), source=source, path=path)
@@ -160,7 +168,7 @@ def _emit(study: Study, source: Path, path: Path, store: Path, console: Console)
 
 
 def _view(path: Path, study_dir: Path | None, console: Console) -> Watcher:
-    from residency.study.live import StudyView
+    from residency.study.views.live import StudyView
 
     words = ["residency", "sweep", str(path), *([] if study_dir is None else ["--study_dir", str(study_dir)])]
     return StudyView(command=shlex.join(words), console=console)

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from residency.study.cells import Cell
-from residency.study.plan import Study
+from residency.study.planning.cells import Cell
+from residency.study.planning.study_file import Study
 from residency.study.schedule import Failure
 
 __all__ = ["compare", "failed_record"]
@@ -32,8 +32,8 @@ def compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], co
         console: Where to print.
     """
     from residency.report import build
-    from residency.report.heatmap import comparison, save
-    from residency.report.tables import comparison_table, score_table, verdict
+    from residency.runs.views.heatmap import comparison, save
+    from residency.runs.views.tables import comparison_table, score_table, verdict
 
     finished = [record for record in records if record["status"] == "done"]
     for record in finished:

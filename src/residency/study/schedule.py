@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from residency.errors import EXIT_SIGNAL, EXIT_USER
-from residency.signals import Stopped
-from residency.store import Store
-from residency.study.events import Event, Kind, Watcher
+from residency.core.errors import EXIT_SIGNAL, EXIT_USER
+from residency.core.signals import Stopped
+from residency.runs.store.store import Store
 from residency.study.executors.base import Executor, Outcome
-from residency.study.tasks import EXIT_MEMORY, read_status
-from residency.study.tree import Need, Tree
+from residency.study.planning.tree import Need, Tree
+from residency.study.views.events import Event, Kind, Watcher
+from residency.study.worker import EXIT_MEMORY, read_status
 
 __all__ = ["Failure", "run_tree"]
 

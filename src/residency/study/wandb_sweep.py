@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from residency.errors import UserError
-from residency.short_names import MAX_DOTS
-from residency.storage import replace_file
-from residency.study.cells import Cell
-from residency.study.plan import Study
-from residency.study.space import Parameter, Search
+from residency.core.errors import UserError
+from residency.core.tensor_files import replace_file
+from residency.runs.views.flat_config import MAX_DOTS
+from residency.study.planning.cells import Cell
+from residency.study.planning.search_space import Parameter, Search
+from residency.study.planning.study_file import Study
 
 __all__ = ["wandb_sweep", "write_wandb_sweep"]
 

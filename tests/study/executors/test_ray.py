@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from chores import gone, note
-from residency.errors import UserError
+from residency.core.errors import UserError
 from residency.study.executors.base import Outcome, Resources, Task
 from residency.study.executors.ray import RayExecutor
 

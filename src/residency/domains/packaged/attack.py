@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from residency.core.assets.locate import locate
+from residency.core.types import Row, Split
 from residency.domains.base import Domain, drop_ambiguous, split_by_group
-from residency.domains.packaged._locate import locate
 from residency.domains.packaged._text import without_links
-from residency.types import Row, Split
 
 __all__ = ["AttackTactics"]
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from residency.core.assets.locate import locate
+from residency.core.types import Row, Split
 from residency.domains.base import Domain, drop_ambiguous, split_by_group
-from residency.domains.packaged._locate import locate
 from residency.domains.packaged._text import name_words, without_links
-from residency.types import Row, Split
 
 __all__ = ["CdmTerms"]
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from residency.core.assets.locate import locate
+from residency.core.types import Row, Split
 from residency.domains.base import Domain, drop_ambiguous, split_by_group
-from residency.domains.packaged._locate import locate
-from residency.types import Row, Split
 
 __all__ = ["IcdChapters"]
 

@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from residency.core.types import Row, Split
 from residency.domains.base import Domain, drop_ambiguous, split_by_group
-from residency.types import Row, Split
 
 __all__ = ["StdlibSignatures"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import altair as alt
 
-from residency.report.arms import Arm
 from residency.report.charts.theme import color_of, inline
-from residency.report.tables import finite, printable
+from residency.report.records.arms import Arm
+from residency.runs.views.tables import finite, printable
 
 __all__ = ["blocks", "by_block", "findings", "over_stages"]
 

@@ -33,7 +33,7 @@ class Task:
 
     Args:
         id: Unique in the study; a safe file name.
-        spec: What `residency.study.tasks.run_task` is called with; plain JSON values only.
+        spec: What `residency.study.worker.run_task` is called with; plain JSON values only.
         needs: Ids of the tasks whose products it reads. The scheduler submits a task when they are there.
         resources: What it occupies.
     """

@@ -28,14 +28,14 @@ from typing import Any, NoReturn
 
 __all__ = ["CALL", "PRELOAD", "main"]
 
-CALL = "residency.study.tasks.run_task"
+CALL = "residency.study.worker.run_task"
 """What carries a task out, for all but tests."""
 PRELOAD = (
-    "residency.study.tasks",
-    "residency.cli",
-    "residency.stream",
-    "residency.trackers",
-    "residency.class_names",
+    "residency.study.worker",
+    "residency.runs.cli",
+    "residency.runs.stream",
+    "residency.runs.views.trackers",
+    "residency.runs.config.class_names",
     "peft",
     "torchmetrics.functional.text.rouge",
     "transformers.generation.utils",

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from residency.errors import EXIT_SIGNAL, UserError
+from residency.core.errors import EXIT_SIGNAL, UserError
 from residency.study.executors.base import Executor, Outcome, Task
 from residency.study.executors.forkserver import CALL
 from residency.study.executors.ray_node import carry_out

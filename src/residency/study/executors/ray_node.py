@@ -10,7 +10,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from residency.errors import EXIT_SIGNAL, EXIT_USER
+from residency.core.errors import EXIT_SIGNAL, EXIT_USER
 from residency.study.executors.base import Task
 from residency.study.executors.local import LocalExecutor
 

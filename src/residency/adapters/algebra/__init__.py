@@ -1,0 +1,1 @@
+"""Pure functions of matrices that adapters and mitigations share."""

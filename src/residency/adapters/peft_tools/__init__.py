@@ -1,0 +1,1 @@
+"""What every adapter around a tuner of PEFT shares."""

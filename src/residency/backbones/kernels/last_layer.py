@@ -1,0 +1,99 @@
+"""The feed-forward part of the last layer only where its output is read.
+
+Behind the last attention every token goes its own way, and the head reads the supervised positions alone. What the last
+feed-forward part computes for the others (a prompt of 80 tokens before a completion of three) goes nowhere, and nothing
+comes back from there: their gradient is zero. Leaving them out is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residency.backbones.kernels.hooks import watched
+
+__all__ = ["only_at", "trim_last_layer"]
+
+# Positions of a packed row that the head reads, each once.
+_read: ContextVar[Tensor | None] = ContextVar("read", default=None)
+
+# Above this share of the row the copies cost what is saved.
+_WORTH_IT = 0.75
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+_LOOSE = 2e-2
+
+
+@contextmanager
+def only_at(positions: Tensor) -> Iterator[None]:
+    """Nothing but these positions of the packed row is read behind the last layer.
+
+    Args:
+        positions: (M,), in any order; may repeat.
+    """
+    token = _read.set(positions.unique())
+    try:
+        yield
+    finally:
+        _read.reset(token)
+
+
+class _Trimmed:
+    """The forward of a feed-forward part that has `only_at` in mind; steps aside where somebody watches."""
+
+    def __init__(self, part: nn.Module, around: list[nn.Module]) -> None:
+        self._part = part
+        self._around = around
+
+    def __call__(self, x: Tensor) -> Tensor:
+        plain = type(self._part).forward
+        positions = _read.get()
+        if positions is None or x.dim() != 3 or len(x) != 1 or len(positions) > _WORTH_IT * x.shape[1]:
+            return plain(self._part, x)  # type: ignore[no-any-return]
+        if any(map(watched, self._around)) or any(map(watched, self._part.modules())):
+            return plain(self._part, x)  # type: ignore[no-any-return]
+        y: Tensor = plain(self._part, x[:, positions])
+        return y.new_zeros(1, x.shape[1], y.shape[2]).index_copy(1, positions, y)
+
+
+def trim_last_layer(model: nn.Module) -> bool:
+    """Let the last layer skip what nobody reads, where its shape is known and trying finds the same values.
+
+    Args:
+        model: Without gradient checkpointing, which would compute the part again when nobody knows the positions.
+
+    Returns:
+        Whether it does.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return False
+    last: Any = layers[-1]
+    part = getattr(last, "mlp", None)
+    if not isinstance(part, nn.Module) or not _is_position_wise(part):
+        return False
+    # Whoever has hooked into the layer or into what follows it wants to see all positions.
+    inner: Any = model.model
+    around = [model, inner, layers, last, *(child for child in inner.children() if child is not layers)]
+    part.forward = _Trimmed(part, around)  # type: ignore[method-assign]
+    return True
+
+
+@torch.no_grad()
+def _is_position_wise(part: nn.Module) -> bool:
+    linear = [child for child in part.modules() if type(child) is nn.Linear]
+    up = getattr(part, "up_proj", None)
+    if not linear or not isinstance(up, nn.Linear) or len(linear) > 3:
+        return False  # a mixture of experts counts its tokens
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, up.in_features, generator=draw).to(up.weight)
+    at = torch.tensor([1, 3], device=x.device)
+    whole, found = part(x), part(x[:, at])
+    if not isinstance(whole, Tensor) or not isinstance(found, Tensor):
+        return False
+    difference = (whole[:, at] - found).abs().max()
+    return bool(difference <= _TOLERANCE.get(whole.dtype, _LOOSE) * whole.abs().max().clamp_min(1e-6))

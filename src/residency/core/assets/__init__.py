@@ -1,0 +1,1 @@
+"""Pinned data packages and the packaged model."""

@@ -1,0 +1,140 @@
+"""The stream's data: named domains, named probes, order and batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from residency.core.errors import UserError
+from residency.core.types import Example, Split, Stage
+from residency.domains.base import Domain
+from residency.domains.sampler import StageExamples
+
+__all__ = ["StreamData"]
+
+
+class StreamData(LightningDataModule):
+    """Domains to learn one after another, and probes that are only evaluated.
+
+    Args:
+        domains: The domains by name. Without `order` they are learned in the order given here.
+        probes: Data sets that are scored after every stage and never trained on (general ability).
+        order: Names of the domains in the order of learning; may leave some out.
+        batch_size: Examples per optimizer step, over all devices and accumulated micro-batches.
+        micro_batch_size: Examples per forward pass on one device; `null` = as many as fit the batch size. Must divide
+            batch size / devices; gradients are accumulated over the rest.
+        num_workers: Processes that tokenise ahead of the model; 0 = none. Does not change the data.
+    """
+
+    def __init__(
+        self,
+        *,
+        domains: dict[str, Domain],
+        probes: dict[str, Domain] | None = None,
+        order: list[str] | None = None,
+        batch_size: int = 8,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.domains = dict(domains)
+        self.probes = dict(probes or {})
+        self.order = list(order) if order is not None else list(self.domains)
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.num_workers = num_workers
+        self._tokenised: dict[tuple[Any, ...], tuple[tuple[Any, ...], tuple[Example, ...]]] = {}
+        self._check_names()
+
+    def _check_names(self) -> None:
+        unknown = [name for name in self.order if name not in self.domains]
+        if not self.order or unknown or len({*self.order}) < len(self.order):
+            raise UserError(
+                f"data.order is {self.order}, data.domains has {sorted(self.domains)}",
+                why="the order names every domain at most once, at least one, and only known ones",
+                fix="correct data.order, or leave it out to learn the domains as they are listed",
+            )
+        both = sorted({*self.order} & {*self.probes})
+        if both:
+            raise UserError(
+                f"{both} are domains and probes at once",
+                why="a probe is never trained on",
+                fix="rename one of them, or leave it out of data.probes",
+            )
+        if self.batch_size < 1 or self.num_workers < 0 or (self.micro_batch_size or 1) < 1:
+            raise UserError(
+                f"data.batch_size={self.batch_size}, data.micro_batch_size={self.micro_batch_size}, "
+                f"data.num_workers={self.num_workers}",
+                why="sizes are at least 1, workers at least 0",
+                fix="correct these values",
+            )
+
+    @property
+    def columns(self) -> dict[str, Domain]:
+        """Everything that is scored: the domains in learning order, then the probes."""
+        return {name: self.domains[name] for name in self.order} | self.probes
+
+    def micro_batch(self, *, devices: int) -> int:
+        """Examples per forward pass on one device.
+
+        Raises:
+            UserError: The batch size cannot be divided evenly.
+        """
+        size = self.micro_batch_size or max(1, self.batch_size // devices)
+        if self.batch_size % (size * devices):
+            raise UserError(
+                f"data.batch_size={self.batch_size} on {devices} devices with micro-batches of {size}",
+                why="the global batch must be a multiple of devices x micro-batch",
+                fix="change data.batch_size or data.micro_batch_size so that it divides evenly",
+            )
+        return size
+
+    def examples(self, stage: Stage, tokenizer: Any) -> StageExamples:
+        """The training examples of a stage by position, tokenised when read."""
+        domain = self.domains[stage.domain]
+        rows = domain.rows("train")
+
+        @cache
+        def encode(index: int) -> Example:
+            return domain.template.encode(tokenizer, domain=stage.domain, row=rows[index])
+
+        return StageExamples(rows=len(rows), encode=encode, stage=stage)
+
+    def check(self) -> None:
+        """Read every file now, so that a bad row stops the command before anything is trained."""
+        for domain in self.columns.values():
+            domain.rows("train")
+
+    def evaluation_examples(
+        self, name: str, split: Split, tokenizer: Any, *, competing: int | None = None
+    ) -> list[Example]:
+        """The rows of one split as tokens; tokenised once, however many states are scored.
+
+        Args:
+            name: Domain or probe.
+            split: Which rows.
+            tokenizer: Of the backbone.
+            competing: How many rows get all other labels as alternatives, where accuracy is scored; `None` = all.
+        """
+        domain = self.columns[name]
+        labels = domain.labels() if "accuracy" in domain.scorers else ()
+        rows = domain.rows(split)
+        key = name, split, competing, bool(labels)
+        # By identity: a tokenizer or rows that were replaced since are other ones, whatever they are equal to.
+        source = tokenizer, domain.template, rows
+        known, examples = self._tokenised.get(key, ((), ()))
+        if not known or any(old is not new for old, new in zip(known, source, strict=True)):
+            count = len(rows) if competing is None else competing
+            encode = partial(domain.template.encode, tokenizer, domain=name)
+            found = (encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows))
+            examples = tuple(replace(example, split=split) for example in found)
+            self._tokenised[key] = source, examples
+        return list(examples)
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """Content hash of every domain and probe."""
+        return {name: domain.fingerprint() for name, domain in self.columns.items()}

@@ -1,0 +1,1 @@
+"""One stage: train it and score the state it leaves."""

@@ -1,0 +1,87 @@
+"""Refusing what cannot work, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from residency.adapters.base import Adapter
+from residency.core.errors import UserError
+from residency.domains.stream_data import StreamData
+from residency.mitigations.base import Mitigation, overrides
+
+__all__ = ["check_mitigations", "check_steps", "check_validation"]
+
+
+def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -> None:
+    """Every mitigation's requirements against what the adapter provides.
+
+    Raises:
+        UserError: Naming mitigation, missing capability, adapter, and what to use instead.
+    """
+    for name, mitigation in mitigations.items():
+        missing = sorted(mitigation.requires - adapter.provides)
+        if missing:
+            kind = type(mitigation).__name__
+            raise UserError(
+                f"model.mitigations.{name} ({kind}) with model.adapter {type(adapter).__name__}",
+                why=f"{kind} needs {', '.join(missing)}; this adapter provides "
+                f"{', '.join(sorted(adapter.provides)) or 'none of the capabilities'}",
+                fix=f"use {mitigation.instead}",
+            )
+        hooks = [hook for hook in ("transform_gradients", "transform_update") if overrides(mitigation, hook)]
+        if adapter.steps_in_backward and hooks:
+            raise UserError(
+                f"model.mitigations.{name} ({type(mitigation).__name__}) with model.adapter {type(adapter).__name__}",
+                why=f"its {hooks[0]} comes after the backward pass, and this adapter has stepped and freed every "
+                "gradient by then",
+                fix="set model.adapter.layerwise to false",
+            )
+
+
+def check_validation(mitigations: Mapping[str, Mitigation], data: StreamData) -> None:
+    """Every domain has validation rows if a mitigation looks at them.
+
+    Raises:
+        UserError: Naming mitigation and domain.
+    """
+    for name, mitigation in mitigations.items():
+        empty = [
+            domain
+            for domain in data.order
+            if mitigation.uses_validation and not data.domains[domain].rows("validation")
+        ]
+        if empty:
+            kind = type(mitigation).__name__
+            raise UserError(
+                f"model.mitigations.{name} ({kind}) and no validation rows in data.domains.{empty[0]}",
+                why="it judges the model on the validation rows of the domain that is being learned",
+                fix=f"give data.domains.{empty[0]} a validation file, or a max_validation above 0",
+            )
+
+
+def check_steps(adapter: Adapter, *, clip: float | None, accumulate: int) -> None:
+    """What the Trainer does between gradients and step, against when the adapter steps.
+
+    Args:
+        adapter: The adapter.
+        clip: `trainer.gradient_clip_val`.
+        accumulate: Micro-batches per optimizer step.
+
+    Raises:
+        UserError: The adapter steps inside the backward pass, and gradients are to be clipped or accumulated.
+    """
+    if not adapter.steps_in_backward:
+        return
+    name = f"model.adapter {type(adapter).__name__} with layerwise=true"
+    if clip:
+        raise UserError(
+            f"{name} and trainer.gradient_clip_val={clip}",
+            why="every gradient is used and freed in the backward pass, so there is nothing left to clip",
+            fix="set trainer.gradient_clip_val to null, or model.adapter.layerwise to false",
+        )
+    if accumulate > 1:
+        raise UserError(
+            f"{name} and {accumulate} micro-batches per step",
+            why="a parameter steps as soon as it has the gradient of one micro-batch; nothing is accumulated",
+            fix="set data.micro_batch_size to data.batch_size (or null), or model.adapter.layerwise to false",
+        )

@@ -1,0 +1,326 @@
+"""The LightningModule that owns backbone, adapter, objective and mitigations. The ONLY caller of the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from residency.adapters.base import Adapter, Observe, changes
+from residency.backbones.base import Backbone
+from residency.backbones.layout import LayoutChoice, choose_layout
+from residency.core.randomness import seed_of
+from residency.core.tensors import snapshot
+from residency.core.types import Batch, Example, Layout, Outputs, Stage, Tensors
+from residency.engine.compatibility import check_mitigations
+from residency.engine.fused_optimizer import fuse
+from residency.engine.observation import logs_step, observe
+from residency.mitigations.base import HOOKS, Mitigation, overrides
+from residency.objectives.base import Forward, Objective, Passes
+
+__all__ = ["ContinualModule"]
+
+
+class ContinualModule(LightningModule):
+    """A pretrained model that learns one domain after another.
+
+    The loop, with every hook in its place (M = fold over the mitigations in the order of the config; a hook that no
+    mitigation overrides is not called and costs nothing):
+
+        for stage in stream:                                  # residency.runs.stream.train_stream, a fresh Trainer each
+            M.prepare_dataset(module, dataset, stage)         # once, also across resumes; before each one's transform
+            dataset = M.transform_dataset(examples, stage)
+            before  = adapter.state(model)                    # only if somebody overrides transform_weights
+            adapter.begin_stage(model, stage, observe)        # a new block, factors drawn anew
+            M.on_domain_start(module, stage)                  # once, also across resumes
+            for batch in dataset:                             # Trainer.fit
+                batch   = M.transform_batch(module, batch)
+                outputs = objective(forward, batch, reference)
+                loss    = outputs.loss + sum(adapter.loss_terms(model, stage))
+                          + sum(M.loss_terms(module, batch, outputs))
+                loss.backward()                               # x accumulated micro-batches, all-reduced
+                grads   = M.transform_gradients(module, grads)
+                clip(grads); optimizer.step()
+                weights = adapter.transform_update(model, weights before the step, weights after it)
+                weights = M.transform_update(module, weights before the step, weights so far)
+            adapter.end_stage(model, stage, observe)          # the end of training: runs with one past share it
+            weights = M.transform_weights(module, weights of `before`, weights now)    # finish_stage
+            M.on_domain_end(module, stage)                    # remember, at the final weights; not after the last
+            save state; score every domain; write the record  # residency.runs.stream
+
+    Args:
+        backbone: The pretrained model and its tokenizer.
+        adapter: Which coordinates move, and how they step.
+        objective: What is minimised.
+        mitigations: What protects earlier domains, by name, applied in this order.
+        optimizer: Optimizer of a stage; every stage starts with a fresh one.
+        scheduler: Learning-rate schedule of a stage, stepped after every optimizer step.
+        layout: `packed` (no padding), `padded`, or `auto`: packed where a check on this model finds it exact.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        adapter: Adapter,
+        objective: Objective,
+        mitigations: dict[str, Mitigation] | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.01),
+        scheduler: LRSchedulerCallable | None = None,
+        layout: LayoutChoice = "auto",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.objective = objective
+        self.mitigations = dict(mitigations or {})
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = scheduler
+        self.layout_choice: LayoutChoice = layout
+        for name, mitigation in self.mitigations.items():
+            mitigation.name = name
+        check_mitigations(self.adapter, self.mitigations)
+        self._active = {h: [m for m in self.mitigations.values() if overrides(m, h)] for h in HOOKS}
+        self._adapts_update = changes(adapter, "transform_update")
+        # Only the adapter's tensors are stored and restored; the backbone comes from its own files.
+        self.strict_loading = False
+        self.model: nn.Module
+        self.layout: Layout
+        self.layout_reason = ""
+        self.stage: Stage
+        self.dataset: Sequence[Example] = ()
+        self.validation: Callable[[], Sequence[Example]] = tuple
+        self.ended_early = False
+        self.base_weights: Tensors = {}
+        self._base_state: dict[str, Tensor] = {}
+        self.weights_log: dict[str, float] = {}
+        self._before_stage: dict[str, Tensor] = {}
+        self._started = False
+
+    def build(self, *, seed: int) -> None:
+        """Load the backbone and attach the adapter; does nothing the second time.
+
+        Args:
+            seed: Of the adapter's initial values, which depend on nothing else.
+        """
+        if hasattr(self, "model"):
+            return
+        model = self.backbone.load()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "adapter"))
+            self.model = self.adapter.attach(model)
+        self.remember_base()
+        self.layout, self.layout_reason = choose_layout(self.layout_choice, self.backbone, self.model)
+
+    def remember_base(self) -> None:
+        """Keep the state before any training, if a mitigation mixes with it."""
+        if any(mitigation.uses_base for mitigation in self.mitigations.values()):
+            self._base_state = snapshot(self.adapter.state(self.model))
+
+    def begin_stage(
+        self,
+        stage: Stage,
+        examples: Sequence[Example],
+        validation: Callable[[], Sequence[Example]] = tuple,
+        *,
+        stored: Container[str] = (),
+    ) -> None:
+        """Prepare one stage: fold the training set through the mitigations, let the adapter open its block.
+
+        A function of the state that the stage before left: a stage that goes on after a kill is begun again.
+
+        Args:
+            stage: Which one.
+            examples: Its own training set by position.
+            validation: Gives the validation rows of its domain, as `self.validation()` then does to mitigations.
+            stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
+        """
+        self.stage = stage
+        self.validation = validation
+        self.ended_early = False
+        self._started = False
+        self.weights_log = {}
+        for mitigation in self.mitigations.values():
+            mitigation.move_state(torch.device("cpu"))
+        self.dataset = examples
+        for name, mitigation in self.mitigations.items():
+            if mitigation in self._active["prepare_dataset"] and name not in stored:
+                mitigation.prepare_dataset(self, self.dataset, stage)
+            if mitigation in self._active["transform_dataset"]:
+                self.dataset = mitigation.transform_dataset(self.dataset, stage)
+        self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
+        self._adapter_stage(self.adapter.begin_stage, "begin")
+
+    def _adapter_stage(self, call: Callable[[nn.Module, Stage, Observe], None], moment: str) -> None:
+        """One of the adapter's stage hooks, with random numbers of its own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.stage.seed, "adapter", moment, self.stage.index))
+            call(self.model, self.stage, partial(observe, self))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(M, V) logits at the supervised positions."""
+        return self.backbone.logits(self.model, batch)
+
+    @property
+    def trained_forward(self) -> Forward:
+        """What the objective gets in a training step: with a way around the logits where no mitigation reads them."""
+        readers = (m for m in self.mitigations.values() if m.uses_logits)
+        if any(reader.touches_training(self.stage.index) for reader in readers):
+            return self.forward
+        return Passes(logits=self.forward, nll=partial(self.backbone.nll, self.model))
+
+    @torch.no_grad()
+    def reference_forward(self, batch: Batch) -> Tensor:
+        """(M, V) logits of the pretrained model, without gradient (the adapter provides `reference`)."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.adapter.reference(self.model):
+                return self.backbone.logits(self.model, batch)
+        finally:
+            self.model.train(training)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch: transform, objective, added terms."""
+        batch = self._fold("transform_batch", batch, lambda m, b: m.transform_batch(self, b))
+        reference = self.reference_forward if "reference" in self.adapter.provides else None
+        outputs = self.objective(self.trained_forward, batch, reference)
+        terms = {"task": outputs.loss, **self._added_terms(batch, outputs)}
+        loss = reduce(torch.add, terms.values())
+        logged: dict[str, Any] = {f"loss/{name}": value.detach() for name, value in terms.items()}
+        if logs_step(self.global_step + 1, every=self.trainer.log_every_n_steps, last=self.stage.steps):  # type: ignore[attr-defined]
+            logged |= {f"adapter/{n}": float(v) for n, v in self.adapter.numbers(self.model, self.stage).items()}
+            logged |= {f"{m.name}/{n}": float(v) for m in self.mitigations.values() for n, v in m.numbers(self).items()}
+        self.log_dict(logged | {"loss": loss.detach()} | dict(outputs.log), batch_size=batch.size)
+        return loss
+
+    def _added_terms(self, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
+        terms = {f"adapter/{name}": v for name, v in self.adapter.loss_terms(self.model, self.stage).items()}
+        for mitigation in self._active["loss_terms"]:
+            for term, value in mitigation.loss_terms(self, batch, outputs).items():
+                terms[f"{mitigation.name}/{term}"] = value
+        return terms
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout and every other global draw of this micro-batch start from its own seed."""
+        torch.manual_seed(seed_of(self.stage.seed, "step", self.stage.index, batch_idx, self.global_rank))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Fold the gradients: accumulated, reduced over ranks, unscaled, not yet clipped."""
+        if not self._active["transform_gradients"]:
+            return
+        leaves = self.adapter.trainable(self.model)
+        gradients: Tensors = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        gradients = self._fold("transform_gradients", gradients, lambda m, g: m.transform_gradients(self, g))
+        for name, gradient in gradients.items():
+            leaves[name].grad = gradient
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, then fold the update."""
+        if not (self._active["transform_update"] or self._adapts_update):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            return
+        leaves = self.adapter.trainable(self.model)
+        before = snapshot(leaves)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        with torch.no_grad():
+            after: Tensors = {name: leaf.detach() for name, leaf in leaves.items()}
+            final = self.adapter.transform_update(self.model, before, after) if self._adapts_update else after
+            final = self._fold("transform_update", final, lambda m, a: m.transform_update(self, before, a))
+            for name, tensor in final.items():
+                if tensor.data_ptr() != leaves[name].data_ptr():
+                    leaves[name].copy_(tensor)
+
+    def configure_optimizers(self) -> Any:
+        """A fresh optimizer, by way of the adapter."""
+        optimizer = fuse(self.adapter.optimizer(self.model, self.optimizer_factory))
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = self.scheduler_factory(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The mitigations take part in Lightning's own hooks and checkpoints."""
+        return list(self.mitigations.values())
+
+    def on_train_start(self) -> None:
+        """Start the domain, unless a resumed checkpoint says that it has started."""
+        for mitigation in self.mitigations.values():
+            mitigation.move_state(self.device)
+        # Lightning leaves a pretrained model in evaluation mode, which silently switches dropout off (pitfalls L5).
+        self.model.train()
+        if not self._started:
+            for mitigation in self._active["on_domain_start"]:
+                mitigation.on_domain_start(self, self.stage)
+            self._started = True
+
+    def on_train_end(self) -> None:
+        """The end of training itself: what the adapter merges or remembers."""
+        self.model.eval()
+        self._adapter_stage(self.adapter.end_stage, "end")
+
+    def finish_stage(self, *, remember: bool = True) -> None:
+        """What follows training: mix weights, then let mitigations remember, at the final weights.
+
+        Args:
+            remember: Whether another stage follows: a Fisher estimate for a domain that never comes is work for nobody.
+
+        Not part of the fit, so that it can be done, or done again with other mitigations, from a stored trained state
+        (after `begin_stage` and `Adapter.load_state`).
+        """
+        self.model.eval()
+        for mitigation in self.mitigations.values():
+            mitigation.move_state(self.device)
+        self._transform_weights()
+        with torch.enable_grad():
+            for mitigation in self._active["on_domain_end"] if remember else ():
+                mitigation.on_domain_end(self, self.stage)
+        for mitigation in self.mitigations.values():
+            mitigation.reduce_state()
+            mitigation.move_state(torch.device("cpu"))
+        self._before_stage = {}
+
+    @torch.no_grad()
+    def _transform_weights(self) -> None:
+        if not self._active["transform_weights"]:
+            return
+        old, base = (
+            {name: tensor.to(self.device) for name, tensor in state.items()}
+            for state in (self._before_stage, self._base_state)
+        )
+        before = self.adapter.weights(self.model, old)
+        after = self.adapter.weights(self.model, snapshot(self.adapter.state(self.model)))
+        self.base_weights = self.adapter.weights(self.model, base) if base else {}
+        final = self._fold("transform_weights", after, lambda m, a: m.transform_weights(self, before, a))
+        if final is before or final is self.base_weights:
+            self.adapter.load_state(self.model, old if final is before else base)
+        elif final is not after:
+            self.weights_log = dict(self.adapter.load_weights(self.model, final))
+        self.base_weights = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the adapter's state instead of the whole model."""
+        checkpoint["state_dict"] = {}
+        checkpoint["residency"] = {"started": self._started, "adapter": self.adapter.state(self.model)}
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore what the hooks need; the adapter restores its own tensors, which may be more than were attached."""
+        self._started = checkpoint["residency"]["started"]
+        self.adapter.load_state(self.model, checkpoint["residency"]["adapter"])
+
+    def _fold(self, hook: str, value: Any, call: Callable[[Any, Any], Any]) -> Any:
+        for mitigation in self._active[hook]:
+            value = call(mitigation, value)
+        return value

@@ -1,0 +1,1 @@
+"""Scores of every row under one state."""

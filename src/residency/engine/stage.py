@@ -1,0 +1,208 @@
+"""One stage: train on one domain, what follows training, and bringing back what was stored of either."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+
+from residency.adapters.base import Adapter
+from residency.core.environment import peak_memory_bytes
+from residency.core.errors import UserError
+from residency.core.tensor_files import load_tree
+from residency.core.types import Example, Stage
+from residency.domains.sampler import StageBatches
+from residency.domains.stream_data import StreamData
+from residency.engine.checkpointing import History, StageCheckpoint
+from residency.engine.compatibility import check_steps
+from residency.engine.module import ContinualModule
+from residency.engine.trainers import Trainers, quiet_lightning
+
+__all__ = ["adopt_training", "begin_stage", "check_devices", "finish_stage", "restore_stage", "train_stage"]
+
+
+def check_devices(data: StreamData, trainers: Trainers, adapter: Adapter) -> None:
+    """What trains together, before a model is loaded.
+
+    Raises:
+        UserError: More than one process, a batch size that cannot be divided, or an adapter that cannot accumulate or
+            clip and should.
+    """
+    if trainers.world_size > 1:
+        raise UserError(
+            f"trainer.devices and trainer.num_nodes give {trainers.world_size} processes",
+            why="a stage is trained by one process; the record has one writer",
+            fix="set trainer.devices to 1 and trainer.num_nodes to 1, and run several cells side by side instead",
+        )
+    micro = data.micro_batch(devices=trainers.world_size)
+    check_steps(adapter, clip=trainers.gradient_clip_val, accumulate=data.batch_size // micro)
+
+
+def train_stage(
+    *,
+    module: ContinualModule,
+    data: StreamData,
+    trainers: Trainers,
+    stage: Stage,
+    folder: Path,
+    history: History,
+    observers: list[Callback],
+    checkpoint_every_n_steps: int,
+) -> dict[str, Any]:
+    """Train; goes on from an in-stage checkpoint where there is one. What follows training is left to `finish_stage`.
+
+    Args:
+        module: In the state that the stage before left.
+        data: Domains and batch size.
+        trainers: Makes the Trainer.
+        stage: Which one.
+        folder: Where its checkpoint lies.
+        history: New; sums up what the stage cost.
+        observers: New callbacks that only watch.
+        checkpoint_every_n_steps: Optimizer steps between two in-stage checkpoints; 0 = none.
+
+    Returns:
+        The facts: what the training cost. `prepare_seconds` are those before the first step (rewriting targets,
+        generating a rehearsal, asking a teacher), `train_seconds` those of the steps.
+    """
+    checkpoint = folder / "checkpoint.safetensors"
+    module.to(trainers.root_device)
+    resumed = checkpoint if checkpoint.is_file() else None
+    stored: Container[str] = module.mitigations if resumed else ()
+    begin_stage(module, data, stage, stored=stored)
+    keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
+    _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
+    return {
+        "stage": stage.index + 1,
+        "domain": stage.domain,
+        "prepare_seconds": history.totals["prepare_seconds"],
+        "train_seconds": history.totals["seconds"],
+        "train_tokens": history.totals["tokens"],
+        "steps": history.totals["steps"],
+        "optimizer_state_bytes": history.optimizer_state_bytes,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def adopt_training(
+    module: ContinualModule, data: StreamData, stage: Stage, tree: Mapping[str, Any], *, device: torch.device
+) -> None:
+    """Bring a module to where `train_stage` would have brought it, by what that left behind in another run.
+
+    Args:
+        module: In the state that the stage before left.
+        data: Domains and batch size.
+        stage: Which one.
+        tree: {"weights", "mitigations": the states of those that took part in the training}.
+        device: Where to compute.
+    """
+    module.to(device)
+    begin_stage(module, data, stage, stored=tree["mitigations"])
+    # Whoever did not take part in the training has yet to see the weights from which it started.
+    absent = [m for name, m in module.mitigations.items() if name not in tree["mitigations"]]
+    for mitigation in absent:
+        mitigation.on_domain_start(module, stage)
+    module.adapter.load_state(module.model, tree["weights"])
+    for name, state in tree["mitigations"].items():
+        module.mitigations[name].load_state_dict(state)
+
+
+def finish_stage(
+    module: ContinualModule, facts: Mapping[str, Any], *, device: torch.device, remember: bool = True
+) -> dict[str, Any]:
+    """What follows training: mix weights, let mitigations remember.
+
+    Args:
+        module: As the last step left it.
+        facts: Of the training.
+        device: Where to compute.
+        remember: Whether another stage follows, for which mitigations remember this one.
+
+    Returns:
+        What is stored: {"weights", "mitigations", "facts"}.
+    """
+    start = time.perf_counter()
+    module.to(device)  # Lightning has brought it back to the CPU
+    index, every = module.stage.index, module.mitigations.items()
+    # Without remembering, those count that had a part in the weights: runs without the others share them.
+    taking_part = {n: m for n, m in every if remember or m.touches_training(index) or m.changes_weights(index)}
+    held = {name: m.state_bytes() for name, m in taking_part.items()}
+    module.finish_stage(remember=remember)
+    more = {
+        "finish_seconds": time.perf_counter() - start,
+        # Some drop at the end what they held during the stage, others take it in only then.
+        "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in taking_part.items()},
+        "weights": module.weights_log,
+    }
+    return {**training_state(module, taking_part), "facts": {**facts, **more}}
+
+
+def training_state(module: ContinualModule, watched: Iterable[str]) -> dict[str, Any]:
+    """Weights, and the states of the mitigations that are named."""
+    states = {name: module.mitigations[name].state_dict() for name in watched}
+    return {"weights": module.adapter.state(module.model), "mitigations": states}
+
+
+def restore_stage(module: ContinualModule, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring module and mitigations to the state after a stage; its facts."""
+    module.adapter.load_state(module.model, tree["weights"])
+    for name, state in tree["mitigations"].items():
+        # The last stage may come from a run with other mitigations; no training will ask for their states.
+        if name in module.mitigations:
+            module.mitigations[name].load_state_dict(state)
+    return dict(tree["facts"])
+
+
+def begin_stage(module: ContinualModule, data: StreamData, stage: Stage, *, stored: Container[str] = ()) -> None:
+    """Give a module the rows of its next stage.
+
+    Args:
+        module: In the state that the stage before left.
+        data: Domains and batch size.
+        stage: Which one.
+        stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
+    """
+    tokenizer = module.backbone.tokenizer
+    # Without other labels as alternatives: what is validated is the likelihood of the completion.
+    validation: Callable[[], Sequence[Example]] = cache(
+        partial(data.evaluation_examples, stage.domain, "validation", tokenizer, competing=0)
+    )
+    module.begin_stage(stage, data.examples(stage, tokenizer), validation, stored=stored)
+
+
+def _fit(
+    module: ContinualModule,
+    data: StreamData,
+    trainers: Trainers,
+    stage: Stage,
+    folder: Path,
+    callbacks: list[Callback],
+    checkpoint: Path | None,
+) -> None:
+    ranks = trainers.world_size
+    micro = data.micro_batch(devices=ranks)
+    accumulate = stage.batch_size // (micro * ranks)
+    trainer = trainers.make(steps=stage.steps, accumulate=accumulate, folder=folder, observers=callbacks)
+    done = 0 if checkpoint is None else int(load_tree(checkpoint)["global_step"]) * accumulate
+    loader: DataLoader[Any] = DataLoader(
+        module.dataset,  # type: ignore[arg-type]
+        batch_sampler=StageBatches(stage=stage, micro_batch=micro, start=done, rank=trainer.global_rank, ranks=ranks),
+        collate_fn=partial(module.objective.collate, layout=module.layout),
+        num_workers=data.num_workers,
+    )
+    module.model.train()
+    with quiet_lightning():
+        trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint)
+    if trainer.global_step != stage.steps and not module.ended_early:
+        raise UserError(
+            f"stage {stage.index + 1} ({stage.domain}) ran {trainer.global_step} of {stage.steps} steps",
+            why="a callback or a limit of the Trainer ended it early",
+            fix="remove trainer.max_time, trainer.limit_train_batches and early-stopping callbacks (to stop early, use "
+            "configs/mitigation/early_stopping.yaml)",
+        )

@@ -1,0 +1,133 @@
+"""One fresh Trainer per stage: a second `fit` on one Trainer runs zero steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from residency.core.errors import UserError
+from residency.engine.checkpointing import SafetensorsIO
+
+__all__ = ["Trainers"]
+
+
+class Trainers:
+    """Makes Trainers from the user's options.
+
+    Args:
+        options: Gives the keyword arguments of `Trainer`, with new callback objects every time it is called.
+    """
+
+    def __init__(self, options: Callable[[], dict[str, Any]] | None = None) -> None:
+        self._options = options or dict
+
+    def steps(self, *, rows: int, batch_size: int) -> int:
+        """Optimizer steps of a stage: `trainer.max_steps`, else `trainer.max_epochs` (1) times the domain.
+
+        Raises:
+            UserError: No positive number of steps.
+        """
+        options = self._options()
+        steps, epochs = options.get("max_steps", -1), options.get("max_epochs")
+        if steps is None or steps < 0:
+            steps = math.ceil(rows / batch_size) * (1 if epochs is None else epochs)
+        if steps < 1:
+            raise UserError(
+                f"trainer.max_steps={options.get('max_steps')}, trainer.max_epochs={epochs}",
+                why="every domain needs at least one optimizer step",
+                fix="set trainer.max_steps to the steps per domain, or trainer.max_epochs to at least 1",
+            )
+        return int(steps)
+
+    @cached_property
+    def _probe(self) -> Trainer:
+        # Never fitted: tells devices and ranks before the first stage needs them.
+        return self.make(steps=1, folder=Path("."), observers=[])
+
+    @property
+    def root_device(self) -> torch.device:
+        """Where this process computes."""
+        return self._probe.strategy.root_device
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together."""
+        return self._probe.world_size
+
+    @property
+    def gradient_clip_val(self) -> float | None:
+        """Norm or value that gradients are clipped to; `None` = not clipped."""
+        value = self._options().get("gradient_clip_val")
+        return None if value is None else float(value)
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """Steps between two lines of the history."""
+        return int(self._options().get("log_every_n_steps") or 1)
+
+    def make(self, *, steps: int, accumulate: int = 1, folder: Path, observers: list[Callback]) -> Trainer:
+        """A Trainer for one stage.
+
+        Args:
+            steps: Optimizer steps.
+            accumulate: Micro-batches per step.
+            folder: Of the stage: unique, so that nothing of another stage is picked up.
+            observers: New for every stage.
+        """
+        options = self._options()
+        callbacks = [*(options.pop("callbacks", None) or []), *observers]
+        plugins = options.pop("plugins", None) or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafetensorsIO()]
+        options |= {
+            "max_steps": steps,
+            "max_epochs": 1,
+            "accumulate_grad_batches": accumulate,
+            "default_root_dir": folder,
+            "callbacks": callbacks,
+            "plugins": plugins,
+            # Ours: the sampler knows ranks and steps, checkpoints and scores are written by the stream.
+            "use_distributed_sampler": False,
+            "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+            "num_sanity_val_steps": 0,
+        }
+        options.setdefault("logger", False)
+        options.setdefault("enable_model_summary", False)
+        options.setdefault("log_every_n_steps", 1)
+        with quiet_lightning():
+            return Trainer(**options)
+
+
+class quiet_lightning:
+    """Hide Lightning's advice that does not apply to a stream."""
+
+    # The last one: our sampler starts where the checkpoint ended, so nothing has to be restored into the loader.
+    _NOISE = (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*",
+        ".*`isinstance.treespec.*",
+        ".*your dataloader is not resumable.*",
+    )
+
+    def __enter__(self) -> None:
+        self._catch = warnings.catch_warnings()
+        self._catch.__enter__()
+        for message in self._NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        self._loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric")]
+        self._levels = [log.level for log in self._loggers]
+        for log in self._loggers:
+            log.setLevel(logging.WARNING)
+
+    def __exit__(self, *error: object) -> None:
+        self._catch.__exit__(None, None, None)
+        for log, level in zip(self._loggers, self._levels, strict=True):
+            log.setLevel(level)

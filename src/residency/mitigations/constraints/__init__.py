@@ -1,0 +1,1 @@
+"""Constrain gradients and updates."""

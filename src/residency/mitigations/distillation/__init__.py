@@ -1,0 +1,1 @@
+"""Stay close to what a teacher says."""

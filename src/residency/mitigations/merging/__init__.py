@@ -1,0 +1,1 @@
+"""Mix weights after a stage."""

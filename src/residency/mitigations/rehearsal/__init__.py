@@ -1,0 +1,1 @@
+"""Show earlier examples again."""

@@ -1,0 +1,78 @@
+"""Runs that a study adds to compare with: the base model, each domain alone, all domains at once, a part per domain.
+
+None of them is a method: they are told apart from the arms, and never recommended. Joint training is no upper bound
+either: single domains can be better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from residency.metrics.statistics import t_interval
+from residency.report.records.arms import Arm
+from residency.report.records.records import Entry, Material
+from residency.runs.views.tables import printable, score_at
+
+__all__ = ["reference_rows"]
+
+_CALLED = {
+    "frozen": "base model, untrained",
+    "independent": "each domain alone",
+    "joint": "all domains at once (joint)",
+    "per_domain": "a part per domain",
+}
+
+
+def reference_rows(material: Material, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """One row per kind and setting: method, average over the stream's domains, with its interval over seeds.
+
+    The base model needs no run of its own: row 0 of every matrix is it.
+    """
+    first = next((arm for arm in arms if arm.done), None)
+    rows = []
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Entry]] = {}
+    for entry in material.done:
+        if entry.reference is not None and material.scorer in (entry.record.get("scores") or {}):
+            place = tuple((printable(k), printable(v)) for k, v in entry.record["axes"].items())
+            groups.setdefault((entry.reference, place), []).append(entry)
+    for (kind, place), entries in groups.items():
+        domains = [*first.done[0].record["domains"]] if first else _own(entries)
+        values = [v for v in _by_seed(entries, material.scorer, domains).values() if v is not None]
+        if values:
+            setting = " · ".join(value for _, value in place)
+            rows.append(_row(f"{_CALLED.get(kind, kind)}{f' · {setting}' if setting else ''}", kind, values))
+    base = first.base() if first else None
+    if base is not None and not any(row["kind"] == "frozen" for row in rows):
+        rows.insert(0, _row(_CALLED["frozen"], "frozen", [base]) | {"seeds": None})
+    return rows
+
+
+def _row(name: str, kind: str, values: Sequence[float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "role": "reference", "kind": kind, "baseline": False, "seeds": len(values)}
+    row |= {"average": fmean(values), "told the domain": kind in ("independent", "per_domain")}
+    if len(values) > 1:
+        found = t_interval(values)
+        row |= {"average low": found.low, "average high": found.high, "average sd": stdev(values)}
+    return row
+
+
+def _own(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(name for entry in entries for name in entry.record["domains"]))
+
+
+def _by_seed(entries: Sequence[Entry], scorer: str, domains: Sequence[str]) -> dict[Any, float | None]:
+    """Seed -> mean over the domains of the last scores; `None` where a domain has none."""
+    found: dict[Any, dict[str, float]] = {}
+    for entry in entries:
+        record = entry.record
+        columns = [*record["domains"], *(record.get("probes") or [])]
+        matrix = record["scores"][scorer]["R"]
+        # Of a run on one domain the other columns are no reference.
+        kept = record["domains"] if entry.reference == "independent" else domains
+        for j, column in enumerate(columns):
+            value = score_at(matrix, len(matrix) - 1, j)
+            if column in kept and value is not None:
+                found.setdefault(record.get("seed"), {})[column] = value
+    return {seed: fmean(own[d] for d in domains) if {*domains} <= {*own} else None for seed, own in found.items()}

@@ -1,0 +1,198 @@
+"""Frames as tables to be read: columns with headings, cells with a number to sort by and a text to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from residency.report.advice.reasons import size
+from residency.runs.views.tables import finite, printable
+
+__all__ = ["Cell", "Column", "Grid", "Row", "comparisons_grid", "domains_grid", "methods_grid", "plain_grid"]
+
+# Rows that are in the page as they are; the rest is data that the page shows a part of at a time.
+SHOWN = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A heading; `help` is shown when it is pointed at."""
+
+    label: str
+    number: bool = False
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A text, a number to sort by, and a second line."""
+
+    text: str
+    key: float | None = None
+    more: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Cells; `kind` is `chosen`, `baseline`, `reference` or empty."""
+
+    cells: Sequence[Cell]
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table of the page."""
+
+    id: str
+    title: str
+    columns: Sequence[Column] = ()
+    rows: Sequence[Row] = ()
+    shown: int = field(default=SHOWN)
+
+    def data(self) -> list[dict[str, Any]]:
+        """All rows, for the page's script."""
+        return [{"kind": row.kind, "cells": [[c.text, c.key, c.more] for c in row.cells]} for row in self.rows]
+
+
+def _number(value: Any, digits: int = 2, *, sign: bool = False) -> Cell:
+    number = finite(value)
+    if number is None:
+        return Cell("-")
+    return Cell(f"{number:{'+' if sign else ''}.{digits}f}", round(number, 9))
+
+
+def _ranged(row: Mapping[str, Any], key: str, digits: int) -> Cell:
+    cell, low, high = _number(row.get(key), digits), finite(row.get(f"{key} low")), finite(row.get(f"{key} high"))
+    if low is None or high is None:
+        return cell
+    return Cell(cell.text, cell.key, f"[{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def methods_grid(rows: Sequence[Mapping[str, Any]], *, chosen: str | None, less: bool, unit: str) -> Grid:
+    """The main table: references on top, then the best first."""
+    digits = 3 if all(abs(v) <= 1 for row in rows for v in [finite(row.get("average"))] if v is not None) else 2
+    sign = 1 if less else -1
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, float]:
+        value = finite(row.get("average"))
+        return row["role"] != "reference", sign * value if value is not None else float("inf")
+
+    ordered = sorted(rows, key=rank)
+    axes = [key for key in (rows[0] if rows else {}) if key.startswith("axis: ")]
+    optional = {
+        "fwt": Column("zero-shot", True, "FWT: what a domain gains before it is learnt, from the ones before it"),
+        "probes mean change": Column("general", True, "change of the probes since the base model, mean; + is better"),
+        "probes worst change": Column("worst probe", True, "change of the probe that lost most; a mean hides it"),
+        "better by": Column("better by", True, "score at the end against the baseline on the same seeds; + is better"),
+        "p": Column("p", True, "exact sign-flip test over seeds, Holm-corrected"),
+        "seconds": Column("seconds", True, "training and scoring"),
+        "state bytes": Column("extra state", True, "what the mitigation keeps between stages"),
+        "note": Column("note"),
+    }
+    extra = [key for key in optional if any(row.get(key) not in (None, "") for row in rows)]
+    columns = [
+        Column("method"),
+        *(Column(printable(key.removeprefix("axis: "))) for key in axes),
+        Column("seeds", True),
+        Column("at the end", True, f"ACC: average over all domains after the last stage ({unit}), 95 % interval"),
+        Column("just learnt", True, "learning accuracy: each domain right after its own stage, averaged"),
+        Column("forgetting", True, "best score since learnt minus score at the end, averaged; above 0 is bad"),
+        Column("BWT", True, "score at the end minus score when just learnt; below 0 is bad"),
+        *(optional[key] for key in extra),
+    ]
+    made = [
+        Row([*_first(row, axes, digits), *(_extra(row, k, digits) for k in extra)], _kind(row, chosen))
+        for row in ordered
+    ]
+    return Grid(id="methods", title="All methods", columns=columns, rows=made)
+
+
+def _first(row: Mapping[str, Any], axes: Sequence[str], digits: int) -> list[Cell]:
+    told = "told the domain" if row.get("told the domain") else "baseline" if row.get("baseline") else ""
+    seeds = finite(row.get("seeds"))
+    return [
+        Cell(printable(row["method"]), None, told),
+        *(Cell(printable(row.get(axis) or "-")) for axis in axes),
+        Cell("-") if seeds is None else Cell(f"{seeds:.0f}", seeds),
+        *(_ranged(row, key, digits) for key in ("average", "learning", "forgetting")),
+        _number(row.get("bwt"), digits),
+    ]
+
+
+def _kind(row: Mapping[str, Any], chosen: str | None) -> str:
+    if row["role"] == "reference":
+        return "reference"
+    return "chosen" if row["method"] == chosen else "baseline" if row.get("baseline") else ""
+
+
+def _extra(row: Mapping[str, Any], key: str, digits: int) -> Cell:
+    value = row.get(key)
+    if key == "note":
+        return Cell(printable(value or "", 200))
+    number = finite(value)
+    if number is None:
+        return Cell("-")
+    if key == "state bytes":
+        return Cell(size(number), number)
+    if key == "seconds":
+        return Cell(f"{number:,.0f}", number)
+    if key == "p":
+        return Cell(f"{number:.3g}", number)
+    return _number(number, digits, sign=key != "fwt")
+
+
+def comparisons_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
+    """Differences to the baseline with tests."""
+    columns = [
+        Column("method"),
+        Column("metric"),
+        Column("better by", True),
+        Column("t over seeds", True, "95 % interval"),
+        Column("bootstrap", True, "95 % interval: seeds, then test rows"),
+        Column("p (Holm)", True, "exact sign-flip test over seeds"),
+        Column("smallest p", True, "what this many seeds can reach at best"),
+        Column("d_z", True, "effect size: mean over sd of the paired differences"),
+        Column("in words"),
+    ]
+    made = []
+    for row in rows:
+        cells = [Cell(printable(row["method"])), Cell(row["metric"]), _number(row["better by"], 3, sign=True)]
+        cells += [_range(row, "seeds"), _range(row, "bootstrap")]
+        cells += [_number(row[key], 3) for key in ("p Holm", "smallest p", "effect size")]
+        made.append(Row([*cells, Cell(printable(row["verdict"], 400))]))
+    return Grid(id="comparisons", title="Differences to the baseline", columns=columns, rows=made)
+
+
+def _range(row: Mapping[str, Any], kind: str) -> Cell:
+    low, high = finite(row[f"{kind} low"]), finite(row[f"{kind} high"])
+    return Cell("-") if low is None or high is None else Cell(f"{low:.3f} to {high:.3f}", low)
+
+
+def domains_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
+    """What became of every domain and probe."""
+    columns = [Column("method"), Column("domain"), *(Column(k, True) for k in ("before", "just learnt", "at the end"))]
+    columns.append(Column("forgotten", True, "above 0 is bad; of a probe: since the base model"))
+    made = []
+    for row in rows:
+        name = Cell(printable(row["domain"]), None, "probe" if row["probe"] else "")
+        numbers = [_number(row[key], 3) for key in ("before", "learned", "end", "forgotten")]
+        made.append(Row([Cell(printable(row["method"])), name, *numbers]))
+    return Grid(id="domains", title="Domain by domain", columns=columns, rows=made)
+
+
+def plain_grid(
+    id: str, title: str, rows: Iterable[Mapping[str, Any]], *, show: Callable[[Any], str] | None = None
+) -> Grid:
+    """Any rows with the same keys, as text."""
+    rows = list(rows)
+    keys = list(rows[0]) if rows else []
+    columns = [Column(key, all(isinstance(row.get(key), int | float | None) for row in rows)) for key in keys]
+    made = [Row([_plain(row.get(key), show) for key in keys]) for row in rows]
+    return Grid(id=id, title=title, columns=columns, rows=made)
+
+
+def _plain(value: Any, show: Callable[[Any], str] | None) -> Cell:
+    text = "-" if value is None else show(value) if show else printable(value, 300)
+    return Cell(text, finite(value))

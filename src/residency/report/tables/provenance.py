@@ -1,0 +1,120 @@
+"""Where numbers come from: what is missing, resolved configs, seeds, versions, fingerprints, licences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from residency.core.text import printable
+from residency.report.records.arms import Arm
+from residency.report.records.records import Material
+from residency.report.records.settings import differences
+from residency.report.tables.html_tables import Grid, plain_grid
+
+__all__ = ["configs", "missing", "provenance"]
+
+_CONFIGS, _SETTINGS, _METHODS = 8, 60, 40
+# Where things lie says nothing about what a run is.
+_PRIVATE = ("run_dir", "store", "wandb", "config")
+
+
+def missing(material: Material) -> Grid:
+    """Cells without results, and why."""
+    rows = [
+        {"cell": printable(e.record["cell"]), "why": printable(e.record["status"], 200), "seed": e.record.get("seed")}
+        for e in material.entries
+        if not e.done
+    ]
+    return plain_grid("missing", "Missing and failed cells", rows)
+
+
+def provenance(material: Material, arms: Sequence[Arm]) -> list[Grid]:
+    """Tables of origin."""
+    common, differ = differences(arms[:_METHODS])
+    shared = [{"setting": key, "value": value} for key, value in sorted(common.items())]
+    apart = [
+        {"method": arm.name, **{key: differ[key].get(arm.name) for key in list(differ)[:_SETTINGS]}}
+        for arm in arms[:_METHODS]
+        if differ
+    ]
+    return [
+        plain_grid("origin", "Data and model", _data(material)),
+        plain_grid("versions", "Versions", _varying(material, "versions")),
+        plain_grid("apart", "Settings that differ between methods", apart),
+        plain_grid("shared", "Settings that all methods share", shared),
+        plain_grid("cells", "All cells", [_cell(e.record, e.role) for e in material.entries]),
+    ]
+
+
+def _cell(record: Mapping[str, Any], role: str) -> dict[str, Any]:
+    axes = ", ".join(f"{printable(k)}: {printable(v)}" for k, v in record["axes"].items())
+    order = " → ".join(printable(name, 30) for name in record.get("domains") or [])
+    status = printable(record.get("status"))
+    return {
+        "cell": record["cell"],
+        "status": status,
+        "seed": record.get("seed"),
+        "axes": axes,
+        "order": order,
+        "role": role,
+    }
+
+
+def _varying(material: Material, part: str) -> list[dict[str, Any]]:
+    """What all cells say about a part; where they disagree, every value."""
+    found: dict[str, dict[str, None]] = {}
+    for entry in material.done:
+        for key, value in ((entry.record.get("provenance") or {}).get(part) or {}).items():
+            found.setdefault(key, {})[printable(value)] = None
+    return [
+        {
+            "what": key,
+            "value": ", ".join(values),
+            "same everywhere": "yes" if len(values) == 1 else "no: compare with care",
+        }
+        for key, values in found.items()
+    ]
+
+
+def _data(material: Material) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for entry in material.done:
+        origin = entry.record.get("provenance") or {}
+        prints, licences = origin.get("fingerprints") or {}, origin.get("licences") or {}
+        model = origin.get("backbone") or {}
+        described = (
+            ", ".join(f"{k}: {_text(v)}" for k, v in model.items()) if isinstance(model, Mapping) else _text(model)
+        )
+        mark = _short(prints.get("backbone"))
+        rows[("model", described, mark)] = {"what": "model", "name": described, "licence": None, "fingerprint": mark}
+        data = prints.get("data") or {}
+        for name in dict.fromkeys([*data, *licences]):
+            mark, licence = _short(data.get(name)), printable(licences.get(name) or "not stated", 200)
+            key = ("data", str(name), mark)
+            rows[key] = {"what": "data", "name": printable(name), "licence": licence, "fingerprint": mark}
+    return list(rows.values())
+
+
+def _text(value: Any) -> str:
+    """A value without the path it lies at."""
+    text = printable(value, 120)
+    return text.rsplit("/", 1)[-1] if text.startswith(("/", "~")) else text
+
+
+def _short(fingerprint: Any) -> str:
+    if isinstance(fingerprint, Mapping):
+        return ", ".join(f"{printable(k, 20)} {str(v)[:12]}" for k, v in fingerprint.items())
+    return str(fingerprint or "-")[:16]
+
+
+def configs(arms: Sequence[Arm]) -> tuple[list[tuple[str, str]], int]:
+    """(method, its resolved config as YAML) of the first ones, and how many are left."""
+    found = []
+    for arm in arms[:_CONFIGS]:
+        config = arm.entries[0].config()
+        kept = {key: value for key, value in config.items() if key not in _PRIVATE}
+        if kept:
+            found.append((arm.name, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)))
+    return found, max(0, len(arms) - len(found)) if found else 0

@@ -1,0 +1,284 @@
+"""`residency fit | validate | test | predict | export`: a LightningCLI whose fit is a whole stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from residency.core.errors import UserError
+from residency.core.types import Split
+from residency.domains.stream_data import StreamData
+from residency.engine.module import ContinualModule
+from residency.engine.trainers import Trainers
+from residency.inspection import Inspection
+from residency.runs.config.class_names import class_names
+from residency.runs.config.explain import Refusal, explain
+from residency.runs.config.instantiate import build_trainer_options, building
+from residency.runs.config.jsonargparse_patch import install
+from residency.runs.config.options import add_export_options, add_run_options, run_folder, run_settings, wandb_settings
+from residency.runs.config.parser import ResidencyParser, expand_presets
+from residency.runs.config.sources import check_configs
+from residency.runs.export.export import export_saved
+from residency.runs.folder import RunFolder
+from residency.runs.saved_stage import predict_saved, score_saved
+from residency.runs.stream import StreamSettings, train_stream
+from residency.runs.views.base import View
+from residency.runs.views.console import ConsoleView, show_complete, show_export, show_predictions, show_scores
+from residency.runs.views.lightning_loggers import LoggerView
+from residency.runs.views.trackers import Tracker
+
+__all__ = ["ResidencyCLI", "parse"]
+
+_TRAINER_DEFAULTS = {
+    "logger": False,
+    "devices": 1,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "log_every_n_steps": 1,
+    "gradient_clip_val": 1.0,
+}
+
+_DESCRIPTIONS = {
+    "fit": "Train a stream of domains; after every stage score every domain. The same command goes on after a kill.",
+    "validate": "Score a saved stage on the validation rows of every domain.",
+    "test": "Score a saved stage on the test rows of every domain.",
+    "predict": "Let a saved stage write completions for the test rows of a domain.",
+    "export": "Write a saved stage as a folder that plain transformers or PEFT load, with a model card.",
+}
+
+
+class _Verbs:
+    """Verbs that Lightning's Trainer does not have; their options are added by hand."""
+
+    def export(self) -> None:
+        """Write a saved stage."""
+
+
+class ResidencyCLI(LightningCLI):
+    """Parts are named, not positional: `model.adapter`, `model.mitigations.<name>`, `data.domains.<name>`.
+
+    Args:
+        args: Command line without the program's name: the verb, then its options.
+        run: Whether the verb is carried out, or only parsed and instantiated.
+    """
+
+    def __init__(self, args: list[str], *, run: bool = True) -> None:
+        install()
+        self._verb, self._carry_out = args[0], run
+        super().__init__(
+            ContinualModule,
+            StreamData,
+            save_config_callback=None,
+            trainer_defaults=dict(_TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "residency", self._verb: {"description": _DESCRIPTIONS[self._verb]}},
+            parser_class=ResidencyParser,
+            args=args,
+        )
+
+    # -- options ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs, and the arguments of the Trainer's methods that they do not take."""
+        loaders = {"model", "datamodule", "ckpt_path", "weights_only"}
+        return {
+            "fit": {*loaders, "train_dataloaders", "val_dataloaders"},
+            "validate": {*loaders, "dataloaders", "verbose"},
+            "test": {*loaders, "dataloaders", "verbose"},
+            "predict": {*loaders, "dataloaders", "return_predictions"},
+            "export": set(),
+        }
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed: an integer, never drawn."""
+        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of everything random in the run.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a run is apart from model and data."""
+        add_run_options(parser)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Only the parser that is needed: each takes a tenth of a second to make.
+        klass = _Verbs if self._verb == "export" else Trainer
+        subparser = self._prepare_subcommand_parser(klass, self._verb, **kwargs[self._verb])
+        # The generated line names every key there is and fills a screen.
+        subparser.usage = f"residency {self._verb} [RUN] [--config FILE ...] [--KEY=VALUE ...]"
+        self._subcommand_parsers = {self._verb: subparser}
+        parser.add_subcommands().add_subcommand(self._verb, subparser)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.add_argument(
+                "--stage",
+                type=int | None,
+                default=None,
+                help="Which saved stage: 0 = base, 1, 2, ...; default the last.",
+            )
+        if subcommand == "predict":
+            parser.add_argument("--domain", type=str | None, default=None, help="Which domain; default the first.")
+            parser.add_argument("--limit", type=int, default=8, help="How many rows.")
+        if subcommand == "export":
+            add_export_options(parser)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; `--model.mitigations.<name> FILE` and its like take a preset file."""
+        check_configs(args)
+        try:
+            self.config = parser.parse_args(expand_presets(args))
+        except Refusal as refusal:
+            raise explain(refusal, args, class_names()) from refusal
+
+    def _parse_ckpt_path(self) -> None:
+        """Runs resume from their own folder; Lightning's way would let a checkpoint override the command line."""
+
+    def _set_seed(self) -> None:
+        """Nothing draws from a global generator, so there is none to seed."""
+
+    # -- objects ------------------------------------------------------------------------------------------------
+
+    def instantiate_classes(self) -> None:
+        """Build module and data; Trainers are made stage by stage."""
+        with building():
+            self.config_init = self.parser.instantiate_classes(self.config)
+        self.model = self._get(self.config_init, "model")
+        self.datamodule = self._get(self.config_init, "data")
+        self.trainers = Trainers(self._trainer_options)
+
+    def _trainer_options(self) -> dict[str, Any]:
+        """Trainer arguments with callbacks and loggers of their own at every call."""
+        return build_trainer_options(self._get(self.config, "trainer"))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.result: Any = None
+        if self._carry_out:
+            logging.getLogger("transformers").setLevel(logging.ERROR)
+            self._check_trainer()
+            self.result = getattr(self, subcommand)()
+
+    def _check_trainer(self) -> None:
+        """Make a Trainer now, so that a device that is not there stops the command before a model is loaded."""
+        try:
+            _ = self.trainers.root_device
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+            raise UserError(
+                f"trainer: {' '.join(str(error).split())}",
+                why="Lightning's Trainer refuses these options on this machine",
+                fix="correct trainer.accelerator, trainer.devices, trainer.strategy or trainer.precision",
+            ) from error
+
+    # -- verbs --------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train the stream."""
+        complete = self.folder.results() is not None
+        record = train_stream(
+            module=self.model,
+            data=self.datamodule,
+            trainers=self.trainers,
+            folder=self.folder,
+            settings=self.settings,
+            config=self.resolved,
+            views=self._views(),
+            inspection=Inspection(self.option("inspection")),
+        )
+        if complete:
+            show_complete(self.folder.path)
+        return record
+
+    def validate(self) -> dict[str, Any]:
+        """Score a saved stage on validation rows."""
+        return self._score("validation")
+
+    def test(self) -> dict[str, Any]:
+        """Score a saved stage on test rows."""
+        return self._score("test")
+
+    def _score(self, split: Split) -> dict[str, Any]:
+        parts = {"module": self.model, "data": self.datamodule, "folder": self.folder, "settings": self.settings}
+        found = score_saved(**parts, stage=self.option("stage"), split=split, device=self.trainers.root_device)
+        show_scores(found)
+        return found
+
+    def predict(self) -> list[Mapping[str, str]]:
+        """Generate from a saved stage."""
+        written = predict_saved(
+            module=self.model,
+            data=self.datamodule,
+            folder=self.folder,
+            stage=self.option("stage"),
+            seed=self.option("seed_everything"),
+            domain=self.option("domain"),
+            limit=self.option("limit"),
+            device=self.trainers.root_device,
+        )
+        show_predictions(written)
+        return written
+
+    def export(self) -> dict[str, Any]:
+        """Write a saved stage for other programs."""
+        output = self.option("output")
+        found = export_saved(
+            module=self.model,
+            data=self.datamodule,
+            folder=self.folder,
+            settings=self.settings,
+            stage=self.option("stage"),
+            merge=self.option("merge"),
+            dtype=self.option("dtype"),
+            output=Path(output) if output else None,
+            overwrite=self.option("overwrite"),
+            device=self.trainers.root_device,
+        )
+        show_export(found)
+        return found
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def option(self, name: str) -> Any:
+        """An option of the subcommand."""
+        return self._get(self.config_init, name)
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return run_folder(self.option)
+
+    @property
+    def settings(self) -> StreamSettings:
+        """The run's settings."""
+        return run_settings(self.option)
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """The full config as plain values; where the run lies is not part of what it is."""
+        # As Lightning's own dump, but not checked again, which parsing has just done: a study asks for every cell.
+        text = self.parser.dump(
+            self.config, skip_link_targets=False, skip_unset=False, skip_validation=True, format="yaml"
+        )
+        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))[self._verb]
+        return {key: value for key, value in plain.items() if key not in ("config", "run_dir", "subcommand")}
+
+    def _views(self) -> list[View]:
+        return [ConsoleView(folder=self.folder.path), self.tracker(), LoggerView()]
+
+    def tracker(self) -> Tracker:
+        """The run on W&B."""
+        return Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
+
+
+def parse(args: list[str]) -> ResidencyCLI:
+    """Parse and instantiate without carrying anything out; for studies and tests."""
+    return ResidencyCLI(args, run=False)

@@ -1,0 +1,1 @@
+"""Words and YAML in, objects or one sentence out."""

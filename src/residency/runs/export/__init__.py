@@ -1,0 +1,1 @@
+"""A saved stage for other programs."""

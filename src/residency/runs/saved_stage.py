@@ -1,0 +1,135 @@
+"""Using a stage that lies on disk: score it again, or let it write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from residency.core.errors import UserError
+from residency.core.tensor_files import write_json
+from residency.core.types import Split
+from residency.engine.scoring.evaluation import Evaluation, evaluate, means
+from residency.runs.folder import RunFolder
+from residency.runs.stream import check_stream
+
+if TYPE_CHECKING:
+    from residency.domains.stream_data import StreamData
+    from residency.engine.module import ContinualModule
+
+__all__ = ["load_stage", "predict_saved", "score_saved"]
+
+
+def load_stage(module: ContinualModule, data: StreamData, folder: RunFolder, *, stage: int | None, seed: int) -> int:
+    """Bring a module to a saved stage.
+
+    Args:
+        module: Built here if it is not yet.
+        data: Names the stages.
+        folder: The run.
+        stage: 0 = base, 1 ... T; `None` = the last one that is saved.
+        seed: The run's seed.
+
+    Returns:
+        The stage that was loaded.
+
+    Raises:
+        UserError: The stage does not exist.
+    """
+    folders = [folder.stage(k + 1, name) for k, name in enumerate(data.order)]
+    saved = [k for k, path in enumerate(folders, 1) if (path / "state.safetensors").is_file()]
+    chosen = (saved[-1] if saved else -1) if stage is None else stage
+    if chosen not in (0, *saved) or (stage is None and not saved):
+        raise UserError(
+            f"stage {'(last)' if stage is None else stage} of {folder.path}; saved stages: {saved or 'none'}",
+            why="there is no state of that stage on disk",
+            fix="give --stage 0 for the untrained model or one that is saved; or check --run_dir; "
+            "`residency fit` with the same config trains what is missing",
+        )
+    module.build(seed=seed)
+    if chosen:
+        module.adapter.load_state(module.model, folder.load_state(folders[chosen - 1])["weights"])
+    return chosen
+
+
+def score_saved(
+    *,
+    module: ContinualModule,
+    data: StreamData,
+    folder: RunFolder,
+    settings: Any,
+    stage: int | None,
+    split: Split,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Score a saved stage on one split of every domain and write `scores-<split>-<stage>.json`.
+
+    Returns:
+        {"stage", "split", "means": {scorer: {column: mean}}}.
+    """
+    check_stream(data)
+    _needs_rows(data, split)
+    chosen = load_stage(module, data, folder, stage=stage, seed=settings.seed)
+    module.to(device)
+    scores: Evaluation = evaluate(module, data, split=split, settings=settings.evaluation)
+    found = {"stage": chosen, "split": split, "means": means(scores)}
+    write_json(folder.path / f"scores-{split}-{chosen}.json", found)
+    return found
+
+
+def predict_saved(
+    *,
+    module: ContinualModule,
+    data: StreamData,
+    folder: RunFolder,
+    stage: int | None,
+    seed: int,
+    domain: str | None,
+    limit: int,
+    device: torch.device,
+) -> list[Mapping[str, str]]:
+    """Let a saved stage complete test prompts of a domain.
+
+    Returns:
+        [{"row", "prompt", "completion" (the reference), "written"}].
+
+    Raises:
+        UserError: There is no such domain.
+    """
+    name = domain or data.order[0]
+    if name not in data.columns:
+        raise UserError(
+            f"--domain {name!r}; there are {', '.join(data.columns)}",
+            why="only a domain or a probe of the config has prompts",
+            fix="give one of these names",
+        )
+    load_stage(module, data, folder, stage=stage, seed=seed)
+    module.to(device)
+    source = data.columns[name]
+    rows = source.rows("test")[:limit]
+    tokenizer = module.backbone.tokenizer
+    prompts = [source.template.encode(tokenizer, domain=name, row=row).prompt for row in rows]
+    length = source.template.max_tokens - source.template.max_prompt_tokens
+    written = _write(module, prompts, length)
+    texts: Sequence[str] = [tokenizer.decode(ids).strip() for ids in written]
+    return [
+        {"row": row.id, "prompt": row.prompt, "completion": row.completion, "written": text}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def _write(module: ContinualModule, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    if not prompts:
+        return []
+    return module.backbone.generate(module.model.eval(), prompts, max_new_tokens=length, layout=module.layout)
+
+
+def _needs_rows(data: StreamData, split: Split) -> None:
+    empty = [name for name, domain in data.columns.items() if not domain.rows(split)]
+    if empty:
+        raise UserError(
+            f"no {split} rows in {', '.join(empty)}",
+            why="there is nothing to score",
+            fix="give the domain a validation file or raise max_validation",
+        )

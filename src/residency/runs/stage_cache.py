@@ -1,0 +1,155 @@
+"""The states, scores and histories of one run, taken from the store where they are and made where they are not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from residency.core.environment import peak_memory_bytes
+from residency.core.tensor_files import append_line, load_tree, read_lines, save_tree, write_lines
+from residency.engine.scoring.evaluation import Evaluation
+from residency.engine.stage import training_state
+from residency.runs.folder import read_scores, write_scores
+from residency.runs.keys import Lineage
+from residency.runs.stage_runner import Bench
+from residency.runs.store.store import Entry, Store
+
+__all__ = ["Shelf"]
+
+
+class Shelf:
+    """What a run is made of, by stage.
+
+    Every method that makes something leaves it in the store, so that whoever asks next, here or elsewhere, finds it;
+    a damaged entry is made anew, down to the first stage if need be.
+
+    Args:
+        bench: Makes what is missing.
+        lineage: The keys.
+        store: Where everything lies.
+    """
+
+    def __init__(self, *, bench: Bench, lineage: Lineage, store: Store) -> None:
+        self.bench = bench
+        self.lineage = lineage
+        self.store = store
+
+    # -- facts --------------------------------------------------------------------------------------------------
+
+    def model(self) -> Mapping[str, Any]:
+        """Size and layout of the backbone with its adapter."""
+        key = self.lineage.model
+        entry = self.store.find("models", key)
+        if entry is None:
+            entry = self.store.put("models", key, lambda folder: None, meta=self.bench.model_facts())
+        return entry.meta
+
+    def history(self, k: int) -> list[dict[str, Any]]:
+        """The lines of the k-th stage."""
+        return read_lines(self.trained(k).path / "history.jsonl")
+
+    # -- states -------------------------------------------------------------------------------------------------
+
+    def trained(self, k: int) -> Entry:
+        """The k-th stage as its last step left it."""
+        key = self.lineage.stages[k - 1].trained
+        entry = self.store.find("trained", key)
+        while entry is None:
+            self.bench.go_to(k - 1, self._load)
+            with self.store.lease("trained", key) as held:
+                # Somebody may have made it between the look and the lease.
+                entry = self.store.find("trained", key) or (self._train(k) if held else None)
+        return entry
+
+    def finished(self, k: int) -> Entry:
+        """The state after the k-th stage; its meta holds the facts."""
+        keys = self.lineage.stages[k - 1]
+        if keys.finished == keys.trained:
+            return self.trained(k)
+        entry = self.store.find("finished", keys.finished)
+        while entry is None:
+            trained = self.trained(k)
+            with self.store.lease("finished", keys.finished) as held:
+                entry = self.store.find("finished", keys.finished) or (self._finish(k, trained) if held else None)
+        return entry
+
+    def _load(self, k: int) -> Mapping[str, Any]:
+        return load_tree(self.finished(k).path / "state.safetensors")
+
+    def _train(self, k: int) -> Entry:
+        keys, bench = self.lineage.stages[k - 1], self.bench
+        work = self.store.work(keys.trained)
+        log = work / "history.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+        _trim(log, work / "checkpoint.safetensors")
+        info = bench.info(self.model(), resumed=k - 1)
+        facts = bench.train(k, work=work, write=lambda line: append_line(log, line), info=info)
+        held = {name: bench.module.mitigations[name].state_bytes() for name in keys.watched}
+        alone: dict[str, Any] = {"mitigation_state_bytes": held, "weights": {}}
+        tree = {**training_state(bench.module, keys.watched), "facts": {**facts, **alone}}
+
+        def write(folder: Path) -> None:
+            save_tree(folder / "state.safetensors", tree)
+            shutil.copyfile(log, folder / "history.jsonl")
+
+        meta = {"facts": tree["facts"], "cell": bench.settings.cell, "model": self.lineage.model}
+        entry = self.store.put("trained", keys.trained, write, meta=meta)
+        self.store.forget_work(keys.trained)
+        if keys.finished == keys.trained:
+            # Nothing follows the training but what the adapter and the module do for themselves.
+            bench.finish(k, facts)
+        return entry
+
+    def _finish(self, k: int, trained: Entry) -> Entry:
+        keys, bench = self.lineage.stages[k - 1], self.bench
+        if bench.trained != k:
+            bench.go_to(k - 1, self._load)
+            bench.adopt(k, load_tree(trained.path / "state.safetensors"))
+        tree = bench.finish(k, trained.meta["facts"])
+
+        def write(folder: Path) -> None:
+            save_tree(folder / "state.safetensors", tree)
+
+        meta = {"facts": tree["facts"], "cell": bench.settings.cell, "trained": keys.trained}
+        return self.store.put("finished", keys.finished, write, meta=meta)
+
+    # -- scores -------------------------------------------------------------------------------------------------
+
+    def scores(self, k: int) -> tuple[Evaluation, dict[str, Any]]:
+        """The scores of the state after stage k (0 = before training) on every column, and what they cost."""
+        keys = self.score_keys(k)
+        entries = {column: self.store.find("evaluations", key) for column, key in keys.items()}
+        missing = [column for column, entry in entries.items() if entry is None]
+        if missing:
+            self.bench.go_to(k, self._load)
+        for column in missing:
+            found, seconds = self.bench.evaluate([column])
+            entries[column] = self.store.put(
+                "evaluations",
+                keys[column],
+                lambda folder, found=found: write_scores(folder / "scores.parquet", found),  # type: ignore[misc]
+                meta={"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), "column": column},
+            )
+        scores = [s for entry in entries.values() if entry for s in read_scores(entry.path / "scores.parquet")]
+        metas = [entry.meta for entry in entries.values() if entry]
+        facts = {
+            "evaluation_seconds": sum(meta["seconds"] for meta in metas),
+            "peak_memory_bytes": max(meta["peak_memory_bytes"] for meta in metas),
+        }
+        return scores, facts | ({} if missing else {"shared": True})
+
+    def score_keys(self, k: int) -> dict[str, str]:
+        """Column -> key of its scores after stage k; a column without scorers has none."""
+        settings, columns = self.bench.settings, self.bench.data.columns
+        options: dict[str, Any] = {"split": settings.split, "settings": settings.evaluation}
+        options["layout"] = self.model()["layout"]
+        return {name: self.lineage.scores(k, name, **options) for name, domain in columns.items() if domain.scorers}
+
+
+def _trim(log: Path, checkpoint: Path) -> None:
+    """Forget the lines after the checkpoint: their steps are run again."""
+    step = int(load_tree(checkpoint)["global_step"]) if checkpoint.is_file() else 0
+    kept = [line for line in read_lines(log) if line["step"] <= step]
+    write_lines(log, kept)

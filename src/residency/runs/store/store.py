@@ -1,0 +1,232 @@
+"""A content-addressed store of stages: each entry is a folder that is there whole or not at all.
+
+    STORE/
+      trained/<key>/      weights after training, state of the mitigations that took part, history of the steps
+      finished/<key>/     weights and states after what follows training
+      evaluations/<key>/  scores of every row of one column
+      models/<key>/       size and layout of a backbone with its adapter
+      data/<key>/         rows of a domain, so that they are read and checked once per study
+      work/<key>/         checkpoints of stages that are being trained
+      leases/             who is working on what
+      aside/              entries that were damaged, with the reason
+
+An entry is written under a temporary name, synced and renamed. `entry.json` holds the SHA-256 of every file of it and
+of itself; it is compared on every read. An entry that does not fit is set aside and made anew, never trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from residency.core.errors import UserError
+from residency.core.leases import lease
+from residency.core.tensor_files import explained, read_json, sync_folder
+
+__all__ = ["KINDS", "Entry", "EntryKind", "Store", "link_or_copy"]
+
+EntryKind = Literal["trained", "finished", "evaluations", "models", "data"]
+KINDS: tuple[EntryKind, ...] = ("trained", "finished", "evaluations", "models", "data")
+SCHEMA = 1
+RECORD = "entry.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One entry, checked.
+
+    Args:
+        path: Its folder.
+        meta: What was stored beside the files; plain JSON.
+        files: {name: {"bytes", "sha256"}}.
+        made: Seconds since 1970.
+    """
+
+    path: Path
+    meta: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    made: float
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(int(file["bytes"]) for file in self.files.values())
+
+
+class Store:
+    """Entries by kind and key.
+
+    Args:
+        path: The folder; made when first written to. May be shared by studies, processes and machines.
+        told: Called with a sentence when an entry had to be set aside.
+    """
+
+    def __init__(self, path: Path, *, told: Callable[[str], None] = lambda text: None) -> None:
+        self.path = path
+        self.told = told
+
+    def place(self, kind: EntryKind, key: str) -> Path:
+        """Folder of an entry, whether or not it is there."""
+        return self.path / kind / key
+
+    def has(self, kind: EntryKind, key: str) -> bool:
+        """Whether an entry is there; its content is not looked at."""
+        return (self.place(kind, key) / RECORD).is_file()
+
+    def find(self, kind: EntryKind, key: str) -> Entry | None:
+        """An entry whose every file has been compared with its hash; `None` if there is none that can be trusted."""
+        folder = self.place(kind, key)
+        if not folder.is_dir():
+            return None
+        try:
+            entry = check_entry(folder)
+            # When it was last of use, for `gc`.
+            with suppress(OSError):
+                os.utime(folder / RECORD)
+            return entry
+        except (OSError, ValueError, UserError) as error:
+            self.set_aside(kind, key, reason=" ".join(str(error).split()))
+            return None
+
+    def set_aside(self, kind: EntryKind, key: str, *, reason: str) -> None:
+        """Take an entry that cannot be trusted out of the way; it is kept to be looked at until `gc`."""
+        target = self.path / "aside" / f"{kind}-{key}-{secrets.token_hex(4)}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            os.rename(self.place(kind, key), target)
+            (target / "reason.txt").write_text(reason + "\n", encoding="utf-8")
+            self.told(f"store: {kind}/{key[:12]} was damaged and is made anew ({reason[:120]})")
+
+    def put(self, kind: EntryKind, key: str, write: Callable[[Path], None], *, meta: Mapping[str, Any]) -> Entry:
+        """Add an entry; if somebody was faster, theirs stays.
+
+        Args:
+            kind: Its kind.
+            key: Its key.
+            write: Called with a folder to write files into.
+            meta: Plain JSON that is stored beside them.
+
+        Raises:
+            UserError: No room on disk, or no permission; nothing half written stays.
+        """
+        folder = self.path / "tmp" / f"{os.getpid()}-{secrets.token_hex(6)}"
+        try:
+            folder.mkdir(parents=True)
+            write(folder)
+            files = {file.name: _file(file, sync=True) for file in sorted(folder.iterdir())}
+            entry = {"schema": SCHEMA, "kind": kind, "key": key, "made": time.time(), "meta": meta, "files": files}
+            text = json.dumps({**entry, "checksum": _checksum(entry)}, ensure_ascii=False, allow_nan=False)
+            (folder / RECORD).write_text(text, encoding="utf-8")
+            _file(folder / RECORD, sync=True)
+            sync_folder(folder)
+            self._publish(folder, self.place(kind, key))
+        except OSError as error:
+            raise explained(error, self.place(kind, key)) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        found = self.find(kind, key)
+        if found is None:
+            raise UserError(
+                f"{self.place(kind, key)} does not read as it was written",
+                why="the disk or the network file system returned other bytes than it was given",
+                fix="check the disk; choose another --store",
+            )
+        return found
+
+    def _publish(self, folder: Path, final: Path) -> None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            try:
+                os.rename(folder, final)
+            except OSError:
+                # Somebody else's entry (a folder that is not empty cannot be replaced): equal by construction.
+                if not final.is_dir():
+                    raise
+        sync_folder(final.parent)
+
+    def lease(self, kind: EntryKind, key: str, **options: Any) -> AbstractContextManager[bool]:
+        """Hold the right to make an entry (see `residency.core.leases.lease`); not needed once it is there."""
+        path = self.path / "leases" / f"{kind}-{key}"
+        return lease(path, needless=lambda: self.has(kind, key), **options)
+
+    def work(self, key: str) -> Path:
+        """Folder for what a stage in training must not lose."""
+        return self.path / "work" / key
+
+    def forget_work(self, key: str) -> None:
+        """Its stage is complete."""
+        shutil.rmtree(self.work(key), ignore_errors=True)
+
+    def entries(self, kind: EntryKind) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+        """(key, record) of every entry of a kind; `None` where the record cannot be read. Files are not compared."""
+        folder = self.path / kind
+        for place in sorted(folder.iterdir()) if folder.is_dir() else []:
+            try:
+                yield place.name, _record(place)
+            except (OSError, ValueError, UserError):
+                yield place.name, None
+
+
+def check_entry(folder: Path) -> Entry:
+    """Read an entry and compare every file with its hash.
+
+    Raises:
+        ValueError: Something does not fit; the message says what.
+        UserError: The record cannot be read.
+    """
+    record = _record(folder)
+    for name, file in record["files"].items():
+        found = _file(folder / name) if (folder / name).is_file() else None
+        if found != file:
+            raise ValueError(f"{name} is {'missing' if found is None else 'not what was written'}")
+    return Entry(path=folder, meta=record["meta"], files=record["files"], made=record["made"])
+
+
+def _record(folder: Path) -> Mapping[str, Any]:
+    record: dict[str, Any] = read_json(folder / RECORD)
+    if not isinstance(record, dict) or record.pop("checksum", None) != _checksum(record):
+        raise ValueError(f"{RECORD} does not fit its checksum")
+    return record
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _file(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as handle:
+        if sync:
+            os.fsync(handle.fileno())
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        return {"bytes": handle.tell(), "sha256": digest}
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under another name: a hard link where the file system has them, else a copy; atomic.
+
+    Raises:
+        UserError: No room on disk.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            _file(temporary, sync=True)
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise explained(error, target) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,250 @@
+"""One run: the stages of a stream in order, one fresh Trainer each; finish, evaluate, record, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from residency.core.environment import peak_memory_bytes
+from residency.core.tensor_files import append_line, load_tree
+from residency.core.types import Tensors
+from residency.domains.stream_data import StreamData
+from residency.engine.compatibility import check_validation
+from residency.engine.module import ContinualModule
+from residency.engine.scoring.evaluation import Evaluation, means
+from residency.engine.stage import check_devices
+from residency.engine.trainers import Trainers
+from residency.inspection.inspection import Inspection
+from residency.runs.folder import RunFolder
+from residency.runs.keys import Lineage
+from residency.runs.results import build_record
+from residency.runs.settings import StreamSettings, check_stream
+from residency.runs.stage_cache import Shelf
+from residency.runs.stage_runner import Bench, plan_stages
+from residency.runs.store.store import Store, link_or_copy
+from residency.runs.views.base import RunInfo, View
+
+__all__ = ["StreamSettings", "check_stream", "open_shelf", "train_stream"]
+
+
+def train_stream(
+    *,
+    module: ContinualModule,
+    data: StreamData,
+    trainers: Trainers,
+    folder: RunFolder,
+    settings: StreamSettings,
+    config: Mapping[str, Any] | None = None,
+    views: Sequence[View] = (),
+    inspection: Inspection | None = None,
+) -> dict[str, Any]:
+    """Train a stream, or go on where an earlier call was stopped.
+
+    Args:
+        module: Not yet built.
+        data: Domains, probes, order, batch size.
+        trainers: Makes the Trainer of each stage.
+        folder: Where the record goes.
+        settings: Name, seed, evaluation.
+        config: The resolved config, written beside the results; must be equal when a run goes on.
+        views: What shows the run.
+        inspection: What looks inside the model.
+
+    Returns:
+        The record, as in results.json. A complete run is returned without loading anything.
+
+    Raises:
+        UserError: What the user can mend; nothing half written stays.
+    """
+    with folder.locked():
+        if config is not None:
+            folder.keep_config(config)
+        if (done := folder.results()) is not None:
+            return done
+        check_stream(data)
+        check_devices(data, trainers, module.adapter)
+        check_validation(module.mitigations, data)
+        bench = _bench(module, data, trainers, settings, views)
+        bench.inspection = inspection or Inspection()
+        shelf = _shelf(bench, config) if settings.store is not None and config is not None else None
+        run = _Run(bench, folder, shelf)
+        try:
+            return run.execute()
+        except BaseException as error:
+            for view in views:
+                view.fail(error)
+            raise
+
+
+def open_shelf(
+    *,
+    module: ContinualModule,
+    data: StreamData,
+    trainers: Trainers,
+    settings: StreamSettings,
+    config: Mapping[str, Any],
+    views: Sequence[View] = (),
+) -> Shelf:
+    """The stages of a run in a store, without a run folder: for a study's workers and its planner.
+
+    Args:
+        module: Not yet built.
+        data: Domains, probes, order, batch size.
+        trainers: Makes the Trainer of each stage.
+        settings: Names the store.
+        config: The resolved config.
+        views: What shows the work.
+
+    Raises:
+        UserError: The data or the devices are wrong.
+    """
+    check_stream(data)
+    check_devices(data, trainers, module.adapter)
+    check_validation(module.mitigations, data)
+    return _shelf(_bench(module, data, trainers, settings, views), config)
+
+
+def _bench(
+    module: ContinualModule, data: StreamData, trainers: Trainers, settings: StreamSettings, views: Sequence[View]
+) -> Bench:
+    tokenizer = None if settings.stage_tokens is None else module.backbone.tokenizer
+    stages = plan_stages(data, trainers, settings, tokenizer)
+    parts = {"module": module, "data": data, "trainers": trainers, "settings": settings}
+    return Bench(**parts, stages=stages, views=views)  # type: ignore[arg-type]
+
+
+def _shelf(bench: Bench, config: Mapping[str, Any]) -> Shelf:
+    lineage = Lineage(module=bench.module, data=bench.data, stages=bench.stages, config=config)
+    assert bench.settings.store is not None
+    return Shelf(bench=bench, lineage=lineage, store=Store(bench.settings.store))
+
+
+class _Run:
+    """The steps of `train_stream` over the things it was given.
+
+    Args:
+        bench: Trains and scores.
+        folder: Of the run.
+        shelf: Where stages are shared; `None` = the run's folder is all there is.
+    """
+
+    def __init__(self, bench: Bench, folder: RunFolder, shelf: Shelf | None) -> None:
+        self.bench = bench
+        self.views = bench.views
+        self.folder = folder
+        self.shelf = shelf
+        self.stages = bench.stages
+        self.folders = [folder.stage(0, "base"), *(folder.stage(s.index + 1, s.domain) for s in self.stages)]
+        self.records: list[dict[str, Any]] = []
+
+    def execute(self) -> dict[str, Any]:
+        """All stages that are not complete, then the record."""
+        for folder in self.folders:
+            record = self.folder.completed(folder)
+            if record is None:
+                break
+            self.records.append(record)
+        info = self.info
+        history = self._trim_history()
+        for view in self.views:
+            view.start(info, history, [record["means"] for record in self.records])
+        for k in range(len(self.records), len(self.folders)):
+            facts = self._state(k) if k and not self.bench.settings.frozen else _untrained(k, self.stages)
+            scores, more = self._scores(0 if self.bench.settings.frozen else k)
+            facts = {**facts, **more}
+            self._complete(k, scores, facts | self._look(k, facts))
+        record = build_record(module=self.bench.module, data=self.bench.data, info=info, stages=self.records)
+        self.folder.complete(record)
+        for view in self.views:
+            view.finish(record)
+        return record
+
+    @cached_property
+    def info(self) -> RunInfo:
+        """What views want to know; loads the model unless the store knows its size."""
+        facts = self.bench.model_facts() if self.shelf is None else self.shelf.model()
+        return self.bench.info(facts, resumed=max(0, len(self.records) - 1))
+
+    def _trim_history(self) -> list[dict[str, Any]]:
+        """Drop lines of steps that will be run again."""
+        k = len(self.records)
+        step = 0
+        if 0 < k <= len(self.stages) and self.shelf is None:
+            folder = self.folders[k]
+            if (folder / "state.safetensors").is_file():
+                step = self.stages[k - 1].steps
+            elif (folder / "checkpoint.safetensors").is_file():
+                step = int(load_tree(folder / "checkpoint.safetensors")["global_step"])
+        self.folder.trim_history(stage=k, step=step)
+        return self.folder.history()
+
+    # -- states -------------------------------------------------------------------------------------------------
+
+    def _state(self, k: int) -> dict[str, Any]:
+        """See to it that the state after stage k lies in the run's folder; its facts."""
+        if self.shelf is None:
+            return self._own_state(k)
+        entry = self.shelf.finished(k)
+        trained_here = self.bench.trained_here == k
+        lines = self.shelf.history(k)
+        link_or_copy(entry.path / "state.safetensors", self.folders[k] / "state.safetensors")
+        self.folder.trim_history(stage=k, step=0)
+        self.folder.add_history(lines)
+        for line in [] if trained_here else lines:
+            for view in self.views:
+                view.step(line)
+        return dict(entry.meta["facts"])
+
+    def _own_state(self, k: int) -> dict[str, Any]:
+        folder = self.folders[k]
+        if (folder / "state.safetensors").is_file():
+            return dict(self._load(k)["facts"])
+        self.bench.go_to(k - 1, self._load)
+        facts = self.bench.train(k, work=folder, write=self._write_line, info=self.info)
+        tree = self.bench.finish(k, facts)
+        self.folder.save_state(folder, tree)
+        return dict(tree["facts"])
+
+    def _load(self, k: int) -> dict[str, Any]:
+        return self.folder.load_state(self.folders[k])
+
+    def _write_line(self, line: Mapping[str, Any]) -> None:
+        append_line(self.folder.history_path, line)
+
+    # -- scores and record --------------------------------------------------------------------------------------
+
+    def _scores(self, k: int) -> tuple[Evaluation, dict[str, Any]]:
+        if self.shelf is not None:
+            return self.shelf.scores(k)
+        self.bench.go_to(k, self._load)
+        scores, seconds = self.bench.evaluate([name for name, d in self.bench.data.columns.items() if d.scorers])
+        return scores, {"evaluation_seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+
+    def _look(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Inspect the state after stage k; nothing is loaded for it unless somebody looks."""
+        bench = self.bench
+        if not bench.inspection.observers or (k and bench.settings.frozen):
+            return {}
+        bench.go_to(k, self._load)
+        bench.module.to(bench.trainers.root_device)
+
+        def state(stage: int) -> Tensors:
+            weights: Tensors = self._load(stage)["weights"]
+            return weights
+
+        where = {"k": k, "seed": bench.settings.seed, "states": state, "facts": facts}
+        return bench.inspection.after_stage(bench.module, bench.data, **where)  # type: ignore[arg-type]
+
+    def _complete(self, k: int, scores: Evaluation, facts: Mapping[str, Any]) -> None:
+        self.folder.complete_stage(self.folders[k], scores, facts)
+        self.records.append({**facts, "means": means(scores)})
+        for view in self.views:
+            view.row(k, self.records[-1]["means"])
+
+
+def _untrained(k: int, stages: Sequence[Any]) -> dict[str, Any]:
+    """The facts of row 0, and of the stages of a frozen run."""
+    facts: dict[str, Any] = {"stage": k, "domain": stages[k - 1].domain if k else None}
+    nothing = {"train_seconds": 0.0, "train_tokens": 0, "steps": 0, "mitigation_state_bytes": {}, "weights": {}}
+    return facts | (nothing if k else {})

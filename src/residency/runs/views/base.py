@@ -1,0 +1,71 @@
+"""What watches a run: a view never changes it, and everything it shows can be rebuilt from the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from residency.core.types import Stage
+
+__all__ = ["RunInfo", "View"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a view may want to say at the start.
+
+    Args:
+        cell: Name of the run.
+        seed: Its seed.
+        axes: Its place in a study, `{}` for a single run.
+        domains: Names in learning order.
+        probes: Names of what is only evaluated.
+        layout: `packed` or `padded`, and why.
+        trainable: Number of parameters that move.
+        total: Number of parameters.
+        resumed: Stages that were complete before this call.
+        split: Rows that are scored.
+    """
+
+    cell: str
+    seed: int
+    axes: Mapping[str, Any]
+    domains: list[str]
+    probes: list[str]
+    layout: str
+    trainable: int
+    total: int
+    resumed: int
+    split: str = "test"
+
+
+class View:
+    """The null view; every method may be overridden."""
+
+    def start(self, info: RunInfo, history: list[dict[str, Any]], rows: list[Mapping[str, Any]]) -> None:
+        """A run begins or goes on; `history` and `rows` hold what an earlier call has done."""
+
+    def callbacks(self, info: RunInfo, stage: Stage) -> list[Callback]:
+        """Observers for the Trainer of one stage."""
+        return []
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """A line of the history."""
+
+    @contextmanager
+    def evaluating(self, title: str, total: int) -> Iterator[Callable[[str, int], None]]:
+        """Around an evaluation of `total` rows; yields `advance(column, rows)`."""
+        yield lambda column, rows: None
+
+    def row(self, k: int, means: Mapping[str, Mapping[str, float]]) -> None:
+        """Row k of the score matrices is known (0 = before training)."""
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """The run is complete."""
+
+    def fail(self, error: BaseException) -> None:
+        """The run stopped before it was complete."""

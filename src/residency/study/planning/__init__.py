@@ -1,0 +1,1 @@
+"""A study file -> what has to be made."""

@@ -1,0 +1,159 @@
+"""From cells to runs: full configs, data read once and checked, keys of every stage. Nothing is trained here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from residency.core.errors import UserError
+from residency.core.tensor_files import write_json
+from residency.domains.base import Domain
+from residency.domains.joint import Joint
+from residency.domains.stream_data import StreamData
+from residency.runs.keys import Lineage
+from residency.runs.stage_cache import Shelf
+from residency.runs.store.store import Store
+from residency.study.planning.cells import Cell
+from residency.study.planning.study_file import Study
+
+__all__ = ["Resolved", "Resolver"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A cell whose config has been parsed and whose parts exist.
+
+    Args:
+        cell: The cell.
+        config: Its full config.
+        shelf: Its stages, by key; no model is loaded.
+        rows: {key of a domain's config: fingerprint of its rows}.
+    """
+
+    cell: Cell
+    config: Mapping[str, Any]
+    shelf: Shelf
+    rows: Mapping[str, str]
+
+    @property
+    def lineage(self) -> Lineage:
+        """Its keys."""
+        return self.shelf.lineage
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing is trained."""
+        return self.shelf.bench.settings.frozen
+
+    @property
+    def domains(self) -> list[str]:
+        """Names in learning order."""
+        return self.shelf.bench.data.order
+
+
+class Resolver:
+    """Parses cells; domains and backbones that cells have in common are read once.
+
+    Args:
+        study: For the scorer.
+        store: Where the stages lie.
+    """
+
+    def __init__(self, study: Study, store: Path) -> None:
+        self.study = study
+        self.store = store
+        self._domains: dict[str, Domain] = {}
+        self._backbones: dict[str, Any] = {}
+        self._parsed: dict[tuple[str, ...], tuple[Any, dict[str, Any]]] = {}
+
+    def parse(self, cell: Cell) -> Any:
+        """The command line of a cell, parsed; its seed, name and axes may be those of another cell.
+
+        Raises:
+            UserError: What is wrong, and in which cell.
+        """
+        from residency.runs.cli import parse
+
+        words = cell.words[: -len(cell.place)]
+        try:
+            if words not in self._parsed:
+                cli = parse(["fit", *cell.words, f"--store={self.store}"])
+                self._parsed[words] = (cli, cli.resolved)
+            return self._parsed[words][0]
+        except UserError as error:
+            raise _in_cell(cell, error) from error
+
+    def config(self, cell: Cell) -> dict[str, Any]:
+        """The full config of a cell."""
+        self.parse(cell)
+        # Parsing takes most of a second, and cells that differ in nothing else share it.
+        return {**self._parsed[cell.words[: -len(cell.place)]][1], **cell.place}
+
+    def resolve(self, cell: Cell) -> Resolved:
+        """A cell with its parts and keys.
+
+        Raises:
+            UserError: What is wrong, and in which cell.
+        """
+        from residency.runs.stream import open_shelf
+
+        cli, config = self.parse(cell), self.config(cell)
+        settings = replace(cli.settings, cell=cell.id, seed=cell.seed, axes=cell.axes)
+        try:
+            self._share(cli, config)
+            parts = {"module": cli.model, "data": cli.datamodule, "trainers": cli.trainers}
+            shelf = open_shelf(**parts, settings=settings, config=config)
+            self._check_scorer(cli.datamodule)
+        except UserError as error:
+            raise _in_cell(cell, error) from error
+        data: StreamData = cli.datamodule
+        rows = {key: domain.fingerprint() for key, domain in _keyed(data, config["data"])}
+        return Resolved(cell=cell, config=config, shelf=shelf, rows=rows)
+
+    def _share(self, cli: Any, config: Mapping[str, Any]) -> None:
+        data: StreamData = cli.datamodule
+        for part, domains in (("domains", data.domains), ("probes", data.probes)):
+            for name in domains:
+                domains[name] = self._shared(domains[name], config["data"][part][name])
+        key = json.dumps(config["model"]["backbone"], sort_keys=True)
+        cli.model.backbone = self._backbones.setdefault(key, cli.model.backbone)
+
+    def _shared(self, domain: Domain, config: Mapping[str, Any]) -> Domain:
+        if isinstance(domain, Joint):
+            for name, part in config["init_args"]["domains"].items():
+                domain.domains[name] = self._shared(domain.domains[name], part)
+        return self._domains.setdefault(json.dumps(config, sort_keys=True), domain)
+
+    def _check_scorer(self, data: StreamData) -> None:
+        known = {scorer for domain in data.columns.values() for scorer in domain.scorers}
+        if self.study.scorer not in known:
+            raise UserError(
+                f"scorer of the study is {self.study.scorer}",
+                why=f"the domains are scored by {', '.join(sorted(known))}",
+                fix="compare by one of these, or add the scorer to a domain's scorers",
+            )
+
+    def keep_rows(self) -> None:
+        """Put the rows of all domains into the store, for the workers."""
+        store = Store(self.store)
+        for domain in self._domains.values():
+            key, rows = domain.fingerprint(), domain.give_rows()
+            if not store.has("data", key):
+
+                def write(folder: Path, rows: Any = rows) -> None:
+                    write_json(folder / "rows.json", rows)
+
+                store.put("data", key, write, meta={"source": domain.source})
+
+
+def _keyed(data: StreamData, config: Mapping[str, Any]) -> Sequence[tuple[str, Domain]]:
+    from residency.study.worker import rows_of
+
+    return list(rows_of(data, config))
+
+
+def _in_cell(cell: Cell, error: UserError) -> UserError:
+    return UserError(f"cell {cell.id}: {error.got}", why=error.why, fix=error.fix)

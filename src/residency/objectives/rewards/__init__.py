@@ -1,0 +1,18 @@
+"""Verifiable rewards of on-policy learning, chosen by class path: what an answer is worth, without a judge."""
+
+from residency.objectives.rewards.base import Answer, Question, Reward
+from residency.objectives.rewards.combined import LengthPenalty, Sum
+from residency.objectives.rewards.text import Contains, ExactLabel, JsonValid, NumericEqual, Regex
+
+__all__ = [
+    "Answer",
+    "Contains",
+    "ExactLabel",
+    "JsonValid",
+    "LengthPenalty",
+    "NumericEqual",
+    "Question",
+    "Regex",
+    "Reward",
+    "Sum",
+]

@@ -1,0 +1,84 @@
+"""The contract of a reward: a pure function of a question and the answers to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from residency.core.errors import UserError
+
+__all__ = ["Answer", "Question", "Reward"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What was asked.
+
+    Args:
+        prompt: Text of the prompt.
+        reference: Text of the row's own completion; empty where it has none.
+        row: Domain and id, for messages.
+    """
+
+    prompt: str
+    reference: str
+    row: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the policy wrote.
+
+    Args:
+        text: Decoded, without the end token.
+        tokens: How many, the end token included.
+        ended: Whether it ended by itself; otherwise it was cut off.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+class Reward(ABC):
+    """Scores answers, higher is better. Pure: no model, no clock, no network, no random number."""
+
+    lowest: float = 0.0
+    """No reward is lower."""
+
+    highest: float = 1.0
+    """No reward is higher."""
+
+    needs_reference: bool = False
+    """Whether it compares with the row's own completion; rows without one are refused."""
+
+    @abstractmethod
+    def __call__(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[float | None]:
+        """One number per answer.
+
+        Args:
+            questions: One per answer.
+            answers: What was written.
+
+        Returns:
+            In `lowest ... highest`; `None` = cannot be scored, and takes part in no mean.
+        """
+
+    def parts(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Mapping[str, list[float | None]]:
+        """What it is made of, by name, for the log."""
+        return {type(self).__name__: self(questions, answers)}
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Refuse rows that it cannot judge, before any training.
+
+        Raises:
+            UserError: It compares with a completion, and a row has none.
+        """
+        bare = next((q for q in questions if not q.reference.strip()), None) if self.needs_reference else None
+        if bare is not None:
+            raise UserError(
+                f"the reward {type(self).__name__} and row {bare.row} without a completion",
+                why="it compares an answer with the row's own completion",
+                fix="give every row a completion, or choose a reward that needs none (JsonValid, Regex with a pattern)",
+            )

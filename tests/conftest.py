@@ -22,14 +22,14 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from tiny import write_backbone
+from support.tiny_models import write_backbone
 
 torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Markers that belong to these tests."""
-    config.addinivalue_line("markers", "browser: needs chromium and chromedriver; runs in .ci/run")
+    config.addinivalue_line("markers", "support.browser: needs chromium and chromedriver; runs in .ci/run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

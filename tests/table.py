@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from peft import LoraConfig, OSFConfig
 
-from peft_configs import CONFIGS, IDENTITY
 from residency.adapters import (
     OSF,
     SLAO,
@@ -66,6 +65,7 @@ from residency.mitigations import (
     ZClip,
 )
 from residency.objectives import SFT, Objective
+from support.peft_configs import CONFIGS, IDENTITY
 
 __all__ = ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "READERS", "AdapterRow", "MitigationRow"]
 

@@ -11,9 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from comparing import differing
-from growing import stage
-from paired import Pairs
 from residency.adapters import Adapter
 from residency.adapters.peft_tools.wrapping import expected_remarks
 from residency.core.batching import make_batch
@@ -24,7 +21,10 @@ from residency.core.tensors import snapshot
 from residency.core.types import Example
 from residency.mitigations import Mitigation
 from residency.objectives.sft import token_nll
-from running import make_module, train
+from support.comparisons import differing
+from support.pair_invariants import Pairs
+from support.stages_without_trainer import stage
+from support.tiny_runs import make_module, train
 from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS, SOME_ADAPTERS, SOME_MITIGATIONS
 
 adapters = pytest.mark.parametrize("name", ADAPTERS)
@@ -400,7 +400,7 @@ def test_pair_through_a_whole_stream(adapter: str, mitigation: str, llama: Path,
 def test_mitigation_declares_everything(name: str) -> None:
     mitigation = MITIGATIONS[name].make()
     assert isinstance(mitigation.first_domain, int)
-    assert mitigation.instead
+    assert mitigation.alternative
     assert mitigation.touches_training(1) or mitigation.changes_weights(1), "it does nothing"
     off = MITIGATIONS[name].off()
     touched = [index for index in range(3) if off.touches_training(index) or off.changes_weights(index)]
@@ -428,7 +428,7 @@ def test_seed_decides_everything(name: str, llama_dropout: Path, tmp_path: Path)
 def test_evaluation_changes_nothing(name: str, llama: Path, plain: Any, tmp_path: Path) -> None:
     from residency.domains.stream_data import StreamData
     from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
-    from running import domains
+    from support.tiny_runs import domains
 
     module = built(llama, name)
     module.adapter.load_state(module.model, plain(name).state)

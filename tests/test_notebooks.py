@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from synthetic import QUICKSTART, write_study
+from support.synthetic_studies import QUICKSTART, write_study
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from paired import Pairs
 from residency.adapters import Adapter
 from residency.core.errors import UserError
 from residency.core.types import Batch, Outputs, Stage, Tensors
 from residency.mitigations import Mitigation
+from support.pair_invariants import Pairs
 from table import MITIGATIONS, MitigationRow
 
 

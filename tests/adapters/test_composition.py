@@ -11,16 +11,14 @@ import pytest
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from attached import attach
-from composition import FOLDER, NAMES, promised, rendered, tried
-from peft_configs import CONFIGS
 from residency.adapters import Peft
 from residency.adapters.peft_tools.tuners import kind_of
 from residency.core.errors import UserError
+from support.peft_composition import FOLDER, NAMES, promised, rendered, tried
+from support.peft_configs import CONFIGS
+from support.tuned_models import attach
 
-AGAIN = (
-    "write the table anew with `PYTHONPATH=tests python tests/composition.py`, and say in the changelog what changed"
-)
+AGAIN = "write the table anew (PYTHONPATH=tests python tests/support/peft_composition.py) and say in CHANGELOG.md why"
 PRESETS = Path(__file__).parents[2] / "configs" / "adapter"
 
 

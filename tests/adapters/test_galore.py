@@ -15,7 +15,7 @@ from residency.backbones import CausalLM, Quantisation
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
 from residency.mitigations import Mitigation, Replay
-from running import Kill, in_child, make_module, train
+from support.tiny_runs import Kill, in_child, make_module, train
 
 TWO = {"a": "generative", "b": "label"}
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from attached import attach
-from growing import observing, stage
 from residency.adapters import SLAO, IncLoRA, InfLoRA
 from residency.adapters.algebra.dual_gpm import Memory, directions
 from residency.adapters.algebra.orthogonality import Orthogonality
 from residency.core.errors import UserError
+from support.stages_without_trainer import observing, stage
+from support.tuned_models import attach
 
 
 def config(**options: Any) -> LoraConfig:

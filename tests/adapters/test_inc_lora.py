@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from attached import attach, backbone, learn, logits
-from growing import go, observing, stage
 from residency.adapters import IncLoRA
 from residency.adapters.algebra.orthogonality import Orthogonality, overlap, squared_cosine
 from residency.core.errors import UserError
-from running import train
+from support.stages_without_trainer import go, observing, stage
+from support.tiny_runs import train
+from support.tuned_models import attach, backbone, learn, logits
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
@@ -62,10 +62,10 @@ def test_penalty_is_zero_for_the_first_block_and_positive_from_the_second(llama:
     model = attach(llama, adapter)
     adapter.begin_stage(model, stage(0), observing(model))
     assert adapter.loss_terms(model, stage(0))["orthogonality"].item() == 0
-    assert "cos2" not in adapter.numbers(model, stage(0))
+    assert "cos2" not in adapter.metrics_to_log(model, stage(0))
     adapter.begin_stage(model, stage(1), observing(model))
     assert adapter.loss_terms(model, stage(1))["orthogonality"].item() > 0
-    assert adapter.numbers(model, stage(1))["norm_b"] == 0
+    assert adapter.metrics_to_log(model, stage(1))["norm_b"] == 0
 
 
 def test_the_penalty_pulls_at_the_newest_a_alone(llama: Path) -> None:

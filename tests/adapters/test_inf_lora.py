@@ -9,14 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from attached import EXAMPLES, attach, learn, logits
-from growing import go, observing, stage
 from residency.adapters import InfLoRA
 from residency.adapters.algebra.covariance import input_covariances, tokens_of
 from residency.adapters.algebra.dual_gpm import Memory, directions, energy_threshold, project, remember
 from residency.adapters.inf_lora import _layers, _memory
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
+from support.stages_without_trainer import go, observing, stage
+from support.tuned_models import EXAMPLES, attach, learn, logits
 
 TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
@@ -148,13 +148,13 @@ def test_a_is_orthonormal_over_root_three_and_b_starts_at_zero(llama: Path) -> N
 def test_the_last_domain_is_not_remembered_and_numbers_say_what_is_used(llama: Path) -> None:
     adapter = inf_lora(energy=0.8)
     model = attach(llama, adapter)
-    assert adapter.numbers(model, stage(0)) == {"used": 0.0}
+    assert adapter.metrics_to_log(model, stage(0)) == {"used": 0.0}
     go(model, adapter, 2)
-    used, state = adapter.numbers(model, stage(1))["used"], adapter.state(model)
+    used, state = adapter.metrics_to_log(model, stage(1))["used"], adapter.state(model)
     assert 0 < used < 1
     adapter.begin_stage(model, stage(2), observing(model))
     adapter.end_stage(model, stage(2), observing(model))
-    assert adapter.numbers(model, stage(2))["used"] == used
+    assert adapter.metrics_to_log(model, stage(2))["used"] == used
     assert sum("input_memory_is_free" in name for name in state) == 4, "q and k share theirs, of two layers"
 
 

@@ -11,13 +11,13 @@ from peft import OSFConfig
 from peft.tuners.osf import OSFLayer
 from torch import Tensor, nn
 
-from attached import attach, backbone, learn, logits
 from residency.adapters import OSF
 from residency.adapters.osf import project
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.core.types import Stage
-from running import make_module, train
+from support.tiny_runs import make_module, train
+from support.tuned_models import attach, backbone, learn, logits
 
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from attached import EXAMPLES, attach, backbone, layer, learn, logits, merged_weight, weight
-from peft_configs import CONFIGS
 from residency.adapters import Peft
 from residency.adapters.peft import lora
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.mitigations import Mitigation
-from running import make_module, train
+from support.peft_configs import CONFIGS
+from support.tiny_runs import make_module, train
+from support.tuned_models import EXAMPLES, attach, backbone, layer, learn, logits, merged_weight, weight
 
 QV = ["q_proj", "v_proj"]
 BASE_CHANGING = ["pissa", "pissa_niter_4", "olora"]

@@ -12,14 +12,14 @@ import torch
 from peft import LoraConfig, OFTConfig, PeftConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 
-from attached import EXAMPLES, attach, backbone, layer, learn, logits, merged_weight, weight
-from peft_configs import CONFIGS
 from residency.adapters import OSF, Peft
 from residency.adapters.peft import lora
 from residency.adapters.peft_tools.tuners import _REFUSED, _REFUSED_INITS, _REFUSED_OPTIONS
 from residency.backbones.layout import choose_layout
 from residency.core.errors import UserError
-from running import Kill, in_child
+from support.peft_configs import CONFIGS
+from support.tiny_runs import Kill, in_child
+from support.tuned_models import EXAMPLES, attach, backbone, layer, learn, logits, merged_weight, weight
 
 ROOT = Path(__file__).parents[2]
 QV = ["q_proj", "v_proj"]

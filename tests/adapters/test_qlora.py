@@ -12,8 +12,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from attached import attach, backbone, learn, logits
-from peft_configs import CONFIGS
 from residency.adapters import Full, Peft
 from residency.backbones import CausalLM, Quantisation
 from residency.core.errors import UserError
@@ -26,7 +24,9 @@ from residency.engine.trainers import Trainers
 from residency.objectives import SFT
 from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings, train_stream
-from running import domains, make_module, train
+from support.peft_configs import CONFIGS
+from support.tiny_runs import domains, make_module, train
+from support.tuned_models import attach, backbone, learn, logits
 from table import ADAPTERS
 
 # The 16 levels of NF4 (QLoRA, appendix E).
@@ -261,7 +261,7 @@ def test_the_preset_is_nf4_twice_quantised_with_lora(llama: Path) -> None:
 
 
 def test_a_quantised_base_and_full_fine_tuning_end_in_one_sentence(llama: Path, tmp_path: Path) -> None:
-    from command import call, tiny_config, write_yaml
+    from support.cli import call, tiny_config, write_yaml
 
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "data", llama))
     words = ["--config", config, "--run_dir", tmp_path / "run", "--model.backbone.quantisation.kind=nf4"]

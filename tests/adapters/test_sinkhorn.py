@@ -28,7 +28,7 @@ from residency.backbones import CausalLM, Quantisation
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
 from residency.engine.scoring.evaluation import EvaluationSettings, evaluate, means
-from running import domains, train
+from support.tiny_runs import domains, train
 
 IDS = torch.arange(20, 44).view(2, 12)
 KINDS: tuple[Mixing, ...] = ("exact", "sinkhorn", "unconstrained")
@@ -188,7 +188,7 @@ def test_the_gate_stays_between_zero_and_one(llama: Path, tmp_path: Path) -> Non
     gates = torch.stack([mixer.gate for mixer in mixers(module.model)])
     assert bool(((gates >= 0) & (gates <= 1)).all())
     assert bool((gates == 1).any() | (gates == 0).any()), "without the clamp steps of 3 would have left the interval"
-    numbers = adapter.numbers(module.model, module.stage)
+    numbers = adapter.metrics_to_log(module.model, module.stage)
     assert {"gate", "spectral_norm", "residual"} <= {*numbers}
     assert numbers["spectral_norm"] <= 1 + 1e-2
 

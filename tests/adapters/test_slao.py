@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from attached import attach, backbone, learn, logits
-from growing import observing, stage
 from residency.adapters import SLAO
 from residency.adapters.slao import merge_weight, orthonormal_rows, step_towards
+from support.stages_without_trainer import observing, stage
+from support.tuned_models import attach, backbone, learn, logits
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_proj"]}
 

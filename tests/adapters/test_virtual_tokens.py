@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from attached import EXAMPLES, attach, backbone, learn, logits
-from peft_configs import CONFIGS
 from residency.adapters import Peft
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.types import Example
-from running import make_module, train
+from support.peft_configs import CONFIGS
+from support.tiny_runs import make_module, train
+from support.tuned_models import EXAMPLES, attach, backbone, learn, logits
 
 NAMES = ["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"]
 EMBEDDED = ["prompt_tuning", "p_tuning"]

@@ -23,16 +23,16 @@ from residency.inspection import (
     GradientNorms,
     Inspection,
     KLToBase,
-    Look,
     Observer,
     RepresentationDrift,
+    StageSnapshot,
     WeightDriftByLayer,
 )
 from residency.inspection.drift_metrics import kl_tokens
 from residency.inspection.gradient_metrics import GradientStability, stability_improvement
 from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings, train_stream
-from running import domains, make_module
+from support.tiny_runs import domains, make_module
 from table import ADAPTERS
 
 
@@ -170,7 +170,7 @@ def test_a_frozen_backbone_has_not_moved_at_all(lora_run: tuple[Path, dict[str, 
     _, record, module = lora_run
     assert [row["backbone"] for row in record["inside"][1:]] == [{"percent": 0.0, "unmatched": 0}] * 2
     layer = next(m for m in module.model.modules() if hasattr(m, "base_layer"))
-    look = Look(module=module, data=StreamData(domains={"x": None}), k=2, seed=0, states=dict)  # type: ignore[dict-item, arg-type]
+    look = StageSnapshot(module=module, data=StreamData(domains={"x": None}), k=2, seed=0, states=dict)  # type: ignore[dict-item, arg-type]
     with torch.no_grad():
         layer.base_layer.weight[0, 0] += 1.0  # type: ignore[union-attr, operator, index]
         assert BackboneDrift().after(look)["percent"] > 0
@@ -181,7 +181,7 @@ def test_a_frozen_backbone_has_not_moved_at_all(lora_run: tuple[Path, dict[str, 
 def test_kl_to_the_base(adapter: str, request: pytest.FixtureRequest) -> None:
     folder, record, module = request.getfixturevalue(f"{adapter}_run")
     base = module.backbone.load()
-    look = Look(module=module, data=stream(folder), k=2, seed=0, states=dict)  # type: ignore[arg-type]
+    look = StageSnapshot(module=module, data=stream(folder), k=2, seed=0, states=dict)  # type: ignore[arg-type]
     with torch.no_grad():
         exact = KLToBase(tokens=200, top=1000).after(look)
         expected: dict[str, list[Tensor]] = {}
@@ -277,11 +277,11 @@ def test_rows_are_read_as_scoring_serves_them(
     lora_run: tuple[Path, dict[str, Any], ContinualModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _, module = lora_run
-    look = Look(module=module, data=stream(folder), k=2, seed=0, states=dict)  # type: ignore[arg-type]
+    look = StageSnapshot(module=module, data=stream(folder), k=2, seed=0, states=dict)  # type: ignore[arg-type]
     with torch.no_grad():
         plain = [obs.after(look) for obs in (KLToBase(tokens=200), RepresentationDrift(tokens=60))]
         routed = _Routed()
-        monkeypatch.setattr(module.adapter, "serve", routed.serve)
+        monkeypatch.setattr(module.adapter, "route", routed.serve)
         again = [obs.after(look) for obs in (KLToBase(tokens=200), RepresentationDrift(tokens=60))]
     assert set(routed.entered) == {"even", "odd"}
     assert again[0]["mean"] == pytest.approx(plain[0]["mean"], rel=1e-4)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from pairs import ADAPTERS, LAST, equal, two_stages
 from residency.core.errors import UserError
 from residency.mitigations import EarlyStopping, Mitigation
 from residency.mitigations import early_stopping as module_of_stopping
 from residency.mitigations.early_stopping import Progress, judged
 from residency.mitigations.validation import validation_nll
-from running import domains, train
+from support.tiny_runs import domains, train
+from support.two_stages import ADAPTERS, LAST, equal, two_stages
 
 
 def looks(*values: float, min_delta: float = 0.0) -> Progress:

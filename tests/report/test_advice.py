@@ -13,7 +13,7 @@ from residency.report.advice.advice import Advice, advise
 from residency.report.records.arms import arms_of
 from residency.report.records.contrasts import contrasts
 from residency.report.records.records import read_material
-from synthetic import QUICKSTART, write_cell, write_study
+from support.synthetic_studies import QUICKSTART, write_cell, write_study
 
 BASE = [[5.0, 5.0], [1.0, 5.0], [3.0, 1.0]]
 

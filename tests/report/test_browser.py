@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from browser import Browser, browser
 from residency.report import build
-from synthetic import QUICKSTART, write_cell, write_study
+from support.browser import Browser, browser
+from support.synthetic_studies import QUICKSTART, write_cell, write_study
 
 pytestmark = pytest.mark.browser
 

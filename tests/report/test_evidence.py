@@ -11,7 +11,7 @@ from residency.report.charts.overview import pareto
 from residency.report.records.arms import Arm, arms_of
 from residency.report.records.contrasts import METRICS, contrasts, example_interval
 from residency.report.records.records import read_material
-from synthetic import write_study
+from support.synthetic_studies import write_study
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import yaml
 from residency.report.charts.theme import Figure, config
 from residency.report.page.build import Report
 from residency.report.records.records import read_material
-from synthetic import QUICKSTART, write_cell
+from support.synthetic_studies import QUICKSTART, write_cell
 
 STRENGTHS = (1, 10, 100)
 

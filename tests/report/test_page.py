@@ -16,10 +16,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from command import call
 from residency.core.errors import UserError
 from residency.report import build
-from synthetic import QUICKSTART, write_cell, write_study
+from support.cli import call
+from support.synthetic_studies import QUICKSTART, write_cell, write_study
 
 SCRIPT, CLIMB = "<script>alert(1)</script>", "../../x"
 

@@ -9,12 +9,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from command import read_json
 from residency.core.tensor_files import load_tree
-from residency.runs.stage_runner import Bench
+from residency.runs.stage_runner import StageRunner
 from residency.runs.store.store import Store
 from residency.study.executors import Executor
-from sweeping import EWC, MIXING, REPLAY, alone, matrices, run_sweep, write_study
+from support.cli import read_json
+from support.tiny_sweeps import EWC, MIXING, REPLAY, alone, matrices, run_sweep, write_study
 
 AXES: dict[str, Any] = {"mitigation": {"none": {}, "ewc_10": EWC(10.0), "ewc_1000": EWC(1000.0), "mixing": MIXING}}
 REFERENCES = ["frozen", "independent", "joint"]
@@ -128,13 +128,13 @@ def test_one_more_strength_trains_its_own_stages(
 ) -> None:
     _, folder, _ = study
     runs: list[tuple[str, int]] = []
-    original = Bench.train
+    original = StageRunner.train
 
-    def counted(self: Bench, k: int, **options: Any) -> Any:
+    def counted(self: StageRunner, k: int, **options: Any) -> Any:
         runs.append((self.settings.cell, k))
         return original(self, k, **options)
 
-    monkeypatch.setattr(Bench, "train", counted)
+    monkeypatch.setattr(StageRunner, "train", counted)
     axes = {"mitigation": {"none": {}, "ewc_10": EWC(10.0), "ewc_77": EWC(77.0)}}
     path = write_study(folder.parent, llama, axes=axes)
     # In a study of its own that shares the store, as another project would.

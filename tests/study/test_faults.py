@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from dying import in_child
 from residency.runs.store.store import Store
 from residency.study.executors import Outcome, Task
 from residency.study.executors.local import LocalExecutor
 from residency.study.views.events import Event, Watcher
-from sweeping import EWC, Inline, matrices, run_sweep, write_study
+from support.killed_sweep import in_child
+from support.tiny_sweeps import EWC, Inline, matrices, run_sweep, write_study
 
 AXES: dict[str, Any] = {"mitigation": {"none": {}, "ewc": EWC(1000.0)}}
 

@@ -8,10 +8,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from command import read_json, tiny_config, write_yaml
 from residency.study.command import sweep
 from residency.study.executors.ray import RayExecutor
 from residency.study.views.events import Event, Watcher
+from support.cli import read_json, tiny_config, write_yaml
 
 
 class LosesANode(Watcher):

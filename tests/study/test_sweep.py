@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 import residency
-from command import Result, call, read_json, tiny_config, write_yaml
 from residency.runs.config.sources import read_yaml
 from residency.study import command
 from residency.study.executors import Outcome, Task
-from sweeping import Inline
+from support.cli import Result, call, read_json, tiny_config, write_yaml
+from support.tiny_sweeps import Inline
 
 REPLAY = {"class_path": "residency.mitigations.Replay", "init_args": {"ratio": 0.5, "capacity": 8}}
 

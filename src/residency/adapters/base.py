@@ -65,7 +65,7 @@ class Adapter(ABC):
     `trainable`. So a state is a mapping of names to tensors, and every method is a function of (model, state).
 
     The order of calls: `attach` once; then per stage `begin_stage`, `optimizer`, per step `loss_terms` and
-    `transform_update`, and `end_stage`; `serve` whenever a state is scored.
+    `transform_update`, and `end_stage`; `route` whenever a state is scored.
     """
 
     provides: frozenset[Capability] = frozenset()
@@ -124,7 +124,7 @@ class Adapter(ABC):
         """Named scalars, already weighted, that belong to the method; logged as `loss/adapter/<term>`."""
         return {}
 
-    def numbers(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
+    def metrics_to_log(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
         """What is worth watching, read at logged steps only; logged as `adapter/<name>`."""
         return {}
 
@@ -132,7 +132,7 @@ class Adapter(ABC):
         """Replace the parameters after an optimizer step, before the mitigations do; never writes into `after`."""
         return after
 
-    def serve(
+    def route(
         self, model: nn.Module, column: str, examples: Sequence[Example], prompt_nll: PromptNLL
     ) -> Iterable[Served]:
         """Which part of the adapter answers which rows when a column is scored; one group by default.
@@ -145,10 +145,10 @@ class Adapter(ABC):
         """
         return [(nullcontext(), examples)]
 
-    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def folded_for_scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Inside the context many tokens are scored and nothing is trained: the same function in a faster form.
 
-        Leaves the model bit for bit as it was. Entered inside the context of `serve`; by default nothing is changed.
+        Leaves the model bit for bit as it was. Entered inside the context of `route`; by default nothing is changed.
         """
         return nullcontext()
 
@@ -160,7 +160,7 @@ class Adapter(ABC):
         completion_nll: PromptNLL,
         prompt_nll: PromptNLL,
     ) -> Mapping[str, Tensor]:
-        """What else is worth scoring on a column, apart from how `serve` answers it: {scorer: (B,) values}.
+        """What else is worth scoring on a column, apart from how `route` answers it: {scorer: (B,) values}.
 
         Args:
             model: The attached model.

@@ -88,7 +88,7 @@ class IncLoRA(Adapter):
         return terms
 
     @torch.no_grad()
-    def numbers(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
+    def metrics_to_log(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
         """`norm_a`, `norm_b`: of the newest block over all layers; `cos2`: mean squared cosine of its rows with older
         ones. A penalty that falls because `norm_a` does has protected nothing.
         """
@@ -146,7 +146,7 @@ class IncLoRA(Adapter):
         """All blocks off: bit for bit the pretrained (or the quantised) model."""
         return switched(model, [])
 
-    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def folded_for_scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
         """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 

@@ -120,7 +120,7 @@ class InfLoRA(Adapter):
                 layer = model.get_submodule(path)
                 _keep(layer, remember(_memory(layer), found[path], threshold=threshold))
 
-    def numbers(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
+    def metrics_to_log(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
         """`used`: mean share of input directions that earlier domains have taken; at 1 nothing can be learnt."""
         memories = [memory for layer in _layers(model).values() if (memory := _memory(layer)) is not None]
         shares = [memory.used / len(memory.basis) for memory in memories]
@@ -173,7 +173,7 @@ class InfLoRA(Adapter):
         """All blocks off: bit for bit the pretrained (or the quantised) model."""
         return switched(model, [])
 
-    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def folded_for_scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
         """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 

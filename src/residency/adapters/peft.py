@@ -153,7 +153,7 @@ class Peft(Adapter):
             return super().reference(model)
         return model.disable_adapter()  # type: ignore[operator, no-any-return]
 
-    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def folded_for_scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
         """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 

@@ -135,7 +135,7 @@ class PerDomain(Adapter):
         """All adapters off."""
         return model.disable_adapter()  # type: ignore[operator, no-any-return]
 
-    def serve(
+    def route(
         self, model: nn.Module, column: str, examples: Sequence[Example], prompt_nll: PromptNLL
     ) -> Iterable[Served]:
         """By name, by prompt, or always the newest (see `routing`)."""
@@ -185,7 +185,7 @@ class PerDomain(Adapter):
                 rows.append(prompt_nll(examples))
         return torch.stack(rows)
 
-    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def folded_for_scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
         """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 

@@ -186,7 +186,7 @@ class ProgressivePrompts(Adapter):
         """No prompts."""
         return _using(model, 0)
 
-    def serve(
+    def route(
         self, model: nn.Module, column: str, examples: Sequence[Example], prompt_nll: PromptNLL
     ) -> Iterable[Served]:
         """A domain with the prompts up to its own; what was not learned with all of them."""

@@ -1,10 +1,8 @@
 """Sinkhorn mixing on the residual stream: an independent reconstruction of a stability-constrained adapter.
 
-Written from public descriptions only (forum posts, a data set card, arXiv 2606.00382). What is NOT public, and
-therefore chosen here: the number of streams, Sinkhorn's iterations and temperature, the equation of the gate, where in
-a block the mixing sits, both learning rates, and the data. No claim is made that results carry over in either way.
-
-Which question the arms answer:
+Written from public descriptions only (forum posts, a data set card, arXiv 2606.00382). Not public, and therefore chosen
+here: the number of streams, Sinkhorn's iterations and temperature, the gate, where in a block the mixing sits, both
+learning rates, the data. No claim is made that results carry over in either way. The arms:
 
     naive           one LoRA through all domains            configs/adapter/lora.yaml, no mixing
     frozen          a fresh LoRA per domain, frozen base     configs/adapter/per_domain.yaml, no mixing
@@ -12,8 +10,8 @@ Which question the arms answer:
     shared          one LoRA + mixing                        configs/adapter/sinkhorn_shared.yaml
     unconstrained   modular, matrix free                     configs/adapter/sinkhorn_unconstrained.yaml
 
-Zero drift is a property of *frozen* already, so what the mixing adds is modular minus frozen; and what its constraint
-adds is modular minus unconstrained. Give all arms the same clipping (see `residency.inspection.gradient_metrics`).
+Zero drift is a property of *frozen* already: the mixing adds modular minus frozen, its constraint modular minus
+unconstrained. Give all arms the same clipping (see `inspection.gradient_metrics`).
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from residency.adapters.algebra.sinkhorn import MIXER, Mixer, Mixing, add_mixer, residual
+from residency.adapters.algebra.sinkhorn import MIXER, Mixer, Mixing, add_mixer, mixers, mixing_parameters, residual
 from residency.adapters.base import Adapter, Observe, OptimizerFactory, PromptNLL, Served
 from residency.adapters.export_format import INNER, write_exported
 from residency.adapters.peft import Peft
@@ -143,7 +141,7 @@ class SinkhornResidual(Adapter):
             )
         for block in blocks(model).values():
             add_mixer(block, Mixer(width, kind=kind, streams=streams, rank=rank, iterations=iterations))
-        for name, parameter in _own(model).items():
+        for name, parameter in mixing_parameters(model).items():
             fixed = name.endswith((".read", ".write")) and not self.train_projections
             parameter.requires_grad_(self.structural_lr_ratio > 0 and not fixed)
         return model
@@ -151,7 +149,7 @@ class SinkhornResidual(Adapter):
     @contextmanager
     def _alone(self, model: nn.Module) -> Iterator[Adapter]:
         """Around calls of the inner adapter: mixers are frozen to it, and are what they were afterwards."""
-        flags = {parameter: parameter.requires_grad for parameter in _own(model).values()}
+        flags = {parameter: parameter.requires_grad for parameter in mixing_parameters(model).values()}
         for parameter in flags:
             parameter.requires_grad_(False)
         try:
@@ -162,7 +160,7 @@ class SinkhornResidual(Adapter):
 
     def optimizer(self, model: nn.Module, factory: OptimizerFactory) -> Optimizer:
         """The inner adapter's optimizer, with groups for structure and gate; neither is decayed."""
-        moving = {name: p for name, p in _own(model).items() if p.requires_grad}
+        moving = {name: p for name, p in mixing_parameters(model).items() if p.requires_grad}
         gates = [p for name, p in moving.items() if name.endswith(_GATES)]
         structure = [p for name, p in moving.items() if not name.endswith(_GATES)]
         with self._alone(model) as inner:
@@ -194,12 +192,12 @@ class SinkhornResidual(Adapter):
         return self.inner.loss_terms(model, stage)
 
     @torch.no_grad()
-    def numbers(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
+    def metrics_to_log(self, model: nn.Module, stage: Stage) -> Mapping[str, float]:
         """Over all blocks: mean gate, largest spectral norm of S, largest error of its row and column sums."""
         gates = torch.stack([m.gate for m in mixers(model)])
         matrices = [m.matrix() for m in mixers(model)]
         return {
-            **self.inner.numbers(model, stage),
+            **self.inner.metrics_to_log(model, stage),
             "gate": float(gates.mean()),
             "spectral_norm": float(torch.linalg.matrix_norm(torch.stack(matrices), ord=2).max()),
             "residual": max(float(residual(matrix)) for matrix in matrices),
@@ -210,11 +208,11 @@ class SinkhornResidual(Adapter):
         after = self.inner.transform_update(model, before, after)
         return {n: t.clamp(0, 1) if n.endswith(f"{MIXER}.gate") else t for n, t in after.items()}
 
-    def serve(
+    def route(
         self, model: nn.Module, column: str, examples: Sequence[Example], prompt_nll: PromptNLL
     ) -> Iterable[Served]:
         """Of the inner adapter."""
-        return self.inner.serve(model, column, examples, prompt_nll)
+        return self.inner.route(model, column, examples, prompt_nll)
 
     def extra_scores(
         self,
@@ -232,7 +230,7 @@ class SinkhornResidual(Adapter):
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """That of the inner adapter, and every mixer."""
         with self._alone(model) as inner:
-            return {**inner.state(model), **{name: p.detach() for name, p in _own(model).items()}}
+            return {**inner.state(model), **{name: p.detach() for name, p in mixing_parameters(model).items()}}
 
     @torch.no_grad()
     def load_state(self, model: nn.Module, state: Tensors) -> None:
@@ -241,7 +239,7 @@ class SinkhornResidual(Adapter):
         Raises:
             UserError: The state is of another adapter or shape.
         """
-        mine = _own(model)
+        mine = mixing_parameters(model)
         fits = all(name in state and state[name].shape == p.shape for name, p in mine.items())
         if not fits or any(MIXER in name and name not in mine for name in state):
             raise UserError(
@@ -256,7 +254,7 @@ class SinkhornResidual(Adapter):
 
     def weights(self, model: nn.Module, state: Tensors) -> Tensors:
         """The inner adapter's averaging space, and the parameters of the mixers as they are."""
-        mine = {name: state[name] for name in _own(model)}
+        mine = {name: state[name] for name in mixing_parameters(model)}
         with self._alone(model) as inner:
             theirs = inner.weights(model, {name: t for name, t in state.items() if name not in mine})
         return Computed([*theirs, *mine], lambda name: mine[name] if name in mine else theirs[name])
@@ -264,7 +262,7 @@ class SinkhornResidual(Adapter):
     @torch.no_grad()
     def load_weights(self, model: nn.Module, weights: Tensors) -> Mapping[str, float]:
         """Set both."""
-        mine = _own(model)
+        mine = mixing_parameters(model)
         with self._alone(model) as inner:
             theirs = Computed([name for name in weights if name not in mine], weights.__getitem__)
             found = inner.load_weights(model, theirs)
@@ -300,15 +298,6 @@ class SinkhornResidual(Adapter):
             )
         ratios = {"structural_lr_ratio": self.structural_lr_ratio, "gate_lr_ratio": self.gate_lr_ratio}
         options = {**self.shape, "train_projections": self.train_projections, **ratios}
-        write_exported(path, self, options, {name: p.detach() for name, p in _own(model).items()})
+        write_exported(path, self, options, {name: p.detach() for name, p in mixing_parameters(model).items()})
         if isinstance(self.inner, Peft | PerDomain):
             self.inner.export(model, path / INNER)
-
-
-def mixers(model: nn.Module) -> list[Mixer]:
-    """All mixers of a model, from the bottom up."""
-    return [module for module in model.modules() if isinstance(module, Mixer)]
-
-
-def _own(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if f".{MIXER}." in name}

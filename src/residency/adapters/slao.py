@@ -120,7 +120,7 @@ class SLAO(Adapter):
         """Adapters off: bit for bit the pretrained (or the quantised) model."""
         return switched(model, [])
 
-    def scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def folded_for_scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
         """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
         return merged_lora(model)
 

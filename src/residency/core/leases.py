@@ -126,7 +126,7 @@ def _break(path: Path, expires: float) -> None:
 def lease(
     path: Path,
     *,
-    needless: Callable[[], bool] = lambda: False,
+    already_done: Callable[[], bool] = lambda: False,
     waiting: Callable[[], None] = lambda: None,
     poll: float = 0.2,
     beat: float = BEAT_SECONDS,
@@ -136,21 +136,21 @@ def lease(
 
     Args:
         path: Its file; the folder is made.
-        needless: Asked while waiting: what the lease is for has been done by somebody else.
+        already_done: Asked while waiting: what the lease is for has been done by somebody else.
         waiting: Called while waiting.
         poll: Seconds between two looks.
         beat: Seconds between two heartbeats.
         expires: Seconds without heartbeat after which an owner on another machine counts as dead.
 
     Yields:
-        Whether the lease is held; `False` = it is needless.
+        Whether the lease is held; `False` = it is already_done.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     pid = os.getpid()
     owner = {"place": _place(), "pid": pid, "started": _started(pid), "token": secrets.token_hex(8)}
     text = json.dumps(owner)
     while not _take(path, text):
-        if needless():
+        if already_done():
             yield False
             return
         _break(path, expires)

@@ -26,7 +26,7 @@ def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -
                 f"model.mitigations.{name} ({kind}) with model.adapter {type(adapter).__name__}",
                 why=f"{kind} needs {', '.join(missing)}; this adapter provides "
                 f"{', '.join(sorted(adapter.provides)) or 'none of the capabilities'}",
-                fix=f"use {mitigation.instead}",
+                fix=f"use {mitigation.alternative}",
             )
         hooks = [hook for hook in ("transform_gradients", "transform_update") if overrides(mitigation, hook)]
         if adapter.steps_in_backward and hooks:

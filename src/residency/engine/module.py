@@ -19,6 +19,7 @@ from residency.core.randomness import seed_of
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Example, Layout, Outputs, Stage, Tensors
 from residency.engine.compatibility import check_mitigations
+from residency.engine.folds import metrics_to_log, mixed_weights, write_gradients, write_update
 from residency.engine.fused_optimizer import fuse
 from residency.engine.observation import logs_step, observe
 from residency.mitigations.base import HOOKS, Mitigation, overrides
@@ -30,10 +31,9 @@ __all__ = ["ContinualModule"]
 class ContinualModule(LightningModule):
     """A pretrained model that learns one domain after another.
 
-    The loop, with every hook in its place (M = fold over the mitigations in the order of the config; a hook that no
-    mitigation overrides is not called and costs nothing):
+    The loop with its hooks (M = fold over the mitigations in order; a hook that nobody overrides costs nothing):
 
-        for stage in stream:                                  # residency.runs.stream.train_stream, a fresh Trainer each
+        for stage in stream:                                  # runs.stream.train_stream, a fresh Trainer each
             M.prepare_dataset(module, dataset, stage)         # once, also across resumes; before each one's transform
             dataset = M.transform_dataset(examples, stage)
             before  = adapter.state(model)                    # only if somebody overrides transform_weights
@@ -52,7 +52,7 @@ class ContinualModule(LightningModule):
             adapter.end_stage(model, stage, observe)          # the end of training: runs with one past share it
             weights = M.transform_weights(module, weights of `before`, weights now)    # finish_stage
             M.on_domain_end(module, stage)                    # remember, at the final weights; not after the last
-            save state; score every domain; write the record  # residency.runs.stream
+            save state; score every domain; write the record  # runs.stream
 
     Args:
         backbone: The pretrained model and its tokenizer.
@@ -195,8 +195,7 @@ class ContinualModule(LightningModule):
         loss = reduce(torch.add, terms.values())
         logged: dict[str, Any] = {f"loss/{name}": value.detach() for name, value in terms.items()}
         if logs_step(self.global_step + 1, every=self.trainer.log_every_n_steps, last=self.stage.steps):  # type: ignore[attr-defined]
-            logged |= {f"adapter/{n}": float(v) for n, v in self.adapter.numbers(self.model, self.stage).items()}
-            logged |= {f"{m.name}/{n}": float(v) for m in self.mitigations.values() for n, v in m.numbers(self).items()}
+            logged |= metrics_to_log(self, self.mitigations.values())
         self.log_dict(logged | {"loss": loss.detach()} | dict(outputs.log), batch_size=batch.size)
         return loss
 
@@ -213,13 +212,8 @@ class ContinualModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Fold the gradients: accumulated, reduced over ranks, unscaled, not yet clipped."""
-        if not self._active["transform_gradients"]:
-            return
-        leaves = self.adapter.trainable(self.model)
-        gradients: Tensors = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        gradients = self._fold("transform_gradients", gradients, lambda m, g: m.transform_gradients(self, g))
-        for name, gradient in gradients.items():
-            leaves[name].grad = gradient
+        if self._active["transform_gradients"]:
+            write_gradients(self, self._active["transform_gradients"])
 
     def optimizer_step(
         self,
@@ -232,16 +226,9 @@ class ContinualModule(LightningModule):
         if not (self._active["transform_update"] or self._adapts_update):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
-        leaves = self.adapter.trainable(self.model)
-        before = snapshot(leaves)
+        before = snapshot(self.adapter.trainable(self.model))
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        with torch.no_grad():
-            after: Tensors = {name: leaf.detach() for name, leaf in leaves.items()}
-            final = self.adapter.transform_update(self.model, before, after) if self._adapts_update else after
-            final = self._fold("transform_update", final, lambda m, a: m.transform_update(self, before, a))
-            for name, tensor in final.items():
-                if tensor.data_ptr() != leaves[name].data_ptr():
-                    leaves[name].copy_(tensor)
+        write_update(self, self._active["transform_update"], before, adapts=self._adapts_update)
 
     def configure_optimizers(self) -> Any:
         """A fresh optimizer, by way of the adapter."""
@@ -259,8 +246,7 @@ class ContinualModule(LightningModule):
         """Start the domain, unless a resumed checkpoint says that it has started."""
         for mitigation in self.mitigations.values():
             mitigation.move_state(self.device)
-        # Lightning leaves a pretrained model in evaluation mode, which silently switches dropout off (pitfalls L5).
-        self.model.train()
+        self.model.train()  # Lightning leaves a pretrained model in evaluation mode: dropout would be off in silence
         if not self._started:
             for mitigation in self._active["on_domain_start"]:
                 mitigation.on_domain_start(self, self.stage)
@@ -294,21 +280,9 @@ class ContinualModule(LightningModule):
 
     @torch.no_grad()
     def _transform_weights(self) -> None:
-        if not self._active["transform_weights"]:
-            return
-        old, base = (
-            {name: tensor.to(self.device) for name, tensor in state.items()}
-            for state in (self._before_stage, self._base_state)
-        )
-        before = self.adapter.weights(self.model, old)
-        after = self.adapter.weights(self.model, snapshot(self.adapter.state(self.model)))
-        self.base_weights = self.adapter.weights(self.model, base) if base else {}
-        final = self._fold("transform_weights", after, lambda m, a: m.transform_weights(self, before, a))
-        if final is before or final is self.base_weights:
-            self.adapter.load_state(self.model, old if final is before else base)
-        elif final is not after:
-            self.weights_log = dict(self.adapter.load_weights(self.model, final))
-        self.base_weights = {}
+        if self._active["transform_weights"]:
+            moved = ({n: t.to(self.device) for n, t in s.items()} for s in (self._before_stage, self._base_state))
+            self.weights_log = mixed_weights(self, self._active["transform_weights"], *moved)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the adapter's state instead of the whole model."""

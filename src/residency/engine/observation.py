@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.types import Batch
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["logs_step", "observe"]
 
@@ -23,7 +20,7 @@ def logs_step(step: int, *, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def observe(module: ContinualModule) -> Iterator[Batch]:
+def observe(module: StageModule) -> Iterator[Batch]:
     """Every example of the running stage once, in batches, each after the model has run on it in evaluation mode."""
     examples = {(e.domain, e.row): e for e in module.dataset}
     training = module.model.training

@@ -24,7 +24,7 @@ from residency.engine.compatibility import check_steps
 from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers, quiet_lightning
 
-__all__ = ["adopt_training", "begin_stage", "check_devices", "finish_stage", "restore_stage", "train_stage"]
+__all__ = ["begin_stage", "check_devices", "finish_stage", "restore_stage", "take_trained_stage", "train_stage"]
 
 
 def check_devices(data: StreamData, trainers: Trainers, adapter: Adapter) -> None:
@@ -90,7 +90,7 @@ def train_stage(
     }
 
 
-def adopt_training(
+def take_trained_stage(
     module: ContinualModule, data: StreamData, stage: Stage, tree: Mapping[str, Any], *, device: torch.device
 ) -> None:
     """Bring a module to where `train_stage` would have brought it, by what that left behind in another run.

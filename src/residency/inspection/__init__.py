@@ -4,7 +4,7 @@
 Their findings are in every stage's record (stage.json, `inside`) and, without per-layer details, in results.json.
 """
 
-from residency.inspection.base import Look, Observer
+from residency.inspection.base import Observer, StageSnapshot
 from residency.inspection.gradients import GradientNorms
 from residency.inspection.inspection import Inspection
 from residency.inspection.lm_eval import LmEval
@@ -19,8 +19,8 @@ __all__ = [
     "Inspection",
     "KLToBase",
     "LmEval",
-    "Look",
     "Observer",
     "RepresentationDrift",
+    "StageSnapshot",
     "WeightDriftByLayer",
 ]

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from residency.domains.stream_data import StreamData
     from residency.engine.module import ContinualModule
 
-__all__ = ["Look", "Observer"]
+__all__ = ["Observer", "StageSnapshot"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class StageSnapshot:
     """One state of the model, and what it may be compared with.
 
     Args:
@@ -95,7 +95,7 @@ class Look:
             As `read` of the whole batch.
         """
         module, device = self.module, self.module.device
-        groups = module.adapter.serve(module.model, column, batch.examples, partial(prompt_nll, module))
+        groups = module.adapter.route(module.model, column, batch.examples, partial(prompt_nll, module))
         found: dict[str, Tensor] = {}
         for context, examples in groups:
             with context:
@@ -117,6 +117,6 @@ class Observer:
         """What the callbacks have found, asked for once when the stage is trained."""
         return {}
 
-    def after(self, look: Look) -> Mapping[str, Any]:
+    def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """What there is to see in the state after a stage, or before training. Gradients are off."""
         return {}

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from residency.core.types import Stage, Tensors
-from residency.inspection.base import Look, Observer
+from residency.inspection.base import Observer, StageSnapshot
 
 if TYPE_CHECKING:
     from residency.domains.stream_data import StreamData
@@ -66,12 +66,12 @@ class Inspection:
         """
         if not self.observers:
             return {}
-        look = Look(module=module, data=data, k=k, seed=seed, states=states)
+        snapshot = StageSnapshot(module=module, data=data, k=k, seed=seed, states=states)
         training = module.model.training
         module.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):
-                found = {name: observer.after(look) for name, observer in self.observers.items()}
+                found = {name: observer.after(snapshot) for name, observer in self.observers.items()}
         finally:
             module.model.train(training)
         seen = facts.get("inside", {})

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from residency.core.errors import UserError
-from residency.inspection.base import Look, Observer
+from residency.inspection.base import Observer, StageSnapshot
 
 __all__ = ["LmEval"]
 
@@ -66,14 +66,14 @@ class LmEval(Observer):
         self.shots = shots
         self.batch_size = batch_size
 
-    def after(self, look: Look) -> Mapping[str, Any]:
+    def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """Benchmarks of the state after stage k, or before training."""
-        if look.k:
-            return {"benchmarks": self._run(look, look.module.model)}
-        with look.pretrained() as model:
-            return {"benchmarks": self._run(look, model)}
+        if snapshot.k:
+            return {"benchmarks": self._run(snapshot, snapshot.module.model)}
+        with snapshot.pretrained() as model:
+            return {"benchmarks": self._run(snapshot, model)}
 
-    def _run(self, look: Look, model: nn.Module) -> dict[str, Any]:
+    def _run(self, snapshot: StageSnapshot, model: nn.Module) -> dict[str, Any]:
         with _quiet(), _own_randomness():
             from lm_eval import simple_evaluate  # type: ignore[import-untyped,import-not-found]
             from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped,import-not-found]
@@ -87,7 +87,7 @@ class LmEval(Observer):
                     why="only tasks with a file there can be run",
                     fix=f"choose from {', '.join(sorted(manager.all_tasks)[:12]) or 'none'}",
                 )
-            harness = HFLM(pretrained=model, tokenizer=look.module.backbone.tokenizer, batch_size=self.batch_size)
+            harness = HFLM(pretrained=model, tokenizer=snapshot.module.backbone.tokenizer, batch_size=self.batch_size)
             found = simple_evaluate(
                 model=harness,
                 tasks=self.tasks,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from residency.core.types import Batch
-from residency.inspection.base import Look, Observer
+from residency.inspection.base import Observer, StageSnapshot
 from residency.inspection.calibration_metrics import TokenAnswers, calibration, token_answers
 from residency.inspection.drift_metrics import kl_from_top, top_log_probabilities
 
@@ -33,19 +33,19 @@ class KLToBase(Observer):
         self.top = top
         self._base: list[tuple[Tensor, Tensor]] = []
 
-    def after(self, look: Look) -> Mapping[str, Any]:
+    def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """Drift of the state after stage k; nothing before training, where it is 0."""
-        if look.k == 0:
+        if snapshot.k == 0:
             return {}
         if not self._base:
-            with look.pretrained() as model:
+            with snapshot.pretrained() as model:
                 self._base = [
-                    top_log_probabilities(look.logits(model, batch), k=self.top)
-                    for _, batch in look.batches(tokens=self.tokens)
+                    top_log_probabilities(snapshot.logits(model, batch), k=self.top)
+                    for _, batch in snapshot.batches(tokens=self.tokens)
                 ]
         parts: dict[str, list[Tensor]] = {}
-        for (column, batch), (ids, log_p) in zip(look.batches(tokens=self.tokens), self._base, strict=True):
-            logits = look.served(column, batch, look.module.forward)
+        for (column, batch), (ids, log_p) in zip(snapshot.batches(tokens=self.tokens), self._base, strict=True):
+            logits = snapshot.served(column, batch, snapshot.module.forward)
             parts.setdefault(column, []).append(kl_from_top(ids, log_p, logits))
         columns = {name: float(torch.cat(values).mean()) for name, values in parts.items()}
         return {"columns": columns, "mean": sum(columns.values()) / len(columns)}
@@ -65,17 +65,17 @@ class AnswerCalibration(Observer):
         self.tokens = tokens
         self.bins = bins
 
-    def after(self, look: Look) -> Mapping[str, Any]:
+    def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """Calibration of the state after stage k, or before training."""
-        if look.k:
-            parts = self._read(look, lambda column, batch: look.served(column, batch, look.module.forward))
+        if snapshot.k:
+            parts = self._read(snapshot, lambda column, batch: snapshot.served(column, batch, snapshot.module.forward))
         else:
-            with look.pretrained() as model:
-                parts = self._read(look, lambda column, batch: look.logits(model, batch))
+            with snapshot.pretrained() as model:
+                parts = self._read(snapshot, lambda column, batch: snapshot.logits(model, batch))
         return {"columns": {name: asdict(calibration(answers, bins=self.bins)) for name, answers in parts.items()}}
 
-    def _read(self, look: Look, logits: Callable[[str, Batch], Tensor]) -> dict[str, list[TokenAnswers]]:
+    def _read(self, snapshot: StageSnapshot, logits: Callable[[str, Batch], Tensor]) -> dict[str, list[TokenAnswers]]:
         parts: dict[str, list[TokenAnswers]] = {}
-        for column, batch in look.batches(tokens=self.tokens):
+        for column, batch in snapshot.batches(tokens=self.tokens):
             parts.setdefault(column, []).append(token_answers(logits(column, batch), batch.targets))
         return parts

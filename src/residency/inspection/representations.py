@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from residency.core.types import Batch
-from residency.inspection.base import Look, Observer
+from residency.inspection.base import Observer, StageSnapshot
 from residency.inspection.drift_metrics import linear_cka
 
 __all__ = ["RepresentationDrift"]
@@ -31,28 +31,30 @@ class RepresentationDrift(Observer):
         self.tokens = tokens
         self._base: list[Tensor] = []
 
-    def after(self, look: Look) -> Mapping[str, Any]:
+    def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """Drift of the state after stage k; nothing before training, where it is 0."""
-        if look.k == 0:
+        if snapshot.k == 0:
             return {}
         if not self._base:
-            with look.pretrained() as model:
-                self._base = self._states(look, lambda column, batch: _read(look, model, batch))
-        live = look.module.model
-        now = self._states(look, lambda column, batch: look.served(column, batch, partial(_read, look, live)))
+            with snapshot.pretrained() as model:
+                self._base = self._states(snapshot, lambda column, batch: _read(snapshot, model, batch))
+        live = snapshot.module.model
+        now = self._states(
+            snapshot, lambda column, batch: snapshot.served(column, batch, partial(_read, snapshot, live))
+        )
         drift = [1.0 - linear_cka(then, state) for then, state in zip(self._base, now, strict=True)]
         return {"by_block": drift, "mean": sum(drift) / len(drift), "tokens": now[0].shape[0]}
 
-    def _states(self, look: Look, read: Callable[[str, Batch], Tensor]) -> list[Tensor]:
+    def _states(self, snapshot: StageSnapshot, read: Callable[[str, Batch], Tensor]) -> list[Tensor]:
         """(tokens, D) per block, on the CPU."""
-        parts = [read(column, batch) for column, batch in look.batches(tokens=self.tokens)]
+        parts = [read(column, batch) for column, batch in snapshot.batches(tokens=self.tokens)]
         return list(torch.cat(parts)[: self.tokens].unbind(1))
 
 
-def _read(look: Look, model: nn.Module, batch: Batch) -> Tensor:
+def _read(snapshot: StageSnapshot, model: nn.Module, batch: Batch) -> Tensor:
     """(n, blocks, D) hidden states of one forward pass."""
     with _watched(model) as seen:
-        look.logits(model, batch)
+        snapshot.logits(model, batch)
     return torch.stack([_tokens(state, batch) for state in seen], 1)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from residency.core.types import Tensors
-from residency.inspection.base import Look, Observer
+from residency.inspection.base import Observer, StageSnapshot
 from residency.inspection.drift_metrics import (
     WeightDrift,
     dense_drift,
@@ -59,30 +59,30 @@ class WeightDriftByLayer(Observer):
     def __init__(self) -> None:
         self._sizes: dict[str, tuple[float, float]] = {}
 
-    def after(self, look: Look) -> Mapping[str, Any]:
+    def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """Drift of the state after stage k; nothing before training."""
-        if look.k == 0:
+        if snapshot.k == 0:
             return {}
         known: dict[int, Mapping[str, _Update]] = {}
 
         def state(k: int) -> Mapping[str, _Update]:
             if k not in known:
-                known[k] = _updates(look, k)
+                known[k] = _updates(snapshot, k)
             return known[k]
 
         start = state(0)
-        total = _minus(state(look.k), start)
-        step = _minus(state(look.k), state(look.k - 1))
-        last = _minus(state(look.k - 1), state(look.k - 2)) if look.k > 1 else {}
-        self._measure(look, start)
+        total = _minus(state(snapshot.k), start)
+        step = _minus(state(snapshot.k), state(snapshot.k - 1))
+        last = _minus(state(snapshot.k - 1), state(snapshot.k - 2)) if snapshot.k > 1 else {}
+        self._measure(snapshot, start)
         layers = {name: self._layer(name, update, step, last) for name, update in total.items()}
         return _summary(layers, self._sizes, step, last) | {"layers": layers}
 
-    def _measure(self, look: Look, start: Mapping[str, _Update]) -> None:
+    def _measure(self, snapshot: StageSnapshot, start: Mapping[str, _Update]) -> None:
         """(‖W_0‖_F, ‖W_0‖₂) of every weight, once."""
         for name, update in start.items():
             if name not in self._sizes:
-                adapter, model = look.module.adapter, look.module.model
+                adapter, model = snapshot.module.adapter, snapshot.module.model
                 whole = update.dense if update.dense is not None else adapter.adapted_weight(model, name)
                 spectral = spectral_norm(whole) if whole.dim() == 2 else float(whole.double().norm())
                 self._sizes[name] = float(whole.double().norm()), spectral
@@ -108,14 +108,14 @@ class BackboneDrift(Observer):
     compared bit for bit.
     """
 
-    def after(self, look: Look) -> Mapping[str, Any]:
+    def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """Drift of the state after stage k; nothing before training."""
-        if look.k == 0:
+        if snapshot.k == 0:
             return {}
-        live = {plain: p for name, p in look.module.model.named_parameters() for plain in _plain(name)}
+        live = {plain: p for name, p in snapshot.module.model.named_parameters() for plain in _plain(name)}
         moved = size = 0.0
         unmatched = 0
-        for name, before in look.module.backbone.load().named_parameters():
+        for name, before in snapshot.module.backbone.load().named_parameters():
             now = live.get(name)
             if now is None or now.shape != before.shape:
                 unmatched += 1
@@ -134,26 +134,26 @@ def _plain(name: str) -> tuple[str, str]:
     return name.removeprefix("base_model.model."), name.removeprefix("base_model.")
 
 
-def _updates(look: Look, k: int) -> Mapping[str, _Update]:
+def _updates(snapshot: StageSnapshot, k: int) -> Mapping[str, _Update]:
     """The adapter's contribution to every weight after stage k; of what is no product, the parameters themselves."""
-    module = look.module
-    if k == look.k:
+    module = snapshot.module
+    if k == snapshot.k:
         state: Tensors = module.adapter.state(module.model)
     elif k > 0:
-        state = look.states(k)
-    elif "reference" in module.adapter.provides and (pairs := _pairs(look)):
+        state = snapshot.states(k)
+    elif "reference" in module.adapter.provides and (pairs := _pairs(snapshot)):
         # With the adapter off the model is the pretrained one, so before training there is no update.
         return {name: _Update(factors=(left[:, :0], right[:0])) for name, (left, right) in pairs.items()}
     else:
-        state = module.adapter.state(look.pristine())
+        state = module.adapter.state(snapshot.pristine())
     pairs = module.adapter.low_rank(module.model, state)
     if pairs:
         return {name: _Update(factors=pair) for name, pair in pairs.items()}
     return {name: _Update(dense=tensor.detach()) for name, tensor in state.items() if tensor.is_floating_point()}
 
 
-def _pairs(look: Look) -> Mapping[str, Factors]:
-    adapter, model = look.module.adapter, look.module.model
+def _pairs(snapshot: StageSnapshot) -> Mapping[str, Factors]:
+    adapter, model = snapshot.module.adapter, snapshot.module.model
     return adapter.low_rank(model, adapter.state(model))
 
 

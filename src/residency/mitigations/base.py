@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from residency.core.tensors import size_in_bytes
 from residency.core.types import Batch, Capability, Example, Outputs, Stage, Tensors
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["HOOKS", "Mitigation", "Reduction", "State", "overrides"]
 
@@ -49,7 +47,7 @@ class Mitigation(Callback):
     requires: ClassVar[frozenset[Capability]] = frozenset()
     """What the adapter must provide; a missing capability is refused at construction."""
 
-    instead: ClassVar[str] = "a mitigation without that requirement, for example configs/mitigation/replay.yaml"
+    alternative: ClassVar[str] = "a mitigation without that requirement, for example configs/mitigation/replay.yaml"
     """What to use where `requires` is not met (completes the sentence "use ...")."""
 
     first_domain: ClassVar[int] = 1
@@ -96,16 +94,16 @@ class Mitigation(Callback):
 
     # -- lifecycle: once per domain, also across resumes --------------------------------------------------------
 
-    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """Before the first step of a domain: anchors, teachers, bases. May set `self.state`, never weights."""
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """After the last step and after every `transform_weights`: estimate, remember. Never changes weights.
 
         Not called after the last stage of a stream, where there is nothing to remember for.
         """
 
-    def prepare_dataset(self, module: ContinualModule, dataset: Sequence[Example], stage: Stage) -> None:
+    def prepare_dataset(self, module: StageModule, dataset: Sequence[Example], stage: Stage) -> None:
         """Right before its own `transform_dataset`, with the weights that the stage before left: where the model itself
         has to write or choose data. May set `self.state`, never weights.
 
@@ -124,11 +122,11 @@ class Mitigation(Callback):
         """Replace the stage's training set: position (step * batch size + slot) -> example, a pure function."""
         return dataset
 
-    def transform_batch(self, module: ContinualModule, batch: Batch) -> Batch:
+    def transform_batch(self, module: StageModule, batch: Batch) -> Batch:
         """Replace a training batch before the forward pass."""
         return batch
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """Named scalars, already weighted, that are added to the loss; logged as `loss/<mitigation>/<term>`.
 
         A term whose gradient is known in closed form is returned detached, for the log and the sum, and its gradient is
@@ -136,11 +134,11 @@ class Mitigation(Callback):
         """
         return {}
 
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Replace gradients after accumulation, all-reduce and unscaling, before clipping."""
         return gradients
 
-    def transform_update(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_update(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Replace the parameters after an optimizer step, decay included: what is returned is written back.
 
         The only place where a mask or a projection holds: an update made by Adam from perfectly projected gradients
@@ -148,7 +146,7 @@ class Mitigation(Callback):
         """
         return after
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Replace the weights after a stage, in the adapter's averaging space (`requires` `averageable`).
 
         Args:
@@ -159,7 +157,7 @@ class Mitigation(Callback):
         """
         return after
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """What is worth a line beside a logged step: the norm of what a penalty acts on, how many gradients were
         projected, how much of a teacher was kept. Logged as `<mitigation>/<name>`, beside `loss/<mitigation>/<term>`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,10 +14,8 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.validation import validation_nll
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["EarlyStopping", "Progress", "judged"]
 
@@ -95,14 +93,14 @@ class EarlyStopping(Mitigation):
         assert isinstance(tensor, Tensor)
         return Progress.of(tensor)
 
-    def on_train_start(self, trainer: Trainer, module: ContinualModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, module: StageModule) -> None:  # type: ignore[override]
         """A stage that was killed after its patience had run out has nothing left to do."""
         self._end_if_due(trainer, module)
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: ContinualModule, *args: Any
+        self, trainer: Trainer, module: StageModule, *args: Any
     ) -> None:
-        """Look, where a step that is due has just been completed."""
+        """Validate, where a step that is due has just been completed."""
         progress, step = self.progress, trainer.global_step
         due = self.every and step > progress.step and (step % self.every == 0 or step == module.stage.steps)
         if not due:
@@ -114,7 +112,7 @@ class EarlyStopping(Mitigation):
         self._end_if_due(trainer, module)
 
     @torch.no_grad()
-    def on_train_end(self, trainer: Trainer, module: ContinualModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, module: StageModule) -> None:  # type: ignore[override]
         """Go back to the best state, and forget it."""
         best = self.state["best"]
         assert isinstance(best, dict)
@@ -123,7 +121,7 @@ class EarlyStopping(Mitigation):
             leaf.copy_(best[name])
         self.state.update(best={}, progress=Progress().tensor())
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`validation_nll` of the last look, `best_nll` and `best_step`; nothing before the first look."""
         progress = self.progress
         if not progress.step:
@@ -138,7 +136,7 @@ class EarlyStopping(Mitigation):
         """Not when off."""
         return self.every > 0 and super().touches_training(index)
 
-    def _end_if_due(self, trainer: Trainer, module: ContinualModule) -> None:
+    def _end_if_due(self, trainer: Trainer, module: StageModule) -> None:
         if self.patience is not None and self.progress.waited >= self.patience:
             trainer.should_stop = True
             module.ended_early = True

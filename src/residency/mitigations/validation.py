@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.losses import token_nll
 from residency.core.tensors import wide
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["validation_nll"]
 
@@ -19,7 +15,7 @@ VALIDATION_TOKENS = 2048  # per pass; without gradients memory is no question
 
 
 @torch.no_grad()
-def validation_nll(module: ContinualModule) -> float:
+def validation_nll(module: StageModule) -> float:
     """Mean nats per completion token over the validation rows of the running stage's own domain.
 
     The model is in evaluation mode while it runs and as before afterwards; no random number is drawn from outside.

@@ -20,7 +20,7 @@ from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers
 from residency.inspection import Inspection
 from residency.runs.config.class_names import class_names
-from residency.runs.config.explain import Refusal, explain
+from residency.runs.config.explain import ParseFailure, explain
 from residency.runs.config.instantiate import build_trainer_options, building
 from residency.runs.config.jsonargparse_patch import install
 from residency.runs.config.options import add_export_options, add_run_options, run_folder, run_settings, wandb_settings
@@ -138,7 +138,7 @@ class ResidencyCLI(LightningCLI):
         check_configs(args)
         try:
             self.config = parser.parse_args(expand_presets(args))
-        except Refusal as refusal:
+        except ParseFailure as refusal:
             raise explain(refusal, args, class_names()) from refusal
 
     def _parse_ckpt_path(self) -> None:

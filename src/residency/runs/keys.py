@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from residency.engine.module import ContinualModule
     from residency.engine.scoring.evaluation import EvaluationSettings
 
-__all__ = ["Lineage", "StageKeys", "digest"]
+__all__ = ["RunKeys", "StageKeys", "digest"]
 
 # Of the Trainer's options, those that only watch. `logger` may be an object with a folder of its own.
 _WATCHING = {"logger", "enable_progress_bar", "enable_model_summary", "default_root_dir", "profiler", "max_steps"}
@@ -57,7 +57,7 @@ class StageKeys:
     watched: tuple[str, ...]
 
 
-class Lineage:
+class RunKeys:
     """The keys of a run.
 
     Args:

@@ -12,38 +12,38 @@ from residency.core.tensor_files import append_line, load_tree, read_lines, save
 from residency.engine.scoring.evaluation import Evaluation
 from residency.engine.stage import training_state
 from residency.runs.folder import read_scores, write_scores
-from residency.runs.keys import Lineage
-from residency.runs.stage_runner import Bench
+from residency.runs.keys import RunKeys
+from residency.runs.stage_runner import StageRunner
 from residency.runs.store.store import Entry, Store
 
-__all__ = ["Shelf"]
+__all__ = ["StageCache"]
 
 
-class Shelf:
+class StageCache:
     """What a run is made of, by stage.
 
     Every method that makes something leaves it in the store, so that whoever asks next, here or elsewhere, finds it;
     a damaged entry is made anew, down to the first stage if need be.
 
     Args:
-        bench: Makes what is missing.
-        lineage: The keys.
+        runner: Makes what is missing.
+        keys: The keys.
         store: Where everything lies.
     """
 
-    def __init__(self, *, bench: Bench, lineage: Lineage, store: Store) -> None:
-        self.bench = bench
-        self.lineage = lineage
+    def __init__(self, *, runner: StageRunner, keys: RunKeys, store: Store) -> None:
+        self.runner = runner
+        self.keys = keys
         self.store = store
 
     # -- facts --------------------------------------------------------------------------------------------------
 
     def model(self) -> Mapping[str, Any]:
         """Size and layout of the backbone with its adapter."""
-        key = self.lineage.model
+        key = self.keys.model
         entry = self.store.find("models", key)
         if entry is None:
-            entry = self.store.put("models", key, lambda folder: None, meta=self.bench.model_facts())
+            entry = self.store.put("models", key, lambda folder: None, meta=self.runner.model_facts())
         return entry.meta
 
     def history(self, k: int) -> list[dict[str, Any]]:
@@ -54,10 +54,10 @@ class Shelf:
 
     def trained(self, k: int) -> Entry:
         """The k-th stage as its last step left it."""
-        key = self.lineage.stages[k - 1].trained
+        key = self.keys.stages[k - 1].trained
         entry = self.store.find("trained", key)
         while entry is None:
-            self.bench.go_to(k - 1, self._load)
+            self.runner.restore(k - 1, self._load)
             with self.store.lease("trained", key) as held:
                 # Somebody may have made it between the look and the lease.
                 entry = self.store.find("trained", key) or (self._train(k) if held else None)
@@ -65,7 +65,7 @@ class Shelf:
 
     def finished(self, k: int) -> Entry:
         """The state after the k-th stage; its meta holds the facts."""
-        keys = self.lineage.stages[k - 1]
+        keys = self.keys.stages[k - 1]
         if keys.finished == keys.trained:
             return self.trained(k)
         entry = self.store.find("finished", keys.finished)
@@ -79,40 +79,40 @@ class Shelf:
         return load_tree(self.finished(k).path / "state.safetensors")
 
     def _train(self, k: int) -> Entry:
-        keys, bench = self.lineage.stages[k - 1], self.bench
+        keys, runner = self.keys.stages[k - 1], self.runner
         work = self.store.work(keys.trained)
         log = work / "history.jsonl"
         work.mkdir(parents=True, exist_ok=True)
         _trim(log, work / "checkpoint.safetensors")
-        info = bench.info(self.model(), resumed=k - 1)
-        facts = bench.train(k, work=work, write=lambda line: append_line(log, line), info=info)
-        held = {name: bench.module.mitigations[name].state_bytes() for name in keys.watched}
+        info = runner.info(self.model(), resumed=k - 1)
+        facts = runner.train(k, work=work, write=lambda line: append_line(log, line), info=info)
+        held = {name: runner.module.mitigations[name].state_bytes() for name in keys.watched}
         alone: dict[str, Any] = {"mitigation_state_bytes": held, "weights": {}}
-        tree = {**training_state(bench.module, keys.watched), "facts": {**facts, **alone}}
+        tree = {**training_state(runner.module, keys.watched), "facts": {**facts, **alone}}
 
         def write(folder: Path) -> None:
             save_tree(folder / "state.safetensors", tree)
             shutil.copyfile(log, folder / "history.jsonl")
 
-        meta = {"facts": tree["facts"], "cell": bench.settings.cell, "model": self.lineage.model}
+        meta = {"facts": tree["facts"], "cell": runner.settings.cell, "model": self.keys.model}
         entry = self.store.put("trained", keys.trained, write, meta=meta)
         self.store.forget_work(keys.trained)
         if keys.finished == keys.trained:
             # Nothing follows the training but what the adapter and the module do for themselves.
-            bench.finish(k, facts)
+            runner.finish(k, facts)
         return entry
 
     def _finish(self, k: int, trained: Entry) -> Entry:
-        keys, bench = self.lineage.stages[k - 1], self.bench
-        if bench.trained != k:
-            bench.go_to(k - 1, self._load)
-            bench.adopt(k, load_tree(trained.path / "state.safetensors"))
-        tree = bench.finish(k, trained.meta["facts"])
+        keys, runner = self.keys.stages[k - 1], self.runner
+        if runner.trained != k:
+            runner.restore(k - 1, self._load)
+            runner.take_trained(k, load_tree(trained.path / "state.safetensors"))
+        tree = runner.finish(k, trained.meta["facts"])
 
         def write(folder: Path) -> None:
             save_tree(folder / "state.safetensors", tree)
 
-        meta = {"facts": tree["facts"], "cell": bench.settings.cell, "trained": keys.trained}
+        meta = {"facts": tree["facts"], "cell": runner.settings.cell, "trained": keys.trained}
         return self.store.put("finished", keys.finished, write, meta=meta)
 
     # -- scores -------------------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ class Shelf:
         entries = {column: self.store.find("evaluations", key) for column, key in keys.items()}
         missing = [column for column, entry in entries.items() if entry is None]
         if missing:
-            self.bench.go_to(k, self._load)
+            self.runner.restore(k, self._load)
         for column in missing:
-            found, seconds = self.bench.evaluate([column])
+            found, seconds = self.runner.evaluate([column])
             entries[column] = self.store.put(
                 "evaluations",
                 keys[column],
@@ -142,10 +142,10 @@ class Shelf:
 
     def score_keys(self, k: int) -> dict[str, str]:
         """Column -> key of its scores after stage k; a column without scorers has none."""
-        settings, columns = self.bench.settings, self.bench.data.columns
+        settings, columns = self.runner.settings, self.runner.data.columns
         options: dict[str, Any] = {"split": settings.split, "settings": settings.evaluation}
         options["layout"] = self.model()["layout"]
-        return {name: self.lineage.scores(k, name, **options) for name, domain in columns.items() if domain.scorers}
+        return {name: self.keys.scores(k, name, **options) for name, domain in columns.items() if domain.scorers}
 
 
 def _trim(log: Path, checkpoint: Path) -> None:

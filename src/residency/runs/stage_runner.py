@@ -1,4 +1,4 @@
-"""The bench on which the stages of one run are made: it knows in which state the module is, and how to bring it on."""
+"""The runner on which the stages of one run are made: it knows in which state the module is, and how to bring it on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, evaluate
-from residency.engine.stage import adopt_training, finish_stage, restore_stage, train_stage
+from residency.engine.stage import finish_stage, restore_stage, take_trained_stage, train_stage
 from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
 from residency.runs.settings import StreamSettings
 from residency.runs.views.base import RunInfo, View
 
-__all__ = ["Bench", "plan_stages"]
+__all__ = ["StageRunner", "plan_stages"]
 
 Line = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def plan_stages(data: StreamData, trainers: Trainers, settings: StreamSettings, 
     return found
 
 
-class Bench:
+class StageRunner:
     """A module and where it stands.
 
     Args:
@@ -83,7 +83,7 @@ class Bench:
         self.trained = 0
         """The stage that the module has trained, or taken over, and not finished; 0 = none."""
         self.trained_here = 0
-        """The last stage that was trained by this bench."""
+        """The last stage that was trained by this runner."""
         self._untouched = {name: dict(m.state_dict()) for name, m in module.mitigations.items()}
 
     def build(self) -> None:
@@ -114,7 +114,7 @@ class Bench:
 
     # -- states -------------------------------------------------------------------------------------------------
 
-    def go_to(self, k: int, load: Callable[[int], Mapping[str, Any]]) -> None:
+    def restore(self, k: int, load: Callable[[int], Mapping[str, Any]]) -> None:
         """Bring the module to the state after stage k.
 
         Args:
@@ -183,10 +183,10 @@ class Bench:
         """Optimizer steps of the stream before the k-th stage."""
         return sum(stage.steps for stage in self.stages[: k - 1])
 
-    def adopt(self, k: int, tree: Mapping[str, Any]) -> None:
+    def take_trained(self, k: int, tree: Mapping[str, Any]) -> None:
         """Take over what another run has trained as its k-th stage."""
         self.at = -1
-        adopt_training(self.module, self.data, self.stages[k - 1], tree, device=self.trainers.root_device)
+        take_trained_stage(self.module, self.data, self.stages[k - 1], tree, device=self.trainers.root_device)
         self.trained = k
 
     def finish(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:

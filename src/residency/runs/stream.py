@@ -17,15 +17,15 @@ from residency.engine.stage import check_devices
 from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
 from residency.runs.folder import RunFolder
-from residency.runs.keys import Lineage
+from residency.runs.keys import RunKeys
 from residency.runs.results import build_record
 from residency.runs.settings import StreamSettings, check_stream
-from residency.runs.stage_cache import Shelf
-from residency.runs.stage_runner import Bench, plan_stages
+from residency.runs.stage_cache import StageCache
+from residency.runs.stage_runner import StageRunner, plan_stages
 from residency.runs.store.store import Store, link_or_copy
 from residency.runs.views.base import RunInfo, View
 
-__all__ = ["StreamSettings", "check_stream", "open_shelf", "train_stream"]
+__all__ = ["StreamSettings", "check_stream", "open_stage_cache", "train_stream"]
 
 
 def train_stream(
@@ -65,10 +65,10 @@ def train_stream(
         check_stream(data)
         check_devices(data, trainers, module.adapter)
         check_validation(module.mitigations, data)
-        bench = _bench(module, data, trainers, settings, views)
-        bench.inspection = inspection or Inspection()
-        shelf = _shelf(bench, config) if settings.store is not None and config is not None else None
-        run = _Run(bench, folder, shelf)
+        runner = _stage_runner(module, data, trainers, settings, views)
+        runner.inspection = inspection or Inspection()
+        stage_cache = _stage_cache(runner, config) if settings.store is not None and config is not None else None
+        run = _Run(runner, folder, stage_cache)
         try:
             return run.execute()
         except BaseException as error:
@@ -77,7 +77,7 @@ def train_stream(
             raise
 
 
-def open_shelf(
+def open_stage_cache(
     *,
     module: ContinualModule,
     data: StreamData,
@@ -85,7 +85,7 @@ def open_shelf(
     settings: StreamSettings,
     config: Mapping[str, Any],
     views: Sequence[View] = (),
-) -> Shelf:
+) -> StageCache:
     """The stages of a run in a store, without a run folder: for a study's workers and its planner.
 
     Args:
@@ -102,39 +102,39 @@ def open_shelf(
     check_stream(data)
     check_devices(data, trainers, module.adapter)
     check_validation(module.mitigations, data)
-    return _shelf(_bench(module, data, trainers, settings, views), config)
+    return _stage_cache(_stage_runner(module, data, trainers, settings, views), config)
 
 
-def _bench(
+def _stage_runner(
     module: ContinualModule, data: StreamData, trainers: Trainers, settings: StreamSettings, views: Sequence[View]
-) -> Bench:
+) -> StageRunner:
     tokenizer = None if settings.stage_tokens is None else module.backbone.tokenizer
     stages = plan_stages(data, trainers, settings, tokenizer)
     parts = {"module": module, "data": data, "trainers": trainers, "settings": settings}
-    return Bench(**parts, stages=stages, views=views)  # type: ignore[arg-type]
+    return StageRunner(**parts, stages=stages, views=views)  # type: ignore[arg-type]
 
 
-def _shelf(bench: Bench, config: Mapping[str, Any]) -> Shelf:
-    lineage = Lineage(module=bench.module, data=bench.data, stages=bench.stages, config=config)
-    assert bench.settings.store is not None
-    return Shelf(bench=bench, lineage=lineage, store=Store(bench.settings.store))
+def _stage_cache(runner: StageRunner, config: Mapping[str, Any]) -> StageCache:
+    keys = RunKeys(module=runner.module, data=runner.data, stages=runner.stages, config=config)
+    assert runner.settings.store is not None
+    return StageCache(runner=runner, keys=keys, store=Store(runner.settings.store))
 
 
 class _Run:
     """The steps of `train_stream` over the things it was given.
 
     Args:
-        bench: Trains and scores.
+        runner: Trains and scores.
         folder: Of the run.
-        shelf: Where stages are shared; `None` = the run's folder is all there is.
+        stage_cache: Where stages are shared; `None` = the run's folder is all there is.
     """
 
-    def __init__(self, bench: Bench, folder: RunFolder, shelf: Shelf | None) -> None:
-        self.bench = bench
-        self.views = bench.views
+    def __init__(self, runner: StageRunner, folder: RunFolder, stage_cache: StageCache | None) -> None:
+        self.runner = runner
+        self.views = runner.views
         self.folder = folder
-        self.shelf = shelf
-        self.stages = bench.stages
+        self.stage_cache = stage_cache
+        self.stages = runner.stages
         self.folders = [folder.stage(0, "base"), *(folder.stage(s.index + 1, s.domain) for s in self.stages)]
         self.records: list[dict[str, Any]] = []
 
@@ -150,11 +150,11 @@ class _Run:
         for view in self.views:
             view.start(info, history, [record["means"] for record in self.records])
         for k in range(len(self.records), len(self.folders)):
-            facts = self._state(k) if k and not self.bench.settings.frozen else _untrained(k, self.stages)
-            scores, more = self._scores(0 if self.bench.settings.frozen else k)
+            facts = self._state(k) if k and not self.runner.settings.frozen else _untrained(k, self.stages)
+            scores, more = self._scores(0 if self.runner.settings.frozen else k)
             facts = {**facts, **more}
             self._complete(k, scores, facts | self._look(k, facts))
-        record = build_record(module=self.bench.module, data=self.bench.data, info=info, stages=self.records)
+        record = build_record(module=self.runner.module, data=self.runner.data, info=info, stages=self.records)
         self.folder.complete(record)
         for view in self.views:
             view.finish(record)
@@ -163,14 +163,14 @@ class _Run:
     @cached_property
     def info(self) -> RunInfo:
         """What views want to know; loads the model unless the store knows its size."""
-        facts = self.bench.model_facts() if self.shelf is None else self.shelf.model()
-        return self.bench.info(facts, resumed=max(0, len(self.records) - 1))
+        facts = self.runner.model_facts() if self.stage_cache is None else self.stage_cache.model()
+        return self.runner.info(facts, resumed=max(0, len(self.records) - 1))
 
     def _trim_history(self) -> list[dict[str, Any]]:
         """Drop lines of steps that will be run again."""
         k = len(self.records)
         step = 0
-        if 0 < k <= len(self.stages) and self.shelf is None:
+        if 0 < k <= len(self.stages) and self.stage_cache is None:
             folder = self.folders[k]
             if (folder / "state.safetensors").is_file():
                 step = self.stages[k - 1].steps
@@ -183,11 +183,11 @@ class _Run:
 
     def _state(self, k: int) -> dict[str, Any]:
         """See to it that the state after stage k lies in the run's folder; its facts."""
-        if self.shelf is None:
+        if self.stage_cache is None:
             return self._own_state(k)
-        entry = self.shelf.finished(k)
-        trained_here = self.bench.trained_here == k
-        lines = self.shelf.history(k)
+        entry = self.stage_cache.finished(k)
+        trained_here = self.runner.trained_here == k
+        lines = self.stage_cache.history(k)
         link_or_copy(entry.path / "state.safetensors", self.folders[k] / "state.safetensors")
         self.folder.trim_history(stage=k, step=0)
         self.folder.add_history(lines)
@@ -200,9 +200,9 @@ class _Run:
         folder = self.folders[k]
         if (folder / "state.safetensors").is_file():
             return dict(self._load(k)["facts"])
-        self.bench.go_to(k - 1, self._load)
-        facts = self.bench.train(k, work=folder, write=self._write_line, info=self.info)
-        tree = self.bench.finish(k, facts)
+        self.runner.restore(k - 1, self._load)
+        facts = self.runner.train(k, work=folder, write=self._write_line, info=self.info)
+        tree = self.runner.finish(k, facts)
         self.folder.save_state(folder, tree)
         return dict(tree["facts"])
 
@@ -215,26 +215,26 @@ class _Run:
     # -- scores and record --------------------------------------------------------------------------------------
 
     def _scores(self, k: int) -> tuple[Evaluation, dict[str, Any]]:
-        if self.shelf is not None:
-            return self.shelf.scores(k)
-        self.bench.go_to(k, self._load)
-        scores, seconds = self.bench.evaluate([name for name, d in self.bench.data.columns.items() if d.scorers])
+        if self.stage_cache is not None:
+            return self.stage_cache.scores(k)
+        self.runner.restore(k, self._load)
+        scores, seconds = self.runner.evaluate([name for name, d in self.runner.data.columns.items() if d.scorers])
         return scores, {"evaluation_seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
 
     def _look(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Inspect the state after stage k; nothing is loaded for it unless somebody looks."""
-        bench = self.bench
-        if not bench.inspection.observers or (k and bench.settings.frozen):
+        runner = self.runner
+        if not runner.inspection.observers or (k and runner.settings.frozen):
             return {}
-        bench.go_to(k, self._load)
-        bench.module.to(bench.trainers.root_device)
+        runner.restore(k, self._load)
+        runner.module.to(runner.trainers.root_device)
 
         def state(stage: int) -> Tensors:
             weights: Tensors = self._load(stage)["weights"]
             return weights
 
-        where = {"k": k, "seed": bench.settings.seed, "states": state, "facts": facts}
-        return bench.inspection.after_stage(bench.module, bench.data, **where)  # type: ignore[arg-type]
+        where = {"k": k, "seed": runner.settings.seed, "states": state, "facts": facts}
+        return runner.inspection.after_stage(runner.module, runner.data, **where)  # type: ignore[arg-type]
 
     def _complete(self, k: int, scores: Evaluation, facts: Mapping[str, Any]) -> None:
         self.folder.complete_stage(self.folders[k], scores, facts)

@@ -129,19 +129,19 @@ def sweep(
     console.print(f"stages at once: {cores.workers}, threads of each: {cores.threads} ({cores.why})", highlight=False)
     parts: dict[str, Any] = {"folder": folder, "store": place, "console": console, "workers": cores.workers}
     if dry_run:
-        from residency.study.runner import Workshop
+        from residency.study.runner import StudyRunner
 
-        Workshop(study, **parts).check(measured=measure)
+        StudyRunner(study, **parts).check(measured=measure)
         return EXIT_DONE
     make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, cores.workers, cores.threads))
     # A new study has something to run: its workers import what they need while this process does.
     early = executor is None and kind == "local" and not (folder / "plan.json").exists()
     with _only_sweep(folder), _started(make, folder / "logs", early=early) as start:
-        from residency.study.runner import Workshop
+        from residency.study.runner import StudyRunner
 
         keep_cores(folder, cores)
         views = watchers if watchers is not None else [_view(path, study_dir, console)]
-        return Workshop(study, **parts).sweep(start, views)
+        return StudyRunner(study, **parts).sweep(start, views)
 
 
 @contextmanager

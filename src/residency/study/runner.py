@@ -23,12 +23,12 @@ from residency.study.planning.study_file import Study
 from residency.study.schedule import Failure, run_tree
 from residency.study.views.events import GridCell, StudyGrid, Watcher
 
-__all__ = ["Workshop"]
+__all__ = ["StudyRunner"]
 
 Found = Mapping[str, Mapping[str, Any]]
 
 
-class Workshop:
+class StudyRunner:
     """Where a study is made.
 
     Args:
@@ -97,7 +97,7 @@ class Workshop:
 
         resolver = self._check_space()
         parts: dict[str, Any] = {"folder": self.folder, "resolver": resolver, "executor": executor}
-        return StudySearch(self.study, **parts, watchers=watchers, told=self._say).run()
+        return StudySearch(self.study, **parts, watchers=watchers, on_message=self._say).run()
 
     def _check_space(self) -> Resolver:
         from residency.study.search.check_space import check_space

@@ -74,7 +74,7 @@ def _bug(status: _Status, error: Exception) -> int:
 
 def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     from residency.runs.cli import parse
-    from residency.runs.stream import open_shelf, train_stream
+    from residency.runs.stream import open_stage_cache, train_stream
     from residency.runs.views.lightning_loggers import LoggerView
 
     if spec.get("threads"):
@@ -89,11 +89,11 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     if until is None:
         train_stream(**parts, folder=cli.folder, views=[status, cli.tracker(), LoggerView()])
         return
-    shelf = open_shelf(**parts, views=[status])
+    stage_cache = open_stage_cache(**parts, views=[status])
     if until:
-        shelf.finished(until)
+        stage_cache.finished(until)
     if spec.get("evaluate", True):
-        scores, _ = shelf.scores(until)
+        scores, _ = stage_cache.scores(until)
         status.write(phase="scored", means=means(scores))
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from chores import gone, note
 from residency.core.errors import UserError
 from residency.study.executors.base import Outcome, Resources, Task
 from residency.study.executors.ray import RayExecutor
+from support.executor_tasks import gone, note
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ __all__ = [
     "birkhoff",
     "initial_logits",
     "mix",
+    "mixers",
     "mixing_matrix",
+    "mixing_parameters",
     "residual",
     "sinkhorn",
 ]
@@ -146,3 +148,13 @@ def add_mixer(block: nn.Module, mixer: Mixer) -> None:
     """Put a mixer behind a block."""
     block.add_module(MIXER, mixer.to(next(block.parameters()).device))
     block.register_forward_hook(_behind)
+
+
+def mixers(model: nn.Module) -> list[Mixer]:
+    """All mixers of a model, from the bottom up."""
+    return [module for module in model.modules() if isinstance(module, Mixer)]
+
+
+def mixing_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of all mixers by their names in the model."""
+    return {name: p for name, p in model.named_parameters() if f".{MIXER}." in name}

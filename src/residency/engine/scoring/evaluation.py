@@ -97,7 +97,7 @@ def evaluate(
                 tokenizer = module.backbone.tokenizer
                 examples = data.evaluation_examples(name, split, tokenizer, competing=settings.accuracy_rows)
                 generated = {e.row for e in examples[: settings.generation_rows]}
-                for context, group in module.adapter.serve(module.model, name, examples, partial(prompt_nll, module)):
+                for context, group in module.adapter.route(module.model, name, examples, partial(prompt_nll, module)):
                     with context, folding.of(group):
                         scores += _likelihoods(module, domain, group, settings, advance)
                         if any(SCORERS[s].needs == "generation" for s in domain.scorers):
@@ -117,7 +117,7 @@ class _Folding:
 
     def __init__(self, module: ContinualModule) -> None:
         self._module = module
-        self._stays = not (changes(module.adapter, "serve") or changes(module.adapter, "extra_scores"))
+        self._stays = not (changes(module.adapter, "route") or changes(module.adapter, "extra_scores"))
         self._open = ExitStack()
         self._folded = False
 
@@ -139,7 +139,7 @@ class _Folding:
 
     def _fold(self, wanted: bool) -> None:
         if wanted and not self._folded:
-            self._open.enter_context(self._module.adapter.scoring(self._module.model))
+            self._open.enter_context(self._module.adapter.folded_for_scoring(self._module.model))
         if self._folded and not wanted:
             self._open.close()
         self._folded = wanted

@@ -15,7 +15,7 @@ violate the constraint again; with plain SGD it does not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,10 +26,8 @@ from residency.core.types import Example, Stage, Tensors
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation, State
 from residency.mitigations.constraints.gradient_projection import project_agem, project_gem, reference_gradient
+from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.memory import into_reservoir, pack_examples, unpack_examples
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["AGEM", "GEM"]
 
@@ -62,7 +60,7 @@ class AGEM(Mitigation):
         self.add_state("buffer", pack_examples([]))
         self.add_state("steps", torch.zeros(2, dtype=torch.long))
 
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Project; the gradient itself in the first domain, and where it agrees with the past."""
         memory = _unpacked(self.state["buffer"])
         if not memory or self.strength == 0:
@@ -73,7 +71,7 @@ class AGEM(Mitigation):
         self.state["steps"] = _counted(self.state["steps"], changed=final is not gradients)
         return final
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Offer what the domain was learned from to the reservoir, in order of appearance."""
         memory, seen = _unpacked(self.state["buffer"]), self.state["seen"]
         assert isinstance(seen, Tensor)
@@ -85,7 +83,7 @@ class AGEM(Mitigation):
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`projected`: share of the steps with a memory so far whose gradient was corrected."""
         return {"projected": _share(self.state["steps"])}
 
@@ -134,7 +132,7 @@ class GEM(Mitigation):
         self.add_state("buffer", pack_examples([]))
         self.add_state("steps", torch.zeros(2, dtype=torch.long))
 
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Project; the gradient itself in the first domain, and where it agrees with every earlier one."""
         memory = _unpacked(self.state["buffer"])
         if not memory or self.strength == 0:
@@ -147,7 +145,7 @@ class GEM(Mitigation):
         self.state["steps"] = _counted(self.state["steps"], changed=final is not gradients)
         return final
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Keep a draw of what the domain was learned from."""
         learned = learned_examples(module.dataset, stage.domain)
         order = permutation(len(learned), stage.seed, "gem memory", stage.index)
@@ -158,7 +156,7 @@ class GEM(Mitigation):
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`projected`: share of the steps with a memory so far whose gradient was corrected."""
         return {"projected": _share(self.state["steps"])}
 
@@ -179,7 +177,7 @@ def _unpacked(buffer: State) -> list[Example]:
     return unpack_examples(buffer)
 
 
-def _draw(memory: Sequence[Example], samples: int, module: ContinualModule, *purpose: str) -> list[Example]:
+def _draw(memory: Sequence[Example], samples: int, module: StageModule, *purpose: str) -> list[Example]:
     """Distinct examples for one step."""
     stage = module.stage
     order = permutation(len(memory), stage.seed, *purpose, stage.index, module.global_step)

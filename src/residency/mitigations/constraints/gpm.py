@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,9 +31,7 @@ from residency.core.types import Capability, Stage, Tensors
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
 from residency.mitigations.constraints.linear_maps import LinearMap, kept_share, linear_maps, passes
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["GPM", "project_update"]
 
@@ -63,7 +61,7 @@ class GPM(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates", "linear"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
+    alternative: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
     training_only: ClassVar[frozenset[str]] = frozenset({"rest"})
 
     def __init__(
@@ -89,7 +87,7 @@ class GPM(Mitigation):
         self.add_state("free", {})
         self.add_state("kept", torch.ones(()))
 
-    def transform_update(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_update(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Project every matrix; nothing in the first domain."""
         memories = self.memories()
         if not memories:
@@ -107,7 +105,7 @@ class GPM(Mitigation):
         return projected
 
     @torch.no_grad()
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Remember the inputs of the domain, as the final weights have them."""
         if self.energy == 0:
             return
@@ -131,7 +129,7 @@ class GPM(Mitigation):
         """Not at energy 0."""
         return self.energy > 0 and super().touches_training(index)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`used`: mean share of input directions that are taken; `kept`: of the last update's norm."""
         shares = [memory.used / len(memory.basis) for memory in self.memories().values()]
         kept = self.state["kept"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from residency.core.batching import by_token_budget
 from residency.core.types import Example, Tensors
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["dual_weights", "inner", "project_agem", "project_gem", "reference_gradient"]
 
@@ -91,7 +88,7 @@ def project_gem(
 
 
 def reference_gradient(
-    module: ContinualModule, examples: Sequence[Example], names: Sequence[str], *, batch_tokens: int
+    module: StageModule, examples: Sequence[Example], names: Sequence[str], *, batch_tokens: int
 ) -> dict[str, Tensor]:
     """Gradient of the objective on stored examples at the current weights, without dropout; `.grad` is not touched.
 

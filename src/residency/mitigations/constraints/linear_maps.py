@@ -12,16 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.types import Batch, Example, Tensors
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["LinearMap", "kept_share", "layer_weight", "linear_maps", "passes"]
 
@@ -91,7 +89,7 @@ def layer_weight(model: nn.Module, layer: str) -> Tensor:
     return weight.T if _is_transposed(base) else weight
 
 
-def passes(module: ContinualModule, examples: Sequence[Example], *, tokens: int = 2048) -> Iterator[Batch]:
+def passes(module: StageModule, examples: Sequence[Example], *, tokens: int = 2048) -> Iterator[Batch]:
     """Batches without padding, each after the model has run on it in evaluation mode, without gradient."""
     training = module.model.training
     module.model.eval()

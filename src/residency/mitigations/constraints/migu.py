@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ from residency.core.errors import UserError
 from residency.core.types import Batch, Capability, Tensors
 from residency.mitigations.base import Mitigation
 from residency.mitigations.constraints.linear_maps import kept_share, linear_maps
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["MIGU", "kept_rows"]
 
@@ -53,7 +51,7 @@ class MIGU(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"linear"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
+    alternative: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
 
     def __init__(self, *, threshold: float = 0.7) -> None:
         super().__init__()
@@ -87,12 +85,12 @@ class MIGU(Mitigation):
         """Watch no more."""
         self._close()
 
-    def transform_batch(self, module: ContinualModule, batch: Batch) -> Batch:
+    def transform_batch(self, module: StageModule, batch: Batch) -> Batch:
         """The batch itself; its padding is not looked at."""
         self._batch = batch
         return batch
 
-    def transform_update(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_update(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Undo the step in the rows of small magnitude."""
         sums, self._sums = self._sums, {}
         if not sums:
@@ -114,7 +112,7 @@ class MIGU(Mitigation):
         """Not at threshold 0."""
         return self.threshold > 0 and super().touches_training(index)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`kept`: share of the last update's norm."""
         kept = self.state["kept"]
         assert isinstance(kept, Tensor)

@@ -12,7 +12,7 @@ full fine-tuning of large models.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +25,7 @@ from residency.core.types import Capability, Example, Stage, Tensors
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
 from residency.mitigations.constraints.linear_maps import kept_share
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["OGD", "extend_basis", "project_out"]
 
@@ -76,7 +74,7 @@ class OGD(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
-    instead: ClassVar[str] = "configs/mitigation/agem.yaml, or an adapter with persistent coordinates (lora, full)"
+    alternative: ClassVar[str] = "configs/mitigation/agem.yaml, or an adapter with persistent coordinates (lora, full)"
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
 
     def __init__(
@@ -95,7 +93,7 @@ class OGD(Mitigation):
         self.add_state("basis", torch.zeros(0, 0))
         self.add_state("kept", torch.ones(()))
 
-    def transform_update(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_update(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Project the whole vector; nothing in the first domain."""
         basis = self._basis()
         if len(basis) == 0 or self.strength == 0:
@@ -108,7 +106,7 @@ class OGD(Mitigation):
         self.state["kept"] = kept_share(before, after, final)
         return final
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Take the gradients of the domain's outputs into the basis."""
         learned = learned_examples(module.dataset, stage.domain)
         order = permutation(len(learned), stage.seed, "ogd", stage.index)
@@ -120,13 +118,13 @@ class OGD(Mitigation):
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`directions`: in the basis; `kept`: share of the last update's norm."""
         kept = self.state["kept"]
         assert isinstance(kept, Tensor)
         return {"directions": float(len(self._basis())), "kept": float(kept)}
 
-    def _gradient(self, module: ContinualModule, example: Example) -> Tensor:
+    def _gradient(self, module: StageModule, example: Example) -> Tensor:
         trainable = module.adapter.trainable(module.model)
         leaves = [trainable[name] for name in sorted(trainable)]
         batch = make_batch([example], layout=module.layout).to(module.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,7 @@ from residency.core.losses import token_nll
 from residency.core.randomness import generator, seed_of
 from residency.core.types import Example
 from residency.mitigations.constraints.linear_maps import layer_weight, passes
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["Score", "column_scores", "fisher_columns", "frozen_columns", "input_squares", "own_text", "score_layers"]
 
@@ -65,7 +63,7 @@ def frozen_columns(scores: Tensor, ratio: float) -> Tensor:
 
 
 def score_layers(
-    module: ContinualModule, layers: Sequence[str], examples: Sequence[Example], *, score: Score, seed: int
+    module: StageModule, layers: Sequence[str], examples: Sequence[Example], *, score: Score, seed: int
 ) -> dict[str, Tensor]:
     """S of every layer, (in,), at the weights as they are.
 
@@ -112,7 +110,7 @@ def input_squares(model: nn.Module, layers: Sequence[str], runs: Iterable[Any]) 
     return found
 
 
-def fisher_columns(module: ContinualModule, layers: Sequence[str], examples: Sequence[Example]) -> dict[str, Tensor]:
+def fisher_columns(module: StageModule, layers: Sequence[str], examples: Sequence[Example]) -> dict[str, Tensor]:
     """Column sums of the empirical Fisher diagonal of every layer's weight, trainable or not.
 
     One pass per example; the gradient of W is dyᵀ x with the layer's own input and the gradient at its output.
@@ -155,7 +153,7 @@ def _calls(model: nn.Module, layers: Sequence[str]) -> Iterator[Mapping[str, tup
 
 
 @torch.no_grad()
-def own_text(module: ContinualModule, *, samples: int, tokens: int, seed: int) -> list[Example]:
+def own_text(module: StageModule, *, samples: int, tokens: int, seed: int) -> list[Example]:
     """What the model writes when nothing is asked of it: draws from its own distribution, from the start of a text on.
 
     Args:

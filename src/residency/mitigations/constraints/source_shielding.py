@@ -18,7 +18,7 @@ DoRA rescales whole rows by a norm that contains the free columns, so its frozen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,7 @@ from residency.domains.base import Domain
 from residency.mitigations.base import Mitigation
 from residency.mitigations.constraints.linear_maps import LinearMap, kept_share, linear_maps
 from residency.mitigations.constraints.shield_scores import Score, frozen_columns, own_text, score_layers
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["SourceShielding", "shield", "shield_factors"]
 
@@ -91,7 +89,7 @@ class SourceShielding(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"linear"})
-    instead: ClassVar[str] = "configs/mitigation/weight_mixing.yaml, or an adapter of linear layers (lora, full)"
+    alternative: ClassVar[str] = "configs/mitigation/weight_mixing.yaml, or an adapter of linear layers (lora, full)"
     first_domain: ClassVar[int] = 0
 
     def __init__(
@@ -118,7 +116,7 @@ class SourceShielding(Mitigation):
         self.add_state("frozen", {})
         self.add_state("kept", torch.ones(()))
 
-    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """Score the pretrained model, before the first step of the stream."""
         if self.ratio == 0 or stage.index > 0:
             return
@@ -130,7 +128,7 @@ class SourceShielding(Mitigation):
         scores = score_layers(module, layers, examples, score=self.score, seed=stage.seed)
         self.state["frozen"] = {layer: frozen_columns(s, self.ratio).to(module.device) for layer, s in scores.items()}
 
-    def transform_update(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_update(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Undo the step in frozen columns."""
         frozen = self._frozen()
         if not frozen:
@@ -150,14 +148,14 @@ class SourceShielding(Mitigation):
         """Of the calibration's rows."""
         return self.calibration.fingerprint() if self.calibration else ""
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`frozen`: share of the columns; `kept`: share of the last update's norm."""
         masks, kept = list(self._frozen().values()), self.state["kept"]
         assert isinstance(kept, Tensor)
         total = sum(len(mask) for mask in masks)
         return {"frozen": sum(int(m.sum()) for m in masks) / total if total else 0.0, "kept": float(kept)}
 
-    def _source(self, module: ContinualModule, stage: Stage) -> list[Example]:
+    def _source(self, module: StageModule, stage: Stage) -> list[Example]:
         if self.calibration is None:
             return own_text(module, samples=self.samples, tokens=self.tokens, seed=stage.seed)
         rows, template = self.calibration.rows("train"), self.calibration.template

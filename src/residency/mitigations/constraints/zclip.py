@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.types import Stage, Tensors
 from residency.mitigations.base import Mitigation
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["ZClip", "clipped_norm", "updated"]
 
@@ -90,13 +88,13 @@ class ZClip(Mitigation):
         self.add_state("statistics", torch.zeros(3))
         self.add_state("last", torch.zeros(2))
 
-    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """Forget the averages, if asked for."""
         if self.per_domain:
             self.state["statistics"] = torch.zeros_like(self._tensor("statistics"))
 
     @torch.no_grad()
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Shorten an outlier. A gradient that is not finite is left alone and leaves no trace."""
         if math.isinf(self.threshold) or not gradients:
             return gradients
@@ -116,7 +114,7 @@ class ZClip(Mitigation):
         """Not with an infinite threshold."""
         return math.isfinite(self.threshold) and super().touches_training(index)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """Of the step before: `norm` before and `clipped` after; `mean` and `sigma` of the averages."""
         _, mean, variance = self._tensor("statistics").tolist()
         norm, clipped = self._tensor("last").tolist()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,10 @@ from residency.core.randomness import seed_of
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Example, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.distillation.divergences import buckets, generalised_jsd
 from residency.mitigations.distillation.prompting import check_placeholders, fill, without_end
 from residency.mitigations.distillation.teachers import follow, run_as, teacher_logits
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["OnPolicyDistillation"]
 
@@ -58,7 +56,7 @@ class OnPolicyDistillation(Mitigation):
     """
 
     first_domain: ClassVar[int] = 0
-    instead: ClassVar[str] = "teacher: ema or live, which every adapter can do"
+    alternative: ClassVar[str] = "teacher: ema or live, which every adapter can do"
 
     def __init__(
         self,
@@ -103,16 +101,16 @@ class OnPolicyDistillation(Mitigation):
         self.add_state("step", torch.zeros((), dtype=torch.long))
         self._numbers: dict[str, float] = {}
 
-    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """The average starts where the stage does."""
         if self.touches_training(stage.index) and self.teacher == "ema":
             self.state["teacher"] = snapshot(module.adapter.trainable(module.model))
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """The next stage has an average of its own."""
         self.state.update(teacher={}, step=torch.zeros((), dtype=torch.long))
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """λ D, and what is taken off the task's own loss."""
         if self.strength == 0:
             return {}
@@ -138,7 +136,7 @@ class OnPolicyDistillation(Mitigation):
         terms = {"distillation": self.strength * divergence}
         return terms if self.task_weight == 1 else terms | {"task": (self.task_weight - 1) * outputs.loss}
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`divergence` in nats per token, `tokens` per answer, `kept`: the teacher's mass on its k tokens."""
         return self._numbers
 
@@ -146,14 +144,14 @@ class OnPolicyDistillation(Mitigation):
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
 
-    def _chosen(self, module: ContinualModule, examples: Sequence[Example]) -> list[Example]:
+    def _chosen(self, module: StageModule, examples: Sequence[Example]) -> list[Example]:
         """The examples of a batch that are answered: others in every step, whatever the micro-batches are."""
         stage, count = module.stage, max(1, round(self.fraction * len(examples)))
         words = ("on_policy", stage.index, module.global_step)
         order = sorted(examples, key=lambda e: (seed_of(stage.seed, *words, e.domain, e.row), e.row))
         return order[:count]
 
-    def _answer(self, module: ContinualModule, rows: Sequence[Example]) -> list[Example]:
+    def _answer(self, module: StageModule, rows: Sequence[Example]) -> list[Example]:
         """The rows with the student's own answers; one that comes to an end has the end token too."""
         stage, end = module.stage, module.backbone.tokenizer.eos_token_id
         limit = self.max_new_tokens or max(len(e.completion) for e in rows)
@@ -168,7 +166,7 @@ class OnPolicyDistillation(Mitigation):
         finished = [tuple(ids) if len(ids) == limit else (*ids, end) for ids in written]
         return [replace(e, completion=ids, alternatives=()) for e, ids in zip(rows, finished, strict=True)]
 
-    def _weights(self, module: ContinualModule) -> Tensors | None:
+    def _weights(self, module: StageModule) -> Tensors | None:
         """The teacher's leaves; the average takes in what the last step made."""
         if self.teacher != "ema":
             return None if self.teacher == "base" else {}
@@ -181,5 +179,5 @@ class OnPolicyDistillation(Mitigation):
         return weights
 
 
-def _batch(module: ContinualModule, examples: Sequence[Example]) -> Batch:
+def _batch(module: StageModule, examples: Sequence[Example]) -> Batch:
     return make_batch(examples, layout=module.layout).to(module.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ from residency.core.randomness import seed_of
 from residency.core.types import Example, Stage
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.distillation.prompting import check_placeholders, fill, without_end
 from residency.mitigations.distillation.teachers import run_as
 from residency.mitigations.rehearsal.memory import pack_examples, unpack_examples
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["SDFT", "Rewritten", "accepted", "label_in"]
 
@@ -116,7 +114,7 @@ class SDFT(Mitigation):
     """
 
     first_domain: ClassVar[int] = 0
-    instead: ClassVar[str] = "rewriter: current, which every adapter can do"
+    alternative: ClassVar[str] = "rewriter: current, which every adapter can do"
 
     def __init__(
         self,
@@ -150,7 +148,7 @@ class SDFT(Mitigation):
         self.add_state("counts", torch.zeros(2, dtype=torch.long))  # offered, accepted
         self._unpacked: tuple[Any, dict[Key, Example]] = (None, {})
 
-    def prepare_dataset(self, module: ContinualModule, dataset: Sequence[Example], stage: Stage) -> None:
+    def prepare_dataset(self, module: StageModule, dataset: Sequence[Example], stage: Stage) -> None:
         """Let the model write, and keep what is accepted."""
         rows = [e for e in learned_examples(dataset, stage.domain) if self._offers(e, stage)]
         kept: list[Example] = []
@@ -167,7 +165,7 @@ class SDFT(Mitigation):
         """The accepted rewrites in the place of their rows; every other example is the very same object."""
         return Rewritten(dataset, self.rewrites) if self.share > 0 else dataset
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`accepted`: share of the offered rows that are trained in the model's own words."""
         counts = self.state["counts"]
         assert isinstance(counts, Tensor)
@@ -188,7 +186,7 @@ class SDFT(Mitigation):
     def _offers(self, example: Example, stage: Stage) -> bool:
         return seed_of(stage.seed, "sdft", example.domain, example.row) < self.share * 2**63
 
-    def _write(self, module: ContinualModule, rows: Sequence[Example], stage: Stage) -> list[str | None]:
+    def _write(self, module: StageModule, rows: Sequence[Example], stage: Stage) -> list[str | None]:
         """What the model writes for each row; `None` where it does not come to an end."""
         tokenizer = module.backbone.tokenizer
         end = tokenizer.eos_token_id
@@ -209,7 +207,7 @@ class SDFT(Mitigation):
         return found
 
     def _generate(
-        self, module: ContinualModule, prompts: Sequence[Sequence[int]], limit: int, how: Sampling | None
+        self, module: StageModule, prompts: Sequence[Sequence[int]], limit: int, how: Sampling | None
     ) -> list[list[int]]:
         def run() -> list[list[int]]:
             generate = module.backbone.generate

@@ -8,7 +8,7 @@ The inputs are those of the domain that is being learned; nothing of an earlier 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +18,9 @@ from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Example, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.distillation.divergences import distillation_loss, top_log_probs
 from residency.mitigations.distillation.teachers import follow, teacher_logits
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["SelfDistillation"]
 
@@ -51,7 +49,7 @@ class SelfDistillation(Mitigation):
 
     uses_logits = True
 
-    instead: ClassVar[str] = "configs/mitigation/self_distillation.yaml, whose teacher is the previous model"
+    alternative: ClassVar[str] = "configs/mitigation/self_distillation.yaml, whose teacher is the previous model"
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"strength", "teacher", "temperature", "ema_rate", "cache", "batch_tokens"}
     )
@@ -97,7 +95,7 @@ class SelfDistillation(Mitigation):
         self._places: tuple[Sequence[Example], dict[Example, tuple[int, int]]] = ((), {})
         self._numbers: dict[str, Tensor] = {}
 
-    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """Remember the teacher, or all that it says."""
         if not self.touches_training(stage.index):
             return
@@ -106,11 +104,11 @@ class SelfDistillation(Mitigation):
         elif self.teacher != "base":
             self.state["teacher"] = snapshot(module.adapter.trainable(module.model))
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """The next stage has another teacher."""
         self.state.update(teacher={}, step=torch.zeros_like(self._step), cached={})
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """λ τ² KL."""
         if not self.touches_training(module.stage.index):
             return {}
@@ -126,7 +124,7 @@ class SelfDistillation(Mitigation):
             self._numbers["kept"] = teacher.exp().sum(-1).mean()
         return {"distillation": self.strength * loss}
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`kl`: nats per token at temperature τ; `kept`: the teacher's mass on the tokens of the cache."""
         return {name: float(value) for name, value in self._numbers.items()}
 
@@ -140,7 +138,7 @@ class SelfDistillation(Mitigation):
         assert isinstance(step, Tensor)
         return step
 
-    def _weights(self, module: ContinualModule) -> Tensors | None:
+    def _weights(self, module: StageModule) -> Tensors | None:
         """The teacher's leaves; the average takes in what the last step made."""
         if self.teacher == "base":
             return None
@@ -153,7 +151,7 @@ class SelfDistillation(Mitigation):
 
     # -- cache --------------------------------------------------------------------------------------------------
 
-    def _teach(self, module: ContinualModule, k: int) -> dict[str, Tensor]:
+    def _teach(self, module: StageModule, k: int) -> dict[str, Tensor]:
         """What the teacher says about every row: (n, k) `log_probs` and `ids`, n = tokens of all rows in order."""
         places = self._index(module.dataset)
         count = sum(length for _, length in places.values())
@@ -170,7 +168,7 @@ class SelfDistillation(Mitigation):
             log_probs[at], ids[at] = top, tokens.int()
         return {"log_probs": log_probs, "ids": ids}
 
-    def _recall(self, module: ContinualModule, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _recall(self, module: StageModule, batch: Batch) -> tuple[Tensor, Tensor]:
         """(M, k) log-probabilities and their tokens for a batch."""
         places = self._index(module.dataset)
         unknown = next((e for e in batch.examples if e not in places), None)

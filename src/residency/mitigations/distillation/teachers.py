@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from residency.core.tensors import swapped
 from residency.core.types import Batch, Tensors
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["follow", "run_as", "teacher_logits"]
 
@@ -20,7 +18,7 @@ Result = TypeVar("Result")
 
 
 @torch.no_grad()
-def run_as(module: ContinualModule, weights: Tensors, run: Callable[[], Result]) -> Result:
+def run_as(module: StageModule, weights: Tensors, run: Callable[[], Result]) -> Result:
     """Run something without gradient and in evaluation mode (no dropout), on other trainable leaves.
 
     Args:
@@ -37,7 +35,7 @@ def run_as(module: ContinualModule, weights: Tensors, run: Callable[[], Result])
         module.model.train(training)
 
 
-def teacher_logits(module: ContinualModule, batch: Batch, weights: Tensors | None) -> Tensor:
+def teacher_logits(module: StageModule, batch: Batch, weights: Tensors | None) -> Tensor:
     """(M, V) logits of a teacher, without gradient.
 
     Args:

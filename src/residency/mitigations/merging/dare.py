@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,9 @@ from residency.core.errors import UserError
 from residency.core.randomness import generator, seed_of
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import check_last, merged_vectors, stage_weights, unless_first
 from residency.mitigations.merging.task_arithmetic import task_arithmetic
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["DARE", "dare", "dare_merge"]
 
@@ -70,7 +68,9 @@ class DARE(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    )
 
     def __init__(self, *, drop: float = 0.5, strength: float = 0.5, last: int | None = 2, first: bool = False) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class DARE(Mitigation):
     def _off(self) -> bool:
         return self.drop == 0 and self.strength == 1 and self.last == 1
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Merge, and remember the state for the next stages."""
         if self._off:
             return after

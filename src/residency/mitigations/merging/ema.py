@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,9 +12,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.types import Tensors
 from residency.mitigations.base import Mitigation
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["EMA", "ema_step", "ema_weight"]
 
@@ -71,7 +69,7 @@ class EMA(Mitigation):
         self.add_state("steps", torch.zeros((), dtype=torch.long))
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: ContinualModule, *args: Any
+        self, trainer: Trainer, module: StageModule, *args: Any
     ) -> None:
         """Take a step in, once its last micro-batch is done."""
         step, average = trainer.global_step, self.state["average"]
@@ -83,7 +81,7 @@ class EMA(Mitigation):
         self.state["steps"] = torch.tensor(step)
 
     @torch.no_grad()
-    def on_train_end(self, trainer: Trainer, module: ContinualModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, module: StageModule) -> None:  # type: ignore[override]
         """Put the average in the place of the last step, and start anew."""
         average = self.state["average"]
         assert isinstance(average, dict)
@@ -92,7 +90,7 @@ class EMA(Mitigation):
             leaf.copy_(average[name])
         self.state.update(average={}, steps=torch.zeros((), dtype=torch.long))
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`distance`: norm of the parameters less their average so far."""
         average = self.state["average"]
         if not average:

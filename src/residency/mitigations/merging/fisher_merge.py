@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from residency.core.tensors import snapshot
 from residency.core.types import Capability, Tensors
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import data_losses, fisher_diagonal
 from residency.mitigations.penalties.quadratic import add_quadratics
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["FisherMerge", "fisher_merge"]
 
@@ -54,7 +52,7 @@ class FisherMerge(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable", "fixed_coordinates"})
-    instead: ClassVar[str] = (
+    alternative: ClassVar[str] = (
         "configs/mitigation/weight_mixing.yaml, or an adapter with persistent coordinates (lora, full)"
     )
 
@@ -72,7 +70,7 @@ class FisherMerge(Mitigation):
         self.add_state("precision", {})
         self.add_state("merged", {})
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Estimate F at the trained weights, merge with all earlier stages."""
         if self.past == 0:
             return after
@@ -94,7 +92,7 @@ class FisherMerge(Mitigation):
         """Not when off, and not after the first stage."""
         return self.past > 0 and index > 0
 
-    def _fisher(self, module: ContinualModule) -> dict[str, Tensor]:
+    def _fisher(self, module: StageModule) -> dict[str, Tensor]:
         leaves = module.adapter.trainable(module.model)
         examples = learned_examples(module.dataset, module.stage.domain)
         order = permutation(len(examples), module.stage.seed, "fisher", module.stage.index)

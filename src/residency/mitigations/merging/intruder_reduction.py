@@ -8,7 +8,7 @@ stores its weight transposed (embeddings, GPT-2); the tests compare both where i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import unless_first
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["IntruderReduction", "intruders", "reduce_intruders"]
 
@@ -63,7 +61,7 @@ class IntruderReduction(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable", "low_rank"})
-    instead: ClassVar[str] = "configs/mitigation/wise_ft.yaml, or configs/adapter/lora.yaml"
+    alternative: ClassVar[str] = "configs/mitigation/wise_ft.yaml, or configs/adapter/lora.yaml"
 
     def __init__(self, *, scale: float = 0.75, top_k: int = 10, threshold: float = 0.5, first: bool = True) -> None:
         super().__init__()
@@ -79,7 +77,7 @@ class IntruderReduction(Mitigation):
         self.first = first
         self.uses_base = scale < 1
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Reduce the intruders of every weight under a product; everything else stays."""
         if self.scale == 1 or not unless_first(module, first=self.first):
             return after

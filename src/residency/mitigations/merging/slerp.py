@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of, wide
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import unless_first
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["SLERP", "slerp", "slerp_merge", "slerp_weights"]
 
@@ -95,7 +93,9 @@ class SLERP(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    )
 
     def __init__(self, *, alpha: float = 0.5, first: bool = False) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class SLERP(Mitigation):
         self.first = first
         self.uses_base = 0 < alpha < 1
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Mix, except after the first stage."""
         if not unless_first(module, first=self.first):
             return after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Trainer
 
@@ -11,11 +11,9 @@ from residency.core.errors import UserError
 from residency.core.tensors import snapshot, weighted_sum
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import check_last, kept_states, remember, stage_weights
 from residency.mitigations.validation import validation_nll
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["Soup", "greedy", "uniform"]
 
@@ -65,7 +63,7 @@ class Soup(Mitigation):
 
     first_domain: ClassVar[int] = 0
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
-    instead: ClassVar[str] = "configs/mitigation/ema.yaml, or an adapter whose states can be averaged (lora, full)"
+    alternative: ClassVar[str] = "configs/mitigation/ema.yaml, or an adapter whose states can be averaged (lora, full)"
 
     def __init__(
         self,
@@ -91,7 +89,7 @@ class Soup(Mitigation):
         self.add_state("kept", {})
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: ContinualModule, *args: Any
+        self, trainer: Trainer, module: StageModule, *args: Any
     ) -> None:
         """Keep a state of the running stage; the last one is there when it ends."""
         step, steps = trainer.global_step, module.stage.steps
@@ -102,7 +100,7 @@ class Soup(Mitigation):
         state = module.adapter.state(module.model)
         self.state["kept"] = remember(self.state["kept"], state, index=step, last=None)  # type: ignore[arg-type]
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """The soup; for `stages` the state joins those that are kept, for `steps` they are done with."""
         if self.last == 1:
             return after
@@ -125,7 +123,7 @@ class Soup(Mitigation):
         """Not when off; of the first stage there is one state."""
         return self.last != 1 and (self.over == "steps" or index > 0)
 
-    def _chosen(self, module: ContinualModule, states: Sequence[Tensors]) -> tuple[int, ...]:
+    def _chosen(self, module: StageModule, states: Sequence[Tensors]) -> tuple[int, ...]:
         if self.choose == "uniform":
             return tuple(range(len(states)))
         adapter, model = module.adapter, module.model

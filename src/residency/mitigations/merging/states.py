@@ -8,7 +8,6 @@ the first stage. Names are merged one at a time, when read; integer tensors are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,9 +15,7 @@ from residency.core.errors import UserError
 from residency.core.tensors import Computed, snapshot
 from residency.core.types import Tensors
 from residency.mitigations.base import Mitigation
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["check_last", "kept_states", "merged", "merged_vectors", "remember", "stage_weights", "unless_first"]
 
@@ -47,9 +44,7 @@ def kept_states(kept: Tensors) -> list[dict[str, Tensor]]:
     return list(states.values())
 
 
-def stage_weights(
-    mitigation: Mitigation, module: ContinualModule, after: Tensors, *, last: int | None
-) -> list[Tensors]:
+def stage_weights(mitigation: Mitigation, module: StageModule, after: Tensors, *, last: int | None) -> list[Tensors]:
     """The states of earlier stages in the adapter's averaging space, oldest first, and `after`.
 
     The state of the running stage joins `mitigation.state["kept"]`, as training left it.
@@ -93,7 +88,7 @@ def merged_vectors(
     return merged(tuned[-1], compute)
 
 
-def unless_first(module: ContinualModule, *, first: bool) -> bool:
+def unless_first(module: StageModule, *, first: bool) -> bool:
     """Whether to merge after the running stage: the first one only if asked for."""
     return first or module.stage.index > 0
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from residency.core.errors import UserError
 from residency.core.tensors import weighted_sum
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import check_last, stage_weights, unless_first
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["TaskArithmetic", "task_arithmetic"]
 
@@ -46,7 +44,9 @@ class TaskArithmetic(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    )
 
     def __init__(self, *, strength: float = 0.5, last: int | None = 2, first: bool = False) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class TaskArithmetic(Mitigation):
     def _off(self) -> bool:
         return self.strength == 1 and self.last == 1
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Merge, and remember the state for the next stages."""
         if self._off:
             return after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from residency.core.errors import UserError
 from residency.core.tensors import wide
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import check_last, merged_vectors, stage_weights, unless_first
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["TIES", "ties", "ties_merge", "trim"]
 
@@ -80,7 +78,9 @@ class TIES(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    )
 
     def __init__(
         self, *, density: float = 0.2, strength: float = 1.0, last: int | None = None, first: bool = False
@@ -104,7 +104,7 @@ class TIES(Mitigation):
     def _off(self) -> bool:
         return self.density == self.strength == 1 and self.last == 1
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Merge, and remember the state for the next stages."""
         if self._off:
             return after

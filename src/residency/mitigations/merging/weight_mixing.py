@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Mitigation
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["WeightMixing", "mix"]
 
@@ -59,7 +57,9 @@ class WeightMixing(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    )
 
     def __init__(self, *, alpha: float = 0.5, first: bool = False) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class WeightMixing(Mitigation):
         self.alpha = alpha
         self.first = first
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Mix, except after the first stage."""
         if module.stage.index == 0 and not self.first:
             return after

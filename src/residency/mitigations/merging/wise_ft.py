@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from residency.core.errors import UserError
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import unless_first
 from residency.mitigations.merging.weight_mixing import mix
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["WiseFT"]
 
@@ -27,7 +25,9 @@ class WiseFT(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
+    )
 
     def __init__(self, *, alpha: float = 0.5, first: bool = True) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class WiseFT(Mitigation):
         self.first = first
         self.uses_base = alpha < 1
 
-    def transform_weights(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Mix with the base."""
         if self.alpha == 1 or not unless_first(module, first=self.first):
             return after

@@ -9,7 +9,7 @@ leave out the 1/2 (mammoth, Avalanche) need half of the λ given here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Capability, Example, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import (
     batch_fisher_diagonal,
     data_losses,
@@ -28,9 +29,6 @@ from residency.mitigations.penalties.fisher import (
 )
 from residency.mitigations.penalties.quadratic import add_quadratics, penalty_numbers, penalty_term, pulled_gradients
 from residency.mitigations.penalties.sampling import batches_of, lay_out, pack_facts, sample_examples, stage_labels
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["EWC"]
 
@@ -61,7 +59,9 @@ class EWC(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    )
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
 
     def __init__(
@@ -100,24 +100,24 @@ class EWC(Mitigation):
         self.add_state("constant", torch.zeros(()))
         self.add_state("facts", pack_facts({}))
 
-    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """Refuse a domain without labels before it is learned."""
         if self.fisher == "true":
             stage_labels(module, stage, asked_by=f"{self.name}.fisher=true")
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """The penalty's value, for the log; nothing before the first domain is finished."""
         return penalty_term(module.adapter.trainable(module.model), self.state, strength=self.strength)
 
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Add the penalty's gradient."""
         return pulled_gradients(gradients, module.adapter.trainable(module.model), self.state, strength=self.strength)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """How far the weights are from the anchor, and how hard they are pulled."""
         return penalty_numbers(module.adapter.trainable(module.model), self.state, strength=self.strength)
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Estimate F at the final weights of the domain and add its quadratic."""
         examples = sample_examples(module, stage, count=self.fisher_samples)
         fisher = self._estimate(module, stage, examples)
@@ -141,7 +141,7 @@ class EWC(Mitigation):
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
 
-    def _estimate(self, module: ContinualModule, stage: Stage, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _estimate(self, module: StageModule, stage: Stage, examples: Sequence[Example]) -> dict[str, Tensor]:
         model, leaves = module.model, module.adapter.trainable(module.model)
         losses = data_losses(module.forward)
         if self.fisher == "batch":

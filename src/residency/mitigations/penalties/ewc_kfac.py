@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +19,11 @@ from residency.core.errors import UserError
 from residency.core.tensors import size_in_bytes
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import data_losses, sampled_losses
 from residency.mitigations.penalties.kronecker import kronecker_factors, low_rank_pulls
 from residency.mitigations.penalties.quadratic import add_pulls
 from residency.mitigations.penalties.sampling import batches_of, pack_facts, sample_examples, unpack_facts
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["KroneckerEWC", "merge_factors"]
 
@@ -73,7 +71,7 @@ class KroneckerEWC(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates", "low_rank"})
-    instead: ClassVar[str] = "configs/mitigation/ewc.yaml, or plain LoRA (configs/adapter/lora.yaml)"
+    alternative: ClassVar[str] = "configs/mitigation/ewc.yaml, or plain LoRA (configs/adapter/lora.yaml)"
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
 
     def __init__(
@@ -104,17 +102,17 @@ class KroneckerEWC(Mitigation):
             self.add_state(key, {})
         self.add_state("facts", pack_facts({"weights": [], "shared": {}}))
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """The penalty's value, for the log; nothing before the first domain is finished."""
         pulls = self._pulls(module)
         return {} if pulls is None else {"penalty": pulls[0]}
 
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Add the penalty's gradient."""
         pulls = self._pulls(module)
         return gradients if pulls is None else add_pulls(gradients, pulls[1])
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """‖ΔW - ΔW*‖ from the latest anchor, the norm of the pull on the factors, and the memory of the state."""
         pulls = self._pulls(module)
         if pulls is None:
@@ -126,7 +124,7 @@ class KroneckerEWC(Mitigation):
         megabytes = size_in_bytes(self.state) / 1e6
         return {"distance": float(2 * half_square) ** 0.5, "pull": float(pull), "state_megabytes": megabytes}
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Estimate the factors at the final weights of the domain."""
         layers, leaves = module.adapter.low_rank_layers(module.model), module.adapter.trainable(module.model)
         losses = data_losses(module.forward)
@@ -165,7 +163,7 @@ class KroneckerEWC(Mitigation):
         assert isinstance(named, dict)
         return {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
 
-    def _pulls(self, module: ContinualModule) -> tuple[Tensor, dict[str, Tensor]] | None:
+    def _pulls(self, module: StageModule) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Value and gradients, summed over domains; `None` where there are none."""
         facts = self._facts
         if not facts["weights"] or self.strength == 0:

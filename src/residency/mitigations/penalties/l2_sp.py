@@ -10,7 +10,7 @@ step and outside of the optimizer's moments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.kronecker import low_rank_pulls
 from residency.mitigations.penalties.quadratic import add_pulls
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["L2SP", "decoupled_update", "l2_sp_pull", "learning_rates"]
 
@@ -80,7 +78,9 @@ class L2SP(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    )
     first_domain: ClassVar[int] = 0
 
     def __init__(
@@ -108,31 +108,31 @@ class L2SP(Mitigation):
         self.decoupled = decoupled
         self.add_state("anchor", {})
 
-    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """Remember the starting point."""
         if stage.index == 0 or self.anchor == "previous":
             self.state["anchor"] = snapshot(module.adapter.trainable(module.model))
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """The penalty's value, for the log; nothing if the pull is no part of the loss."""
         if self.decoupled or not self._acts(module.stage.index):
             return {}
         return {"penalty": self._pull(module, module.adapter.trainable(module.model))[0]}
 
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Add the pull."""
         if self.decoupled or not self._acts(module.stage.index):
             return gradients
         return add_pulls(gradients, self._pull(module, module.adapter.trainable(module.model))[1])
 
-    def transform_update(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_update(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Or move by it, at the learning rate of the step."""
         if not self.decoupled or not self._acts(module.stage.index):
             return after
         rates = learning_rates(module.optimizers(use_pl_optimizer=False), module.adapter.trainable(module.model))
         return decoupled_update(after, self._pull(module, after)[1], rates)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """‖w - w_0‖ in the space of the pull, and the norm of the pull."""
         if not self._acts(module.stage.index):
             return {}
@@ -151,7 +151,7 @@ class L2SP(Mitigation):
         return strong and (index > 0 or self.anchor == "pretrained")
 
     def _pull(
-        self, module: ContinualModule, leaves: Tensors, *, alpha: float | None = None, beta: float | None = None
+        self, module: StageModule, leaves: Tensors, *, alpha: float | None = None, beta: float | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         start = self.state["anchor"]
         assert isinstance(start, dict)

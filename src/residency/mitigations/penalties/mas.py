@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import mean_over_examples
 from residency.mitigations.penalties.per_example import ExampleLosses
 from residency.mitigations.penalties.quadratic import penalty_numbers, penalty_term, pulled_gradients
 from residency.mitigations.penalties.sampling import batches_of, sample_examples
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["MAS", "hidden_states", "squared_norms"]
 
@@ -95,7 +93,9 @@ class MAS(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    )
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
 
     def __init__(
@@ -120,20 +120,20 @@ class MAS(Mitigation):
         self.add_state("precision", {})
         self.add_state("anchor", {})
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """The penalty's value, for the log; nothing before the first domain is finished."""
         return penalty_term(module.adapter.trainable(module.model), self.state, strength=2 * self.strength)
 
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Add the penalty's gradient."""
         leaves = module.adapter.trainable(module.model)
         return pulled_gradients(gradients, leaves, self.state, strength=2 * self.strength)
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """How far the weights are from the anchor, and how hard they are pulled."""
         return penalty_numbers(module.adapter.trainable(module.model), self.state, strength=2 * self.strength)
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Add the domain's importances, estimated at its final weights."""
         leaves = module.adapter.trainable(module.model)
         batches = batches_of(module, sample_examples(module, stage, count=self.samples), tokens=self.batch_tokens)
@@ -147,7 +147,7 @@ class MAS(Mitigation):
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
 
-    def _norms(self, module: ContinualModule) -> ExampleLosses:
+    def _norms(self, module: StageModule) -> ExampleLosses:
         if self.output == "hidden":
             return squared_norms(lambda batch: hidden_states(module.model, module.forward, batch))
         return squared_norms(lambda batch: module.forward(batch).float().log_softmax(-1))

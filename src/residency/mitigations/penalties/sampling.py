@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,35 +14,33 @@ from residency.core.errors import UserError
 from residency.core.randomness import permutation
 from residency.core.types import Batch, Example, Stage
 from residency.domains.sampler import learned_examples
+from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import completions
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["batches_of", "lay_out", "pack_facts", "sample_examples", "stage_labels", "unpack_facts"]
 
 MOST_LABELS = 64
 
 
-def sample_examples(module: ContinualModule, stage: Stage, *, count: int) -> list[Example]:
+def sample_examples(module: StageModule, stage: Stage, *, count: int) -> list[Example]:
     """Up to `count` distinct examples of the domain, of those that the stage learned from; drawn by the run's seed."""
     examples = learned_examples(module.dataset, stage.domain)
     order = permutation(len(examples), stage.seed, "fisher", stage.index)
     return [examples[i] for i in order[:count]]
 
 
-def lay_out(module: ContinualModule, examples: Sequence[Example]) -> Batch:
+def lay_out(module: StageModule, examples: Sequence[Example]) -> Batch:
     """One batch as the model reads it, on its device."""
     return make_batch(examples, layout=module.layout).to(module.device)
 
 
-def batches_of(module: ContinualModule, examples: Iterable[Example], *, tokens: int) -> Iterator[Batch]:
+def batches_of(module: StageModule, examples: Iterable[Example], *, tokens: int) -> Iterator[Batch]:
     """Batches of at most so many tokens (an example that is longer is a batch by itself)."""
     for group in by_token_budget(examples, tokens=tokens):
         yield lay_out(module, group)
 
 
-def stage_labels(module: ContinualModule, stage: Stage, *, asked_by: str) -> list[tuple[int, ...]]:
+def stage_labels(module: StageModule, stage: Stage, *, asked_by: str) -> list[tuple[int, ...]]:
     """The labels of a labelled domain: the distinct completions that the stage learns from.
 
     Raises:

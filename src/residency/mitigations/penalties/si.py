@@ -10,7 +10,7 @@ With small steps Σ ω is the drop of the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.quadratic import penalty_numbers, penalty_term, pulled_gradients
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["SI", "path_contribution", "path_importance"]
 
@@ -53,7 +51,9 @@ class SI(Mitigation):
     """
 
     requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
-    instead: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    alternative: ClassVar[str] = (
+        "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
+    )
     first_domain: ClassVar[int] = 0
 
     def __init__(self, *, strength: float = 0.5, xi: float = 1e-3) -> None:
@@ -72,7 +72,7 @@ class SI(Mitigation):
         self.add_state("anchor", {})
         self._gradients: dict[str, Tensor] = {}  # from the gradients to the update of one and the same step
 
-    def on_domain_start(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """The path of a domain begins."""
         if self.strength == 0:
             return
@@ -87,16 +87,16 @@ class SI(Mitigation):
         leaves = pl_module.adapter.trainable(pl_module.model)
         self._gradients = snapshot({n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None})
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """The penalty's value, for the log; nothing before the first domain is finished."""
         return penalty_term(module.adapter.trainable(module.model), self.state, strength=2 * self.strength)
 
-    def transform_gradients(self, module: ContinualModule, gradients: Tensors) -> Tensors:
+    def transform_gradients(self, module: StageModule, gradients: Tensors) -> Tensors:
         """Add the penalty's gradient."""
         leaves = module.adapter.trainable(module.model)
         return pulled_gradients(gradients, leaves, self.state, strength=2 * self.strength)
 
-    def transform_update(self, module: ContinualModule, before: Tensors, after: Tensors) -> Tensors:
+    def transform_update(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Add the step to the path; the update itself stays as it is."""
         if self.strength == 0:
             return after
@@ -106,13 +106,13 @@ class SI(Mitigation):
         self.state["path"] = {name: path[name] + steps[name] if name in steps else path[name] for name in path}
         return after
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """Distance and pull, and Σ ω, the drop of the loss that the path explains."""
         found = penalty_numbers(module.adapter.trainable(module.model), self.state, strength=2 * self.strength)
         path = self._named("path")
         return {**found, "path": float(torch.stack([w.sum() for w in path.values()]).sum())} if path else found
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Turn the path into importances, and forget it."""
         if self.strength == 0:
             return

@@ -10,7 +10,7 @@ logits, because logits have no zero: a constant added to all of them changes not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +22,9 @@ from residency.core.randomness import permutation
 from residency.core.types import Batch, Example, Outputs, Stage
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.memory import into_reservoir, pack_examples, unpack_examples
 from residency.mitigations.rehearsal.model_views import evaluating, passes
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["DER", "stored_kl", "stored_mse", "top_log_probs"]
 
@@ -120,7 +118,7 @@ class DER(Mitigation):
         self.add_state("tokens", torch.zeros(0, 0, dtype=torch.int32))
         self._view: tuple[object, list[_Item]] = (None, [])
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """`stored` and `replay`; nothing before the first domain is finished."""
         items = self.items() if self.alpha or self.beta else []
         if not items:
@@ -137,7 +135,7 @@ class DER(Mitigation):
         return terms
 
     def _forward(
-        self, module: ContinualModule, batch: Batch, items: Sequence[_Item], purpose: str
+        self, module: StageModule, batch: Batch, items: Sequence[_Item], purpose: str
     ) -> tuple[list[_Item], Tensor, Tensor]:
         """A draw without repetition, (M, V) logits of it and its (M,) targets."""
         stage, count = module.stage, self.draws or batch.size
@@ -147,7 +145,7 @@ class DER(Mitigation):
         old = make_batch([example for example, _ in drawn], layout=module.layout).to(module.device)
         return drawn, module.forward(old), old.targets
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Offer the domain's examples to the reservoir, and read those that stay at the final weights."""
         new: list[_Item] = [(example, None) for example in learned_examples(module.dataset, stage.domain)]
         seen = self.state["seen"]
@@ -166,7 +164,7 @@ class DER(Mitigation):
         )
 
     @torch.no_grad()
-    def _read(self, module: ContinualModule, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]]:
+    def _read(self, module: StageModule, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]]:
         """What the model says about each example, in evaluation mode."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         with evaluating(module):
@@ -192,7 +190,7 @@ class DER(Mitigation):
             self._view = buffer, items
         return list(self._view[1])
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """What the reservoir holds: `examples`, and `bytes` of all state."""
         return {"examples": len(self.items()), "bytes": self.state_bytes()}
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ from torch import Tensor
 from residency.backbones.base import Sampling
 from residency.core.randomness import seed_of
 from residency.core.types import Example, Stage
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["Shape", "close", "degenerate", "draw_texts", "label", "pack_shapes", "shape_of", "unpack_shapes"]
 
@@ -97,7 +94,7 @@ def unpack_shapes(packed: Tensor) -> dict[str, Shape]:
 
 
 def draw_texts(
-    module: ContinualModule,
+    module: StageModule,
     contexts: Sequence[Sequence[int]],
     *,
     length: int,
@@ -117,7 +114,7 @@ def draw_texts(
 
 
 def label(
-    module: ContinualModule, prompts: Iterable[tuple[int, ...]], *, domain: str, length: int
+    module: StageModule, prompts: Iterable[tuple[int, ...]], *, domain: str, length: int
 ) -> tuple[list[Example], int]:
     """Let the model answer prompts, greedily.
 

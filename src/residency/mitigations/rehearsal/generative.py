@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from residency.core.randomness import permutation, seed_of
 from residency.core.types import Batch, Example, Outputs, Stage
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.generation import (
     close,
     degenerate,
@@ -33,9 +34,6 @@ from residency.mitigations.rehearsal.generation import (
 from residency.mitigations.rehearsal.memory import Mixture, pack_examples, unpack_examples
 from residency.mitigations.rehearsal.model_views import mean_hidden
 from residency.mitigations.rehearsal.selection import fair_quotas, kmeans_order
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["GenerativeReplay"]
 
@@ -100,7 +98,7 @@ class GenerativeReplay(Mitigation):
             return dataset
         return Mixture(current=dataset, memory=written, ratio=self.ratio, stage=stage)
 
-    def loss_terms(self, module: ContinualModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
+    def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """With `prompt_loss`, the mean negative log-likelihood of the batch's prompts as `prompts`."""
         if self.prompt_loss == 0:
             return {}
@@ -112,7 +110,7 @@ class GenerativeReplay(Mitigation):
         read = make_batch(prompts, layout=module.layout).to(module.device)
         return {"prompts": self.prompt_loss * token_nll(module.forward(read), read.targets).mean()}
 
-    def on_domain_end(self, module: ContinualModule, stage: Stage) -> None:
+    def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Keep some examples as shots, and write about all domains so far."""
         new = learned_examples(module.dataset, stage.domain)
         packed, shots = self.state["shapes"], self._packed("shots")
@@ -131,7 +129,7 @@ class GenerativeReplay(Mitigation):
             found += self._chosen(module, stage, accepted, quota)
         self.state.update(written=pack_examples(found), counts=counts)
 
-    def _prompts(self, module: ContinualModule, stage: Stage, domain: str, count: int) -> list[tuple[int, ...]]:
+    def _prompts(self, module: StageModule, stage: Stage, domain: str, count: int) -> list[tuple[int, ...]]:
         """What is left of so many prompts that the model was asked to write."""
         packed = self.state["shapes"]
         assert isinstance(packed, Tensor)
@@ -147,7 +145,7 @@ class GenerativeReplay(Mitigation):
         return [prompt for prompt in closed if prompt not in known]
 
     def _context(
-        self, module: ContinualModule, stage: Stage, domain: str, own: Sequence[Example], number: int
+        self, module: StageModule, stage: Stage, domain: str, own: Sequence[Example], number: int
     ) -> tuple[int, ...]:
         """What the model is to continue with the prompt of this number."""
         if self.prompt_loss:
@@ -159,15 +157,13 @@ class GenerativeReplay(Mitigation):
         text = (*before, *unpack_shapes(packed)[domain].head)
         return text or (module.backbone.tokenizer.eos_token_id,)
 
-    def _chosen(
-        self, module: ContinualModule, stage: Stage, accepted: Sequence[Example], quota: int
-    ) -> Sequence[Example]:
+    def _chosen(self, module: StageModule, stage: Stage, accepted: Sequence[Example], quota: int) -> Sequence[Example]:
         if len(accepted) <= quota:
             return accepted
         seed = seed_of(stage.seed, "written", stage.index, accepted[0].domain)
         return [accepted[i] for i in kmeans_order(mean_hidden(module, accepted), quota, seed=seed)]
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`accept_rate` of what was asked for, `cut`: share of answers that were cut, `examples`, `bytes` of state."""
         counts = self.state["counts"]
         assert isinstance(counts, Tensor)
@@ -189,7 +185,7 @@ class GenerativeReplay(Mitigation):
         return unpack_examples(packed)
 
 
-def _start(module: ContinualModule, domain: str) -> tuple[int, ...]:
+def _start(module: StageModule, domain: str) -> tuple[int, ...]:
     """Tokens after which a prompt of a domain begins: the end of any text, and the domain's name on a line."""
     tokenizer = module.backbone.tokenizer
     return (tokenizer.eos_token_id, *tokenizer(f"{domain}\n", add_special_tokens=False).input_ids)

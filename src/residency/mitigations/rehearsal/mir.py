@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +11,8 @@ from torch import Tensor
 from residency.core.batching import make_batch
 from residency.core.losses import token_nll
 from residency.core.types import Example, Tensors
+from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.model_views import evaluating, example_nll, swapped
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["interference", "most_interfered", "virtual_step"]
 
@@ -38,7 +35,7 @@ def virtual_step(parameters: Tensors, gradients: Tensors, *, size: float) -> dic
 
 
 def interference(
-    module: ContinualModule, current: Sequence[Example], candidates: Sequence[Example], *, size: float
+    module: StageModule, current: Sequence[Example], candidates: Sequence[Example], *, size: float
 ) -> Tensor:
     """(C,) how much a virtual step on the current examples raises the loss of each candidate, in nats per token.
 

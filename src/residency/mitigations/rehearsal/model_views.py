@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,7 @@ from residency.core.batching import by_token_budget, make_batch
 from residency.core.errors import UserError
 from residency.core.losses import token_nll
 from residency.core.types import Batch, Example, Tensors
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
+from residency.mitigations.contract import StageModule
 
 __all__ = ["evaluating", "example_means", "example_nll", "mean_hidden", "passes", "swapped"]
 
@@ -38,7 +36,7 @@ def example_means(values: Tensor, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def evaluating(module: ContinualModule) -> Iterator[None]:
+def evaluating(module: StageModule) -> Iterator[None]:
     """Inside, dropout is off; afterwards the model is in the mode in which it was."""
     training = module.model.training
     module.model.eval()
@@ -48,7 +46,7 @@ def evaluating(module: ContinualModule) -> Iterator[None]:
         module.model.train(training)
 
 
-def passes(module: ContinualModule, examples: Sequence[Example]) -> Iterator[tuple[list[int], Batch]]:
+def passes(module: StageModule, examples: Sequence[Example]) -> Iterator[tuple[list[int], Batch]]:
     """Every example once, those of one length together: (their numbers, a batch on the module's device)."""
     order = iter(sorted(range(len(examples)), key=lambda i: (len(examples[i]), i)))
     for group in by_token_budget(sorted(examples, key=len), tokens=PASS_TOKENS):
@@ -56,7 +54,7 @@ def passes(module: ContinualModule, examples: Sequence[Example]) -> Iterator[tup
 
 
 @torch.no_grad()
-def example_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
+def example_nll(module: StageModule, examples: Sequence[Example]) -> Tensor:
     """(n,) mean negative log-likelihood of each completion's tokens, in nats, in evaluation mode."""
     found = torch.zeros(len(examples), device=module.device)
     with evaluating(module):
@@ -66,7 +64,7 @@ def example_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
 
 
 @torch.no_grad()
-def mean_hidden(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
+def mean_hidden(module: StageModule, examples: Sequence[Example]) -> Tensor:
     """(n, D) mean last hidden state over the positions that predict a completion, on the CPU, in evaluation mode."""
     head = _head(module.model)
     parts: dict[int, Tensor] = {}

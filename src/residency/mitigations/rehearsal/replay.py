@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from residency.core.randomness import permutation, seed_of
 from residency.core.types import Batch, Example, Stage
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.memory import Mixture, fair_memory, into_reservoir, pack_examples, unpack_examples
 from residency.mitigations.rehearsal.mir import interference, most_interfered
 from residency.mitigations.rehearsal.model_views import example_nll, mean_hidden
 from residency.mitigations.rehearsal.selection import cumulative, herding_order, kmeans_order
-
-if TYPE_CHECKING:
-    from residency.engine.module import ContinualModule
 
 __all__ = ["Replay"]
 
@@ -94,7 +92,7 @@ class Replay(Mitigation):
         schedule: dict[str, Any] = {"ratio": self.ratio, "every": self.every, "stage": stage}
         return Mixture(current=dataset, memory=memory, sums=sums, **schedule)
 
-    def transform_batch(self, module: ContinualModule, batch: Batch) -> Batch:
+    def transform_batch(self, module: StageModule, batch: Batch) -> Batch:
         """With `mir`: put the most interfered candidates in the old examples' places. A batch without old or without
         new examples stays as it is.
         """
@@ -128,7 +126,7 @@ class Replay(Mitigation):
         if self.draw == "loss":
             self.state["losses"] = example_nll(module, memory)
 
-    def _rank(self, module: ContinualModule, stage: Stage, new: Sequence[Example], count: int) -> list[Example]:
+    def _rank(self, module: StageModule, stage: Stage, new: Sequence[Example], count: int) -> list[Example]:
         """The best `count` of a domain's examples, best first."""
         if self.policy == "ring":
             last = [module.dataset[position] for position in reversed(range(len(module.dataset)))]
@@ -143,7 +141,7 @@ class Replay(Mitigation):
         seed = seed_of(stage.seed, "clusters", stage.index)
         return [named[i] for i in kmeans_order(features, count, seed=seed)]
 
-    def numbers(self, module: ContinualModule) -> Mapping[str, float]:
+    def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """What the memory holds: `examples`, and `bytes` of all state."""
         return {"examples": len(self.memory()), "bytes": self.state_bytes()}
 

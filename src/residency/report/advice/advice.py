@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from residency.metrics.comparison import seeds_needed
-from residency.report.advice.case import Case, listed
+from residency.report.advice.case import Evidence, listed
 from residency.report.advice.limits import limits as limits_of
 from residency.report.advice.reasons import Fact, against, facts, reasons
 from residency.report.records.arms import Arm
 from residency.report.records.contrasts import Contrast, overall, shared_values
-from residency.report.records.records import Material
+from residency.report.records.records import Records
 from residency.runs.views.tables import FLOOR, printable
 
 __all__ = ["Advice", "advise"]
@@ -49,7 +49,7 @@ class Advice:
     choice: str | None
 
 
-def advise(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> Advice:
+def advise(records: Records, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> Advice:
     """The summary of a study or of some runs."""
     trained = list(arms)
     honest = [arm for arm in trained if not arm.oracle] or trained
@@ -59,11 +59,11 @@ def advise(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contrast
         means[metric] = {v: flip * fmean(own) for v, own in shared_values(honest, metric).items()}
     up = _higher(honest)
     ranked = sorted(means["average"], key=lambda v: means["average"][v], reverse=up)
-    tests = {c.a: c for c in overall(honest, material.baseline)}
-    limits = tuple(limits_of(material, trained, ranked))
+    tests = {c.a: c for c in overall(honest, records.baseline)}
+    limits = tuple(limits_of(records, trained, ranked))
     if not any(arm.done for arm in trained):
         return _plain("Nothing to compare yet", "no cell of this study is complete", limits)
-    case = Case(material=material, arms=arms, contrasts=contrasts, ranked=ranked, means=means, tests=tests)
+    case = Evidence(records=records, arms=arms, contrasts=contrasts, ranked=ranked, means=means, tests=tests)
     if not ranked:
         return _plain("No common setting to compare in", "the methods have no seed and setting in common", limits)
     if len(ranked) == 1:
@@ -90,7 +90,7 @@ def _plain(headline: str, lead: str, limits: tuple[str, ...]) -> Advice:
     )
 
 
-def _single(case: Case, limits: tuple[str, ...]) -> Advice:
+def _single(case: Evidence, limits: tuple[str, ...]) -> Advice:
     """One method: what it learnt and lost, without a recommendation."""
     value, forgot = case.best, case.means["forgetting"].get(case.best)
     verb = "could not forget: one domain" if forgot is None else "forgets" if forgot > FLOOR else "does not forget"
@@ -110,11 +110,11 @@ def _single(case: Case, limits: tuple[str, ...]) -> Advice:
     )
 
 
-def _score(case: Case) -> str:
-    return f"{printable(case.material.scorer)} ({'higher' if case.arm.higher_is_better else 'lower'} is better)"
+def _score(case: Evidence) -> str:
+    return f"{printable(case.records.scorer)} ({'higher' if case.arm.higher_is_better else 'lower'} is better)"
 
 
-def _recommend(case: Case, limits: tuple[str, ...]) -> Advice:
+def _recommend(case: Evidence, limits: tuple[str, ...]) -> Advice:
     best, base = case.name(case.best), case.name(case.base)
     tied = [v for v in case.ranked[1:] if case.ahead(v) is not True]
     strength, evidence = _strength(case, tied)
@@ -142,7 +142,7 @@ def _recommend(case: Case, limits: tuple[str, ...]) -> Advice:
     )
 
 
-def _strength(case: Case, tied: Sequence[str]) -> tuple[str, str]:
+def _strength(case: Evidence, tied: Sequence[str]) -> tuple[str, str]:
     """How sure the recommendation is, as a class and in words."""
     if case.best == case.base:
         worse = sum(c.outcome == "worse" for c in case.tests.values())

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from residency.metrics.comparison import Comparison, compare
 from residency.report.records.arms import Arm
 from residency.report.records.contrasts import Contrast, paired_examples, shared_values
-from residency.report.records.records import Material
+from residency.report.records.records import Records
 from residency.runs.views.tables import AS_MUCH, printable
 
-__all__ = ["Case", "ahead", "called", "listed"]
+__all__ = ["Evidence", "ahead", "called", "listed"]
 
 _SHOWN = 3  # names that are listed before "and n more"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Evidence:
     """What a recommendation is made from: means over shared settings and seeds, in the printed direction."""
 
-    material: Material
+    records: Records
     arms: Sequence[Arm]
     contrasts: Sequence[Contrast]
     ranked: Sequence[str]  # values of the compared axis, best first
@@ -29,7 +29,7 @@ class Case:
 
     @property
     def base(self) -> str:
-        return self.material.baseline
+        return self.records.baseline
 
     @property
     def best(self) -> str:
@@ -60,14 +60,14 @@ class Case:
         return abs(own - other) <= AS_MUCH * (abs(other) if start is None else abs(start - other))
 
     def name(self, value: str) -> str:
-        return called(self.material, value)
+        return called(self.records, value)
 
     def ahead(self, value: str) -> bool | None:
         """Whether the best is told apart from a value, in every setting they share; `None` if nothing tells."""
         return ahead(self, value)
 
 
-def ahead(case: Case, value: str) -> bool | None:
+def ahead(case: Evidence, value: str) -> bool | None:
     """Paired over seeds if there are two, else by the examples of the contrast with the baseline."""
     table = shared_values([*case.of(case.best), *case.of(value)], "average")
     if len(table) == 2:
@@ -81,9 +81,9 @@ def ahead(case: Case, value: str) -> bool | None:
     return None if found_examples is None else found_examples.low > 0
 
 
-def called(material: Material, value: str) -> str:
+def called(records: Records, value: str) -> str:
     """A value of the compared axis as it reads in a sentence."""
-    plain = material.subject == "mitigation" and value == "none"
+    plain = records.subject == "mitigation" and value == "none"
     return "no mitigation" if plain else printable(value)
 
 

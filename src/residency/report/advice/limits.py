@@ -10,13 +10,13 @@ from residency.metrics.comparison import seeds_needed
 from residency.report.advice.case import listed
 from residency.report.records.arms import Arm
 from residency.report.records.contrasts import shared_values
-from residency.report.records.records import Material
+from residency.report.records.records import Records
 from residency.runs.views.tables import finite, printable
 
 __all__ = ["limits"]
 
 
-def limits(material: Material, trained: Sequence[Arm], ranked: Sequence[str]) -> Iterator[str]:
+def limits(records: Records, trained: Sequence[Arm], ranked: Sequence[str]) -> Iterator[str]:
     done = [arm for arm in trained if arm.done]
     seeds = min((len(arm.done) for arm in done), default=0)
     if seeds:
@@ -26,30 +26,30 @@ def limits(material: Material, trained: Sequence[Arm], ranked: Sequence[str]) ->
         yield "One order of domains: another order may rank the methods differently."
     if not any(arm.done and arm.done[0].record.get("probes") for arm in done):
         yield "No probe was scored: what happened to abilities outside these domains is not known."
-    kinds = {entry.reference for entry in material.done}
+    kinds = {entry.reference for entry in records.done}
     if not kinds & {"joint", "independent"} and done:
         yield "Neither joint nor single-domain training was run: how good it could get at best is not known."
-    other = _other_winner(material, trained, ranked)
+    other = _other_winner(records, trained, ranked)
     if other:
         yield other
     told = [printable(arm.value) for arm in trained if arm.oracle]
     if told:
         yield f"Told the domain at test time, so it forgets little by construction: {listed(told)}."
-    missing = [entry for entry in material.entries if not entry.done]
+    missing = [entry for entry in records.entries if not entry.done]
     if missing:
         names = listed([f"{printable(e.record['cell'])} ({printable(e.record['status'])})" for e in missing])
-        yield f"{len(missing)} of {len(material.entries)} cells are not in these numbers: {names}."
-    yield from _warnings(material, done, ranked)
-    gaps = sorted({printable(arm.name) for arm in done for e in arm.done if _gaps(e.record, material.scorer)})
+        yield f"{len(missing)} of {len(records.entries)} cells are not in these numbers: {names}."
+    yield from _warnings(records, done, ranked)
+    gaps = sorted({printable(arm.name) for arm in done for e in arm.done if _gaps(e.record, records.scorer)})
     if gaps:
         yield f"Scores are missing inside the matrices of {listed(gaps)}; numbers that need them are left out."
 
 
-def _warnings(material: Material, done: Sequence[Arm], ranked: Sequence[str]) -> Iterator[str]:
+def _warnings(records: Records, done: Sequence[Arm], ranked: Sequence[str]) -> Iterator[str]:
     """What the record of the best one says must be read beside its scores."""
     for arm in done:
         if ranked and arm.value == ranked[0]:
-            texts = (arm.done[0].record.get("warnings") or {}).get(material.scorer) or []
+            texts = (arm.done[0].record.get("warnings") or {}).get(records.scorer) or []
             yield from (f"{printable(arm.name)}: {printable(text, 300)}" for text in texts)
 
 
@@ -71,9 +71,9 @@ def _seed_limit(seeds: int, family: int) -> str:
     return f"{seeds} seeds; p-values are corrected for {family} comparison{'s' * (family != 1)} (Holm)."
 
 
-def _other_winner(material: Material, trained: Sequence[Arm], ranked: Sequence[str]) -> str:
+def _other_winner(records: Records, trained: Sequence[Arm], ranked: Sequence[str]) -> str:
     """Whether another scorer would choose differently."""
-    names = {name for arm in trained for e in arm.done for name in e.record["scores"]} - {material.scorer}
+    names = {name for arm in trained for e in arm.done for name in e.record["scores"]} - {records.scorer}
     said = []
     for name in sorted(names):
         arms = [Arm(place=a.place, subject=a.subject, scorer=name, entries=a.entries) for a in trained]

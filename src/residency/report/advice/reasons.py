@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from residency.report.advice.case import Case, listed
+from residency.report.advice.case import Evidence, listed
 from residency.report.records.reference_runs import reference_rows
 from residency.runs.views.tables import FLOOR, printable
 
@@ -23,7 +23,7 @@ class Fact:
     good: bool | None
 
 
-def facts(case: Case) -> Iterator[Fact]:
+def facts(case: Evidence) -> Iterator[Fact]:
     labels = {"average": "score at the end", "learning": "right after learning", "forgetting": "forgotten since"}
     # A lead that may be chance is not coloured as one.
     chance = case.best != case.base and case.ahead(case.base) is not True
@@ -42,7 +42,7 @@ def facts(case: Case) -> Iterator[Fact]:
         yield Fact(label="time", value=f"{100 * (own_s / base_s - 1):+.0f} %", against=_memory(case), good=None)
 
 
-def reasons(case: Case, tied: Sequence[str]) -> Iterator[str]:
+def reasons(case: Evidence, tied: Sequence[str]) -> Iterator[str]:
     best, base = case.name(case.best), case.name(case.base)
     if case.best != case.base:
         yield from _keeps(case, best, base)
@@ -59,7 +59,7 @@ def reasons(case: Case, tied: Sequence[str]) -> Iterator[str]:
     yield from _bound(case)
 
 
-def _keeps(case: Case, best: str, base: str) -> Iterator[str]:
+def _keeps(case: Evidence, best: str, base: str) -> Iterator[str]:
     own, other = case.means["forgetting"].get(case.best), case.means["forgetting"].get(case.base)
     if own is None or other is None:
         return
@@ -71,7 +71,7 @@ def _keeps(case: Case, best: str, base: str) -> Iterator[str]:
         yield f"It keeps: {best} {amount} than {base} ({numbers})." if own > FLOOR else f"It keeps: {best} {amount}."
 
 
-def _learns(case: Case, best: str, base: str) -> Iterator[str]:
+def _learns(case: Evidence, best: str, base: str) -> Iterator[str]:
     own, other = case.means["learning"].get(case.best), case.means["learning"].get(case.base)
     if own is None or other is None:
         return
@@ -84,7 +84,7 @@ def _learns(case: Case, best: str, base: str) -> Iterator[str]:
         yield f"It pays with learning: {numbers}. The score at the end already counts that."
 
 
-def _traps(case: Case) -> Iterator[str]:
+def _traps(case: Evidence) -> Iterator[str]:
     """Who forgets least without being best: usually who learnt least."""
     forgot, learnt = case.means["forgetting"], case.means["learning"]
     least = min(forgot, key=lambda v: forgot[v], default=None)
@@ -99,9 +99,9 @@ def _traps(case: Case) -> Iterator[str]:
         )
 
 
-def _bound(case: Case) -> Iterator[str]:
+def _bound(case: Evidence) -> Iterator[str]:
     """What is left to gain, if a reference tells."""
-    rows = {row["kind"]: row["average"] for row in reference_rows(case.material, case.arms)}
+    rows = {row["kind"]: row["average"] for row in reference_rows(case.records, case.arms)}
     for kind, words in (("joint", "Trained on all domains at once"), ("independent", "Trained on each domain alone")):
         if kind in rows:
             digits = 3 if abs(rows[kind]) <= 1 else 2
@@ -109,24 +109,24 @@ def _bound(case: Case) -> Iterator[str]:
             return
 
 
-def against(case: Case, metric: str) -> str:
+def against(case: Evidence, metric: str) -> str:
     own, other = case.number(metric, case.best), case.number(metric, case.base)
     against = f" against {other} with {case.name(case.base)}" if case.base in case.means[metric] else ""
     return f"{own} {_unit(case)}{against} ({'higher' if case.arm.higher_is_better else 'lower'} is better)"
 
 
-def _unit(case: Case) -> str:
-    entry = case.arm.done[0].record["scores"][case.material.scorer]
+def _unit(case: Evidence) -> str:
+    entry = case.arm.done[0].record["scores"][case.records.scorer]
     unit = printable(entry.get("unit") or "")
-    return unit if unit.startswith("nats") else printable(case.material.scorer)
+    return unit if unit.startswith("nats") else printable(case.records.scorer)
 
 
-def _cost(case: Case, value: str, name: str) -> float | None:
+def _cost(case: Evidence, value: str, name: str) -> float | None:
     known = [c for arm in case.of(value) if (c := arm.cost(name)) is not None]
     return fmean(known) if known else None
 
 
-def _memory(case: Case) -> str:
+def _memory(case: Evidence) -> str:
     state = _cost(case, case.best, "mitigation_state_bytes")
     return "" if state is None else f"extra state {size(state)}"
 

@@ -8,25 +8,25 @@ from typing import Any
 from residency.core.text import printable
 from residency.report.advice.advice import Advice
 from residency.report.records.arms import Arm
-from residency.report.records.records import Material
+from residency.report.records.records import Records
 from residency.report.tables.frames import Frames
 
-__all__ = ["Board"]
+__all__ = ["ChartSelection"]
 
 Row = dict[str, Any]
 
 
-class Board:
+class ChartSelection:
     """What the figures share: rows of the tables, best first, and whom to highlight."""
 
-    def __init__(self, material: Material, arms: Sequence[Arm], frames: Frames, advice: Advice) -> None:
-        self.material, self.arms, self.frames = material, arms, frames
+    def __init__(self, records: Records, arms: Sequence[Arm], frames: Frames, advice: Advice) -> None:
+        self.records, self.arms, self.frames = records, arms, frames
         trained = [arm for arm in arms if arm.done]
         first = trained[0] if trained else None
         self.higher = first.higher_is_better if first else True
-        entry = first.done[0].record["scores"][material.scorer] if first else {}
-        self.short = printable(material.scorer, 30)
-        self.unit = f"{printable(material.scorer)}, {printable(entry.get('unit') or 'unknown unit', 40)}"
+        entry = first.done[0].record["scores"][records.scorer] if first else {}
+        self.short = printable(records.scorer, 30)
+        self.unit = f"{printable(records.scorer)}, {printable(entry.get('unit') or 'unknown unit', 40)}"
         rows = frames.methods.to_dicts() if frames.methods.height else []
         known = [row for row in rows if row.get("average") is not None and row["role"] != "reference"]
         sign = -1 if self.higher else 1

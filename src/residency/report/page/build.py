@@ -23,7 +23,7 @@ from residency.report.page.glossary import WORDS
 from residency.report.page.matrix_viewer import viewer_data
 from residency.report.records.arms import Arm, arms_of
 from residency.report.records.contrasts import contrasts
-from residency.report.records.records import Material, read_material
+from residency.report.records.records import Records, read_material
 from residency.report.tables.frames import Frames, frames_of
 from residency.report.tables.html_tables import Grid, comparisons_grid, domains_grid, methods_grid
 from residency.report.tables.provenance import configs, missing, provenance
@@ -41,21 +41,21 @@ _ROWS = 1200
 class Report:
     """Everything a report says, before it is drawn."""
 
-    material: Material
+    records: Records
     arms: Sequence[Arm]
     frames: Frames
     advice: Advice
     figures: Sequence[Figure]
 
     @classmethod
-    def of(cls, material: Material) -> Report:
+    def of(cls, records: Records) -> Report:
         """Compute it."""
-        arms = arms_of(material)
-        compared = contrasts(arms, material.baseline)
-        frames = frames_of(material, arms, compared)
-        advice = advise(material, arms, compared)
-        figures = figures_of(material, arms, frames, advice)
-        return cls(material=material, arms=arms, frames=frames, advice=advice, figures=figures)
+        arms = arms_of(records)
+        compared = contrasts(arms, records.baseline)
+        frames = frames_of(records, arms, compared)
+        advice = advise(records, arms, compared)
+        figures = figures_of(records, arms, frames, advice)
+        return cls(records=records, arms=arms, frames=frames, advice=advice, figures=figures)
 
 
 def build(
@@ -84,10 +84,10 @@ def build(
         UserError: A folder holds no records, or a name is unknown; nothing has been written then.
     """
     several = [paths] if isinstance(paths, str | Path) else list(paths)
-    material = read_material(several, scorer=scorer, baseline=baseline)
+    records = read_material(several, scorer=scorer, baseline=baseline)
     beside = published(references)
-    report = Report.of(material)
-    folder = Path(output) if output is not None else material.home
+    report = Report.of(records)
+    folder = Path(output) if output is not None else records.home
     drawn = {figure.id: draw(figure) for figure in report.figures if figure.chart is not None}
     for figure in report.figures:
         if figure.id in drawn:
@@ -99,25 +99,25 @@ def build(
     if wandb_project is not None:
         from residency.report.page.wandb_report import track_report
 
-        track_report(page, material, report.advice, report.frames.items(), project=wandb_project)
+        track_report(page, records, report.advice, report.frames.items(), project=wandb_project)
     return page
 
 
 def _page(
     report: Report, drawn: dict[str, str], beside: Sequence[Published], tables: Mapping[str, Sequence[str]]
 ) -> str:
-    material, advice, frames = report.material, report.advice, report.frames
+    records, advice, frames = report.records, report.advice, report.frames
     first, *rest = [_shown(figure, drawn.get(figure.id)) for figure in report.figures]
     rows = frames.methods.to_dicts() if frames.methods.height else []
     trained = next((arm for arm in report.arms if arm.done), None)
     higher = trained.higher_is_better if trained else True
-    entry = trained.done[0].record["scores"][material.scorer] if trained else {}
+    entry = trained.done[0].record["scores"][records.scorer] if trained else {}
     unit = printable(entry.get("unit") or "unknown unit")
     chosen = next((a.name for a in report.arms if a.value == advice.choice), None)
     vega, script = viewer_code(), _text("report.js")
-    explorer, note = viewer_data(report.arms, material.scorer, first=advice.choice)
+    explorer, note = viewer_data(report.arms, records.scorer, first=advice.choice)
     context = {
-        "title": material.title,
+        "title": records.title,
         "setting": _setting(report),
         "version": _version(),
         "question": _question(report),
@@ -130,10 +130,10 @@ def _page(
         "methods_note": _methods_note(report, unit, higher),
         "comparisons": _with_json(comparisons_grid(frames.comparisons.to_dicts())),
         "domains": _with_json(domains_grid(frames.domains.to_dicts())),
-        "missing": _with_json(missing(material)),
-        "count": len(material.entries),
+        "missing": _with_json(missing(records)),
+        "count": len(records.entries),
         "published": [{**vars(one), "grid": _with_json(one.grid)} for one in beside],
-        "provenance": [_with_json(grid) for grid in provenance(material, report.arms)],
+        "provenance": [_with_json(grid) for grid in provenance(records, report.arms)],
         "tables": tables,
         "explorer": explorer and Markup(as_json(explorer)),
         "explorer_note": note,
@@ -188,11 +188,11 @@ def _version() -> str:
 
 
 def _question(report: Report) -> str:
-    axis = report.material.subject
+    axis = report.records.subject
     values = {arm.value for arm in report.arms}
     if len(values) < 2:
         return "What was learnt, and what was forgotten?"
-    orders = {tuple(map(printable, e.record["domains"])) for e in report.material.done if e.reference is None}
+    orders = {tuple(map(printable, e.record["domains"])) for e in report.records.done if e.reference is None}
     domains = list(next(iter(orders))) if len(orders) == 1 else []
     told = 1 < len(domains) <= 5 and all(len(name) <= 24 for name in domains)
     stream = f"{', then '.join(domains)}" if told else "one domain after another"
@@ -200,9 +200,9 @@ def _question(report: Report) -> str:
 
 
 def _setting(report: Report) -> str:
-    done = [entry for entry in report.material.done if entry.reference is None]
+    done = [entry for entry in report.records.done if entry.reference is None]
     if not done:
-        return f"{len(report.material.entries)} cells, none complete"
+        return f"{len(report.records.entries)} cells, none complete"
     orders = {tuple(entry.record["domains"]) for entry in done}
     domains = " → ".join(printable(name, 30) for name in next(iter(orders)))
     stream = f"learns {domains}" if len(orders) == 1 else f"{len(orders)} orders of domains"
@@ -221,9 +221,9 @@ def _methods_note(report: Report, unit: str, higher: bool) -> str:
     )
     over = {"seeds (t)": "over seeds (Student's t)", "test rows": "over test rows only, not over seeds"}
     intervals = f" Intervals are 95 %, {' or '.join(over[k] for k in sorted(kinds))}." if kinds else ""
-    scorer = printable(report.material.scorer)
+    scorer = printable(report.records.scorer)
     direction = "higher" if higher else "lower"
-    base = called(report.material, report.material.baseline)
+    base = called(report.records, report.records.baseline)
     return (
         f"Scored by {scorer} in {unit}: {direction} is better. Forgetting above 0 is bad. Compared with {base}."
         f"{intervals} Point at a heading for its definition, press it to sort."

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from residency.report.advice.advice import Advice
-from residency.report.records.records import Material
+from residency.report.records.records import Records
 from residency.runs.views.flat_config import Scalar
 from residency.runs.views.tables import finite, printable
 from residency.runs.views.wandb_view import WandbSettings, WandbView
@@ -20,7 +20,7 @@ _ROWS = 5000  # of a table; W&B shows 10,000 at most
 
 
 def track_report(
-    page: Path, material: Material, advice: Advice, tables: Mapping[str, pl.DataFrame], *, project: str
+    page: Path, records: Records, advice: Advice, tables: Mapping[str, pl.DataFrame], *, project: str
 ) -> None:
     """Log a report: job type `report`, in the group of the study; offline unless WANDB_MODE says otherwise.
 
@@ -29,30 +29,30 @@ def track_report(
 
     Args:
         page: The page, already written; W&B writes beside it unless WANDB_DIR is set.
-        material: What the report is about.
+        records: What the report is about.
         advice: Its summary.
         tables: Name -> table.
         project: W&B project.
     """
-    settings = WandbSettings(project=project, group=material.title, job_type="report", tags=["report"])
+    settings = WandbSettings(project=project, group=records.title, job_type="report", tags=["report"])
     config: dict[str, Scalar] = {
-        "scorer": material.scorer,
-        "subject": material.subject,
-        "baseline": material.baseline,
-        "cells": len(material.entries),
+        "scorer": records.scorer,
+        "subject": records.subject,
+        "baseline": records.baseline,
+        "cells": len(records.entries),
     }
-    domains = list(dict.fromkeys(name for entry in material.done for name in entry.record["domains"]))
+    domains = list(dict.fromkeys(name for entry in records.done for name in entry.record["domains"]))
     view = WandbView(
-        settings=settings, run_dir=page.parent, name=f"{material.title} report", flat_config=config, domains=domains
+        settings=settings, run_dir=page.parent, name=f"{records.title} report", flat_config=config, domains=domains
     )
     view.start()
     facts: dict[str, Scalar] = {
         "report/choice": advice.choice or "none",
         "report/evidence": advice.evidence,
         "report/headline": advice.headline,
-        "report/count": len(material.entries),
-        "report/missing": len(material.entries) - len(material.done),
-        **_choice(material, advice, tables),
+        "report/count": len(records.entries),
+        "report/missing": len(records.entries) - len(records.done),
+        **_choice(records, advice, tables),
     }
     view.conclude(facts, {f"report/{name}": _rows(table) for name, table in tables.items()}, page=page)
 
@@ -61,7 +61,7 @@ def _rows(table: pl.DataFrame) -> tuple[Sequence[str], list[list[Any]]]:
     return table.columns, [list(row) for row in table.head(_ROWS).rows()]
 
 
-def _choice(material: Material, advice: Advice, tables: Mapping[str, pl.DataFrame]) -> dict[str, float]:
+def _choice(records: Records, advice: Advice, tables: Mapping[str, pl.DataFrame]) -> dict[str, float]:
     """Metrics of the recommended method's first row, under the names that cells have."""
     if advice.choice is None or "methods" not in tables:
         return {}
@@ -72,4 +72,4 @@ def _choice(material: Material, advice: Advice, tables: Mapping[str, pl.DataFram
     )
     row = next(found, {})
     metrics = {name: finite(row.get(name)) for name in ("average", "learning", "forgetting", "bwt", "fwt")}
-    return {f"final/{material.scorer}/{name}": value for name, value in metrics.items() if value is not None}
+    return {f"final/{records.scorer}/{name}": value for name, value in metrics.items() if value is not None}

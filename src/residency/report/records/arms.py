@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from residency.metrics.statistics import Interval, t_interval
-from residency.report.records.records import Entry, Material
+from residency.report.records.records import Entry, Records
 from residency.runs.views.tables import finite, printable, score_at
 
 __all__ = ["Arm", "arms_of", "matrices", "mean_matrix"]
@@ -145,15 +145,15 @@ def _cell(entry: Entry) -> str:
     return printable(entry.record.get("cell", "?"))
 
 
-def arms_of(material: Material, scorer: str | None = None) -> list[Arm]:
+def arms_of(records: Records, scorer: str | None = None) -> list[Arm]:
     """The arms in order of appearance; references are no arms, see `residency.report.records.reference_runs`."""
     arms: dict[Place, Arm] = {}
-    for entry in material.entries:
+    for entry in records.entries:
         if entry.reference is not None:
             continue
         axes = {k: v for k, v in entry.record["axes"].items() if k != "seed"}
         place = tuple((printable(k), "none" if v is None else printable(v)) for k, v in axes.items())
-        new = Arm(place=place, subject=material.subject, scorer=scorer or material.scorer)
+        new = Arm(place=place, subject=records.subject, scorer=scorer or records.scorer)
         arms.setdefault(place, new).entries.append(entry)
     return list(arms.values())
 

@@ -16,7 +16,7 @@ from residency.core.errors import UserError
 from residency.runs.views.flat_config import flat_config
 from residency.runs.views.tables import Record, printable
 
-__all__ = ["Entry", "Material", "read_material"]
+__all__ = ["Entry", "Records", "read_material"]
 
 # What of a config tells two runs apart that belong to no study, in the order of interest.
 _TELLING = ("mitigation", "adapter", "objective", "stream", "backbone")
@@ -76,7 +76,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
+class Records:
     """Everything a report reads.
 
     Args:
@@ -103,7 +103,7 @@ class Material:
         return [entry for entry in self.entries if entry.done]
 
 
-def read_material(paths: Sequence[str | Path], *, scorer: str | None = None, baseline: str | None = None) -> Material:
+def read_material(paths: Sequence[str | Path], *, scorer: str | None = None, baseline: str | None = None) -> Records:
     """Read runs and studies.
 
     Args:
@@ -146,7 +146,7 @@ def read_material(paths: Sequence[str | Path], *, scorer: str | None = None, bas
         )
     subject = _subject(entries)
     values = list(dict.fromkeys(str(e.record["axes"].get(subject)) for e in entries if e.role == "train"))
-    return Material(
+    return Records(
         title=printable(study.get("name") or (folders[0].resolve().name if folders else "report")),
         home=folders[0] / "report",
         entries=tuple(entries),

@@ -12,7 +12,7 @@ from typing import Any
 
 from residency.metrics.statistics import t_interval
 from residency.report.records.arms import Arm
-from residency.report.records.records import Entry, Material
+from residency.report.records.records import Entry, Records
 from residency.runs.views.tables import printable, score_at
 
 __all__ = ["reference_rows"]
@@ -25,7 +25,7 @@ _CALLED = {
 }
 
 
-def reference_rows(material: Material, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+def reference_rows(records: Records, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """One row per kind and setting: method, average over the stream's domains, with its interval over seeds.
 
     The base model needs no run of its own: row 0 of every matrix is it.
@@ -33,13 +33,13 @@ def reference_rows(material: Material, arms: Sequence[Arm]) -> list[dict[str, An
     first = next((arm for arm in arms if arm.done), None)
     rows = []
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Entry]] = {}
-    for entry in material.done:
-        if entry.reference is not None and material.scorer in (entry.record.get("scores") or {}):
+    for entry in records.done:
+        if entry.reference is not None and records.scorer in (entry.record.get("scores") or {}):
             place = tuple((printable(k), printable(v)) for k, v in entry.record["axes"].items())
             groups.setdefault((entry.reference, place), []).append(entry)
     for (kind, place), entries in groups.items():
         domains = [*first.done[0].record["domains"]] if first else _own(entries)
-        values = [v for v in _by_seed(entries, material.scorer, domains).values() if v is not None]
+        values = [v for v in _by_seed(entries, records.scorer, domains).values() if v is not None]
         if values:
             setting = " · ".join(value for _, value in place)
             rows.append(_row(f"{_CALLED.get(kind, kind)}{f' · {setting}' if setting else ''}", kind, values))

@@ -11,7 +11,7 @@ import polars as pl
 
 from residency.report.records.arms import Arm
 from residency.report.records.contrasts import METRICS, Contrast, example_interval
-from residency.report.records.records import Material
+from residency.report.records.records import Records
 from residency.report.records.reference_runs import reference_rows
 from residency.runs.views.tables import finite, printable
 
@@ -47,16 +47,16 @@ class Frames:
         return {name: frame for name, frame in vars(self).items() if frame.height}
 
 
-def frames_of(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> Frames:
+def frames_of(records: Records, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> Frames:
     """All tables of a report."""
     scores = [{"method": arm.name, **row} for arm in arms for row in arm.stages]
     return Frames(
-        methods=_frame(_methods(material, arms, contrasts)),
+        methods=_frame(_methods(records, arms, contrasts)),
         comparisons=_frame([_comparison(c) for c in contrasts]),
         scores=_frame(scores),
         domains=_frame([row for arm in arms for row in _domains(arm)]),
         costs=_frame([_costs(arm) for arm in arms if arm.done]),
-        cells=_frame([_cell(material, index) for index in range(len(material.entries))]),
+        cells=_frame([_cell(records, index) for index in range(len(records.entries))]),
     )
 
 
@@ -64,7 +64,7 @@ def _frame(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None) if rows else pl.DataFrame()
 
 
-def _methods(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
+def _methods(records: Records, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
     against = {(c.name, c.metric): c for c in contrasts}
     axes = list(dict.fromkeys(axis for arm in arms for axis, _ in arm.place))
     rows = []
@@ -72,7 +72,7 @@ def _methods(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contra
         place = dict(arm.place)
         row: dict[str, Any] = {"method": arm.name, "role": "train"}
         row |= {f"axis: {axis}": place.get(axis) for axis in axes if len(axes) > 1}
-        row |= {"baseline": arm.value == material.baseline, "seeds": len(arm.done)}
+        row |= {"baseline": arm.value == records.baseline, "seeds": len(arm.done)}
         for metric in METRICS:
             low, high, kind = _interval(arm, metric, resample=number < _RESAMPLED)
             row |= {
@@ -90,7 +90,7 @@ def _methods(material: Material, arms: Sequence[Arm], contrasts: Sequence[Contra
         row |= _probes(arm)
         row |= {"seconds": arm.cost("seconds"), "state bytes": arm.cost("mitigation_state_bytes")}
         rows.append(row | {"told the domain": arm.oracle, "note": "; ".join(arm.notes())})
-    return [*rows, *({k: v for k, v in row.items() if k != "kind"} for row in reference_rows(material, arms))]
+    return [*rows, *({k: v for k, v in row.items() if k != "kind"} for row in reference_rows(records, arms))]
 
 
 def _interval(arm: Arm, metric: str, *, resample: bool) -> tuple[float | None, float | None, str | None]:
@@ -182,8 +182,8 @@ def _costs(arm: Arm) -> dict[str, Any]:
     }
 
 
-def _cell(material: Material, index: int) -> dict[str, Any]:
-    entry = material.entries[index]
+def _cell(records: Records, index: int) -> dict[str, Any]:
+    entry = records.entries[index]
     record = entry.record
     return {
         "cell": printable(record.get("cell", "?")),

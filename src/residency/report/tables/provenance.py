@@ -9,7 +9,7 @@ import yaml
 
 from residency.core.text import printable
 from residency.report.records.arms import Arm
-from residency.report.records.records import Material
+from residency.report.records.records import Records
 from residency.report.records.settings import differences
 from residency.report.tables.html_tables import Grid, plain_grid
 
@@ -20,17 +20,17 @@ _CONFIGS, _SETTINGS, _METHODS = 8, 60, 40
 _PRIVATE = ("run_dir", "store", "wandb", "config")
 
 
-def missing(material: Material) -> Grid:
+def missing(records: Records) -> Grid:
     """Cells without results, and why."""
     rows = [
         {"cell": printable(e.record["cell"]), "why": printable(e.record["status"], 200), "seed": e.record.get("seed")}
-        for e in material.entries
+        for e in records.entries
         if not e.done
     ]
     return plain_grid("missing", "Missing and failed cells", rows)
 
 
-def provenance(material: Material, arms: Sequence[Arm]) -> list[Grid]:
+def provenance(records: Records, arms: Sequence[Arm]) -> list[Grid]:
     """Tables of origin."""
     common, differ = differences(arms[:_METHODS])
     shared = [{"setting": key, "value": value} for key, value in sorted(common.items())]
@@ -40,11 +40,11 @@ def provenance(material: Material, arms: Sequence[Arm]) -> list[Grid]:
         if differ
     ]
     return [
-        plain_grid("origin", "Data and model", _data(material)),
-        plain_grid("versions", "Versions", _varying(material, "versions")),
+        plain_grid("origin", "Data and model", _data(records)),
+        plain_grid("versions", "Versions", _varying(records, "versions")),
         plain_grid("apart", "Settings that differ between methods", apart),
         plain_grid("shared", "Settings that all methods share", shared),
-        plain_grid("cells", "All cells", [_cell(e.record, e.role) for e in material.entries]),
+        plain_grid("cells", "All cells", [_cell(e.record, e.role) for e in records.entries]),
     ]
 
 
@@ -62,10 +62,10 @@ def _cell(record: Mapping[str, Any], role: str) -> dict[str, Any]:
     }
 
 
-def _varying(material: Material, part: str) -> list[dict[str, Any]]:
+def _varying(records: Records, part: str) -> list[dict[str, Any]]:
     """What all cells say about a part; where they disagree, every value."""
     found: dict[str, dict[str, None]] = {}
-    for entry in material.done:
+    for entry in records.done:
         for key, value in ((entry.record.get("provenance") or {}).get(part) or {}).items():
             found.setdefault(key, {})[printable(value)] = None
     return [
@@ -78,9 +78,9 @@ def _varying(material: Material, part: str) -> list[dict[str, Any]]:
     ]
 
 
-def _data(material: Material) -> list[dict[str, Any]]:
+def _data(records: Records) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for entry in material.done:
+    for entry in records.done:
         origin = entry.record.get("provenance") or {}
         prints, licences = origin.get("fingerprints") or {}, origin.get("licences") or {}
         model = origin.get("backbone") or {}

@@ -10,16 +10,16 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from residency.core.errors import UserError
-from residency.runs.config.sources import Written, written
+from residency.runs.config.sources import ConfigEntry, written
 
-__all__ = ["UNION", "Refusal", "explain"]
+__all__ = ["UNION", "ParseFailure", "explain"]
 
 UNION = "Does not validate against any of the Union subtypes"
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 _SHOWN = 12  # names in a message
 
 
-class Refusal(Exception):
+class ParseFailure(Exception):
     """jsonargparse refused a config; raised by the parser, told by `explain`.
 
     Args:
@@ -46,7 +46,7 @@ class _Case:
 
     texts: Sequence[str]
     accepted: Sequence[str]
-    given: Sequence[Written]
+    given: Sequence[ConfigEntry]
     verb: str
     classes: Mapping[str, Sequence[str]]
 
@@ -64,7 +64,7 @@ class _Case:
         return f"{named[-1]}.{entry}" if named and entry else named[0] if named else ""
 
 
-def explain(refusal: Refusal, words: Sequence[str], classes: Mapping[str, Sequence[str]]) -> UserError:
+def explain(refusal: ParseFailure, words: Sequence[str], classes: Mapping[str, Sequence[str]]) -> UserError:
     """The one message for the user.
 
     Args:

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from residency.core.errors import UserError
-from residency.runs.config.explain import Refusal
+from residency.runs.config.explain import ParseFailure
 from residency.runs.config.sources import read_yaml
 
 __all__ = ["ResidencyParser", "expand_presets"]
@@ -40,7 +40,7 @@ class ResidencyParser(LightningArgumentParser):
         """Called by jsonargparse for everything that does not parse.
 
         Raises:
-            Refusal: From the parser of the command line.
+            ParseFailure: From the parser of the command line.
             ArgumentError: From a parser inside of it, so that jsonargparse may try another type.
         """
         parser: Any = getattr(ex, "subcommand_parser", self)
@@ -48,7 +48,7 @@ class ResidencyParser(LightningArgumentParser):
         hidden = ("help", "config", "print_config", "print_shtab", "subcommand", SUPPRESS)
         accepted = [a.dest for a in actions if a.dest not in hidden and not a.dest.endswith(".help")]
         if self.exit_on_error:
-            raise Refusal(message, accepted=accepted) from ex
+            raise ParseFailure(message, accepted=accepted) from ex
         problem = ArgumentError(None, message)
         problem.accepted = accepted  # type: ignore[attr-defined]
         raise problem from ex

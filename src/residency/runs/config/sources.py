@@ -11,13 +11,13 @@ import yaml
 
 from residency.core.errors import UserError
 
-__all__ = ["Written", "check_configs", "pairs", "read_yaml", "written"]
+__all__ = ["ConfigEntry", "check_configs", "pairs", "read_yaml", "written"]
 
 _CONFIG_OPTIONS = ("--config", "-c")
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class ConfigEntry:
     """One key with its value.
 
     Args:
@@ -89,9 +89,9 @@ def check_configs(words: Sequence[str]) -> None:
                 )
 
 
-def written(words: Sequence[str]) -> list[Written]:
+def written(words: Sequence[str]) -> list[ConfigEntry]:
     """Every key of a command line and of the files it names, what counts most (the last) first."""
-    found: list[Written] = []
+    found: list[ConfigEntry] = []
     for option, value in pairs(words):
         if value is None:
             continue
@@ -114,7 +114,7 @@ def _inline(value: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _flat(value: Any, key: str, place: str, folder: Path) -> Iterator[Written]:
+def _flat(value: Any, key: str, place: str, folder: Path) -> Iterator[ConfigEntry]:
     if isinstance(value, dict):
         for name, part in value.items():
             yield from _flat(part, f"{key}.{name}" if key else str(name), place, folder)
@@ -122,4 +122,4 @@ def _flat(value: Any, key: str, place: str, folder: Path) -> Iterator[Written]:
         preset = folder / value
         yield from _flat(read_yaml(preset, what=key), key, str(preset), preset.parent)
     if key:
-        yield Written(key, value, place)
+        yield ConfigEntry(key, value, place)

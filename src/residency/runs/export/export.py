@@ -87,27 +87,33 @@ def export_saved(
             module.adapter.export(module.model.cpu(), temporary)
         module.backbone.tokenizer.save_pretrained(temporary)
         facts = {
-            "name": settings.cell,
-            "seed": settings.seed,
-            "stage": chosen,
-            "domain": data.order[chosen - 1],
-            "stream": data.order,
-            "probes": list(data.probes),
+            **_origin(data, settings, module.backbone, stage=chosen),
             "adapter": kind,
             "format": written_format(temporary),
             "merged": merge,
             "task_id_at_test": told,
-            "split": settings.split,
             "scores": scores,
             "base_scores": _base(folder),
             "merge_tax": tax,
-            "backbone": _backbone(module.backbone),
-            "licences": {name: domain.licence for name, domain in data.columns.items()},
-            "versions": versions(),
         }
         write_json(temporary / MARKER, facts)
         (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")
     return {**facts, "path": str(target)}
+
+
+def _origin(data: StreamData, settings: StreamSettings, backbone: Backbone, *, stage: int) -> dict[str, Any]:
+    return {
+        "name": settings.cell,
+        "seed": settings.seed,
+        "stage": stage,
+        "domain": data.order[stage - 1],
+        "stream": data.order,
+        "probes": list(data.probes),
+        "split": settings.split,
+        "backbone": _backbone(backbone),
+        "licences": {name: domain.licence for name, domain in data.columns.items()},
+        "versions": versions(),
+    }
 
 
 @torch.no_grad()

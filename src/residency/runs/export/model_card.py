@@ -71,7 +71,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         *_scores(facts),
         "## Licences of the data",
         _table(["domain", "licence"], [[text(n), text(licence)] for n, licence in facts["licences"].items()]),
-        f"Written by residency {text(facts['versions']['residency'])}; all facts are in residency.json.",
+        f"ConfigEntry by residency {text(facts['versions']['residency'])}; all facts are in residency.json.",
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -50,7 +50,7 @@ def store_command(words: list[str]) -> int:
             why="there is no such folder",
             fix="give the folder that `residency sweep` names, by default studies/<name>/store",
         )
-    console, store = Console(), Store(options.store, told=lambda text: Console().print(text, highlight=False))
+    console, store = Console(), Store(options.store, on_message=lambda text: Console().print(text, highlight=False))
     if options.verb == "ls":
         return _list(store, console)
     if options.verb == "verify":
@@ -64,7 +64,7 @@ def _list(store: Store, console: Console) -> int:
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     total = 0
     for kind in KINDS:
-        sizes = [_bytes(store.place(kind, key)) for key, _ in store.entries(kind)]
+        sizes = [_bytes(store.entry_path(kind, key)) for key, _ in store.entries(kind)]
         total += sum(sizes)
         table.add_row(kind, str(len(sizes)), f"{sum(sizes) / 2**20:.1f}")
     for name in ("work", "aside"):
@@ -93,12 +93,12 @@ def _verify(store: Store, console: Console) -> int:
 def _collect(store: Store, console: Console, *, unused: float | None, limit: int | None) -> int:
     freed = sum(_remove(place) for place in _leftovers(store))
     used = [(_last_use(store, kind, key), kind, key) for kind in KINDS for key, _ in store.entries(kind)]
-    total = sum(_bytes(store.place(kind, key)) for _, kind, key in used)
+    total = sum(_bytes(store.entry_path(kind, key)) for _, kind, key in used)
     count = 0
     for when, kind, key in sorted(used):
         old = unused is not None and time.time() - when > unused * _DAY
         if old or (limit is not None and total > limit):
-            size = _remove(store.place(kind, key))
+            size = _remove(store.entry_path(kind, key))
             total, freed, count = total - size, freed + size, count + 1
     console.print(
         f"{freed / 2**20:.1f} MiB freed ({count} entries and what was left over); {total / 2**20:.1f} MiB stay. "
@@ -125,7 +125,7 @@ def _leftovers(store: Store) -> Iterator[Path]:
 
 def _last_use(store: Store, kind: EntryKind, key: str) -> float:
     with suppress(OSError):
-        return (store.place(kind, key) / RECORD).stat().st_mtime
+        return (store.entry_path(kind, key) / RECORD).stat().st_mtime
     return 0.0
 
 

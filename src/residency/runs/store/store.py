@@ -67,24 +67,24 @@ class Store:
 
     Args:
         path: The folder; made when first written to. May be shared by studies, processes and machines.
-        told: Called with a sentence when an entry had to be set aside.
+        on_message: Called with a sentence when an entry had to be set aside.
     """
 
-    def __init__(self, path: Path, *, told: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, path: Path, *, on_message: Callable[[str], None] = lambda text: None) -> None:
         self.path = path
-        self.told = told
+        self.on_message = on_message
 
-    def place(self, kind: EntryKind, key: str) -> Path:
+    def entry_path(self, kind: EntryKind, key: str) -> Path:
         """Folder of an entry, whether or not it is there."""
         return self.path / kind / key
 
     def has(self, kind: EntryKind, key: str) -> bool:
         """Whether an entry is there; its content is not looked at."""
-        return (self.place(kind, key) / RECORD).is_file()
+        return (self.entry_path(kind, key) / RECORD).is_file()
 
     def find(self, kind: EntryKind, key: str) -> Entry | None:
         """An entry whose every file has been compared with its hash; `None` if there is none that can be trusted."""
-        folder = self.place(kind, key)
+        folder = self.entry_path(kind, key)
         if not folder.is_dir():
             return None
         try:
@@ -94,17 +94,17 @@ class Store:
                 os.utime(folder / RECORD)
             return entry
         except (OSError, ValueError, UserError) as error:
-            self.set_aside(kind, key, reason=" ".join(str(error).split()))
+            self.quarantine(kind, key, reason=" ".join(str(error).split()))
             return None
 
-    def set_aside(self, kind: EntryKind, key: str, *, reason: str) -> None:
+    def quarantine(self, kind: EntryKind, key: str, *, reason: str) -> None:
         """Take an entry that cannot be trusted out of the way; it is kept to be looked at until `gc`."""
         target = self.path / "aside" / f"{kind}-{key}-{secrets.token_hex(4)}"
         target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):
-            os.rename(self.place(kind, key), target)
+            os.rename(self.entry_path(kind, key), target)
             (target / "reason.txt").write_text(reason + "\n", encoding="utf-8")
-            self.told(f"store: {kind}/{key[:12]} was damaged and is made anew ({reason[:120]})")
+            self.on_message(f"store: {kind}/{key[:12]} was damaged and is made anew ({reason[:120]})")
 
     def put(self, kind: EntryKind, key: str, write: Callable[[Path], None], *, meta: Mapping[str, Any]) -> Entry:
         """Add an entry; if somebody was faster, theirs stays.
@@ -128,15 +128,15 @@ class Store:
             (folder / RECORD).write_text(text, encoding="utf-8")
             _file(folder / RECORD, sync=True)
             sync_folder(folder)
-            self._publish(folder, self.place(kind, key))
+            self._publish(folder, self.entry_path(kind, key))
         except OSError as error:
-            raise explained(error, self.place(kind, key)) from error
+            raise explained(error, self.entry_path(kind, key)) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         found = self.find(kind, key)
         if found is None:
             raise UserError(
-                f"{self.place(kind, key)} does not read as it was written",
+                f"{self.entry_path(kind, key)} does not read as it was written",
                 why="the disk or the network file system returned other bytes than it was given",
                 fix="check the disk; choose another --store",
             )
@@ -156,7 +156,7 @@ class Store:
     def lease(self, kind: EntryKind, key: str, **options: Any) -> AbstractContextManager[bool]:
         """Hold the right to make an entry (see `residency.core.leases.lease`); not needed once it is there."""
         path = self.path / "leases" / f"{kind}-{key}"
-        return lease(path, needless=lambda: self.has(kind, key), **options)
+        return lease(path, already_done=lambda: self.has(kind, key), **options)
 
     def work(self, key: str) -> Path:
         """Folder for what a stage in training must not lose."""

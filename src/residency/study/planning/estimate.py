@@ -120,12 +120,12 @@ class _Rates:
                 self.columns[record["meta"]["column"]].append(record["meta"]["seconds"])
 
     def training(self, cell: Resolved, k: int) -> float | None:
-        seconds, steps = self.steps[cell.lineage.model]
-        rate = seconds / steps if steps else self.measured.steps.get(cell.lineage.model)
-        return None if rate is None else cell.shelf.bench.stages[k - 1].steps * rate
+        seconds, steps = self.steps[cell.keys.model]
+        rate = seconds / steps if steps else self.measured.steps.get(cell.keys.model)
+        return None if rate is None else cell.stage_cache.runner.stages[k - 1].steps * rate
 
     def scoring(self, cell: Resolved) -> float | None:
-        names = [name for name, domain in cell.shelf.bench.data.columns.items() if domain.scorers]
+        names = [name for name, domain in cell.stage_cache.runner.data.columns.items() if domain.scorers]
         found = [self._column(name) for name in names]
         return None if None in found else sum(seconds for seconds in found if seconds is not None)
 
@@ -134,10 +134,10 @@ class _Rates:
         return sum(seconds) / len(seconds) if seconds else self.measured.columns.get(name)
 
     def size(self, cell: Resolved, *, kinds: int) -> int | None:
-        sizes = self.sizes[cell.lineage.model]
+        sizes = self.sizes[cell.keys.model]
         if sizes:
             return kinds * sum(sizes) // len(sizes)
-        size = self.measured.sizes.get(cell.lineage.model)
+        size = self.measured.sizes.get(cell.keys.model)
         return None if size is None else kinds * size
 
 

@@ -49,22 +49,22 @@ def measure(cells: Sequence[Resolved]) -> Measured:
     sizes: dict[str, int] = {}
     columns: dict[str, float] = {}
     for cell in cells:
-        if cell.frozen or cell.lineage.model in steps:
+        if cell.frozen or cell.keys.model in steps:
             continue
-        bench = cell.shelf.bench
-        bench.build()
-        steps[cell.lineage.model] = _step_seconds(cell)
-        sizes[cell.lineage.model] = size_in_bytes(bench.module.adapter.state(bench.module.model))
-        for name in bench.data.columns:
+        runner = cell.stage_cache.runner
+        runner.build()
+        steps[cell.keys.model] = _step_seconds(cell)
+        sizes[cell.keys.model] = size_in_bytes(runner.module.adapter.state(runner.module.model))
+        for name in runner.data.columns:
             if name not in columns:
                 columns[name] = _column_seconds(cell, name)
-        del bench.module.model
+        del runner.module.model
     return Measured(steps=steps, sizes=sizes, columns=columns)
 
 
 def _step_seconds(cell: Resolved) -> float:
-    bench = cell.shelf.bench
-    stage = replace(bench.stages[0], steps=STEPS)
+    runner = cell.stage_cache.runner
+    stage = replace(runner.stages[0], steps=STEPS)
     seconds: list[float] = []
 
     def write(line: Mapping[str, Any]) -> None:
@@ -72,9 +72,9 @@ def _step_seconds(cell: Resolved) -> float:
 
     with TemporaryDirectory() as folder:
         train_stage(
-            module=bench.module,
-            data=bench.data,
-            trainers=bench.trainers,
+            module=runner.module,
+            data=runner.data,
+            trainers=runner.trainers,
             stage=stage,
             folder=Path(folder),
             history=History(stage=stage, every_n_steps=1, offset=0, write=write),
@@ -99,12 +99,12 @@ class _Few:
 
 
 def _column_seconds(cell: Resolved, name: str) -> float:
-    bench = cell.shelf.bench
-    settings: EvaluationSettings = bench.settings.evaluation
-    every = max(1, len(bench.data.columns[name].rows(bench.settings.split)) // ROWS)
+    runner = cell.stage_cache.runner
+    settings: EvaluationSettings = runner.settings.evaluation
+    every = max(1, len(runner.data.columns[name].rows(runner.settings.split)) // ROWS)
     if settings.generation_rows is not None:
         settings = replace(settings, generation_rows=max(1, settings.generation_rows // every))
-    few = cast("StreamData", _Few(bench.data, every))
+    few = cast("StreamData", _Few(runner.data, every))
     start = time.perf_counter()
-    evaluate(bench.module, few, split=bench.settings.split, settings=settings, columns=[name])
+    evaluate(runner.module, few, split=runner.settings.split, settings=settings, columns=[name])
     return every * (time.perf_counter() - start)

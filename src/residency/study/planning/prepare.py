@@ -114,7 +114,7 @@ def prepare(
         entry = known.get(cell.id)
         if not complete or entry is None or entry.get("written") != said:
             resolved = resolver.resolve(cell)
-            stages = [] if resolved.frozen else [keys.trained for keys in resolved.lineage.stages]
+            stages = [] if resolved.frozen else [keys.trained for keys in resolved.keys.stages]
             entry = {"stages": stages, "domains": resolved.domains}
             if complete:
                 RunFolder(folder / "cells" / cell.id).keep_config(resolved.config)
@@ -122,11 +122,11 @@ def prepare(
                 missing.append(resolved)
         place = {"id": cell.id, "axes": dict(cell.axes), "seed": cell.seed, "reference": cell.reference}
         entries.append({**place, "written": said, "domains": entry["domains"], "stages": entry["stages"]})
-    shelf = Store(store)
-    tree = build_tree(missing, folder=folder / "cells", store=shelf, status=folder / "status")
+    stage_cache = Store(store)
+    tree = build_tree(missing, folder=folder / "cells", store=stage_cache, status=folder / "status")
     counts = count_stages([entry["stages"] for entry in entries], tree)
     parts: dict[str, Any] = {"cells": cells, "missing": missing, "tree": tree, "counts": counts, "entries": entries}
-    return Prepared(study=study, folder=folder, store=shelf, resolver=resolver, **parts)
+    return Prepared(study=study, folder=folder, store=stage_cache, resolver=resolver, **parts)
 
 
 def _planned(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from residency.core.tensor_files import write_json
 from residency.domains.base import Domain
 from residency.domains.joint import Joint
 from residency.domains.stream_data import StreamData
-from residency.runs.keys import Lineage
-from residency.runs.stage_cache import Shelf
+from residency.runs.keys import RunKeys
+from residency.runs.stage_cache import StageCache
 from residency.runs.store.store import Store
 from residency.study.planning.cells import Cell
 from residency.study.planning.study_file import Study
@@ -29,29 +29,29 @@ class Resolved:
     Args:
         cell: The cell.
         config: Its full config.
-        shelf: Its stages, by key; no model is loaded.
+        stage_cache: Its stages, by key; no model is loaded.
         rows: {key of a domain's config: fingerprint of its rows}.
     """
 
     cell: Cell
     config: Mapping[str, Any]
-    shelf: Shelf
+    stage_cache: StageCache
     rows: Mapping[str, str]
 
     @property
-    def lineage(self) -> Lineage:
+    def keys(self) -> RunKeys:
         """Its keys."""
-        return self.shelf.lineage
+        return self.stage_cache.keys
 
     @property
     def frozen(self) -> bool:
         """Whether nothing is trained."""
-        return self.shelf.bench.settings.frozen
+        return self.stage_cache.runner.settings.frozen
 
     @property
     def domains(self) -> list[str]:
         """Names in learning order."""
-        return self.shelf.bench.data.order
+        return self.stage_cache.runner.data.order
 
 
 class Resolver:
@@ -98,20 +98,20 @@ class Resolver:
         Raises:
             UserError: What is wrong, and in which cell.
         """
-        from residency.runs.stream import open_shelf
+        from residency.runs.stream import open_stage_cache
 
         cli, config = self.parse(cell), self.config(cell)
         settings = replace(cli.settings, cell=cell.id, seed=cell.seed, axes=cell.axes)
         try:
             self._share(cli, config)
             parts = {"module": cli.model, "data": cli.datamodule, "trainers": cli.trainers}
-            shelf = open_shelf(**parts, settings=settings, config=config)
+            stage_cache = open_stage_cache(**parts, settings=settings, config=config)
             self._check_scorer(cli.datamodule)
         except UserError as error:
             raise _in_cell(cell, error) from error
         data: StreamData = cli.datamodule
         rows = {key: domain.fingerprint() for key, domain in _keyed(data, config["data"])}
-        return Resolved(cell=cell, config=config, shelf=shelf, rows=rows)
+        return Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=rows)
 
     def _share(self, cli: Any, config: Mapping[str, Any]) -> None:
         data: StreamData = cli.datamodule

@@ -84,7 +84,7 @@ def load_study(path: Path) -> Study:
         UserError: Missing, malformed, unknown keys, or presets that do not exist.
     """
     from residency.runs.config.class_names import class_names
-    from residency.runs.config.explain import Refusal, explain
+    from residency.runs.config.explain import ParseFailure, explain
     from residency.runs.config.parser import ResidencyParser
 
     content = read_yaml(path, what="the study")
@@ -93,7 +93,7 @@ def load_study(path: Path) -> Study:
     parser.add_class_arguments(Study)
     try:
         parsed = parser.parse_object(copy.deepcopy(content))
-    except Refusal as refusal:
+    except ParseFailure as refusal:
         raise explain(refusal, ["sweep", "--config", str(path)], class_names()) from refusal
     folder = path.resolve().parent
     # As written: the parser makes objects of its own from what looks like a class.

@@ -78,7 +78,7 @@ def build_tree(cells: Sequence[Resolved], *, folder: Path, store: Store, status:
     """
     builder = _Builder(folder, store, status)
     # Whoever scores most columns comes first and does it for those that share the state.
-    for cell in sorted(cells, key=lambda c: -len(c.shelf.bench.data.columns)):
+    for cell in sorted(cells, key=lambda c: -len(c.stage_cache.runner.data.columns)):
         builder.add(cell)
     order = {cell.cell.id: place for place, cell in enumerate(cells)}
     builder.tree.grid.sort(key=lambda row: order[row.id])
@@ -98,7 +98,7 @@ class _Builder:
 
     def add(self, cell: Resolved) -> None:
         """The path of one cell: row 0, its stages, and putting its folder together."""
-        last = 0 if cell.frozen else len(cell.lineage.stages)
+        last = 0 if cell.frozen else len(cell.keys.stages)
         path: list[str | None] = []
         shared: list[bool] = []
         every: list[str] = []
@@ -120,7 +120,7 @@ class _Builder:
 
     def _stage(self, cell: Resolved, k: int) -> tuple[list[str], bool]:
         """Nodes that make the state after stage k and its scores; whether one of them is new."""
-        keys = cell.lineage.stages[k - 1] if k else None
+        keys = cell.keys.stages[k - 1] if k else None
         columns = self._columns(cell, k)
         missing = [] if self._is_scored(cell, k) else [key for key in columns if key not in self.scored]
         owners = [self.scored[key] for key in columns if key in self.scored]
@@ -160,7 +160,7 @@ class _Builder:
             elif not self.store.has("trained", keys.trained):
                 trains = keys.trained
         if k > 1:
-            before = cell.lineage.stages[k - 2]
+            before = cell.keys.stages[k - 2]
             if before.finished in self.finished:
                 node = self.finished[before.finished]
                 needs.append(Need(node=node, kind=self._kind(before), key=before.finished))
@@ -181,7 +181,7 @@ class _Builder:
             "status": str(self.status / f"{name}.json"),
             "rows": dict(cell.rows),
         }
-        needs_device = until is not None and cell.shelf.bench.trainers.root_device.type == "cuda"
+        needs_device = until is not None and cell.stage_cache.runner.trainers.root_device.type == "cuda"
         return Task(id=name, spec=spec, resources=Resources(gpus=int(needs_device)))
 
     # -- what is there ------------------------------------------------------------------------------------------
@@ -196,15 +196,19 @@ class _Builder:
 
     def _columns(self, cell: Resolved, k: int) -> list[str]:
         """Keys of the scores of a state, as far as they can be told without the model: its layout is left open."""
-        bench = cell.shelf.bench
-        options: dict[str, Any] = {"split": bench.settings.split, "settings": bench.settings.evaluation, "layout": "?"}
-        scored = [name for name, domain in bench.data.columns.items() if domain.scorers]
-        return [cell.lineage.scores(k, name, **options) for name in scored]
+        runner = cell.stage_cache.runner
+        options: dict[str, Any] = {
+            "split": runner.settings.split,
+            "settings": runner.settings.evaluation,
+            "layout": "?",
+        }
+        scored = [name for name, domain in runner.data.columns.items() if domain.scorers]
+        return [cell.keys.scores(k, name, **options) for name in scored]
 
     def _is_scored(self, cell: Resolved, k: int) -> bool:
-        if not self.store.has("models", cell.lineage.model):
+        if not self.store.has("models", cell.keys.model):
             return False
-        return all(self.store.has("evaluations", key) for key in cell.shelf.score_keys(k).values())
+        return all(self.store.has("evaluations", key) for key in cell.stage_cache.score_keys(k).values())
 
 
 def _measure(tree: Tree) -> None:

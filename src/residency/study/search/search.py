@@ -50,7 +50,7 @@ class StudySearch:
         resolver: Parses cells.
         executor: Gives what runs their stages; asked only if something has to be run.
         watchers: What shows them.
-        told: Called with a sentence when something is known.
+        on_message: Called with a sentence when something is known.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class StudySearch:
         resolver: Resolver,
         executor: Callable[[], Executor],
         watchers: Sequence[Watcher] = (),
-        told: Callable[[str], None] = lambda text: None,
+        on_message: Callable[[str], None] = lambda text: None,
     ) -> None:
         assert study.search is not None
         self.study = study
@@ -71,7 +71,7 @@ class StudySearch:
         self.store = Store(resolver.store)
         self.executor = executor
         self.watchers = watchers
-        self.told = told
+        self.on_message = on_message
         self.scorer = self.search.scorer or study.scorer
         self.combinations = [c for c in combinations(study) if parameters_of(self.search, c)]
         self.trials = [self._trials(combination) for combination in self.combinations]
@@ -127,7 +127,7 @@ class StudySearch:
         ends = [trial.status for trial in trials.all()]
         counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))
         values = ", ".join(f"{key} {value}" for key, value in best.keys.items())
-        self.told(
+        self.on_message(
             f"search, {where}: {self.search.metric} {best.value:.4f} with {values} (trial {best.number}; {counts})"
         )
         return best.keys
@@ -141,7 +141,7 @@ class StudySearch:
             if trial.status == "running"
         ]
         self.resolver.keep_rows()
-        stages = max(len(cell.lineage.stages) for job in jobs for cell in job.cells)
+        stages = max(len(cell.keys.stages) for job in jobs for cell in job.cells)
         stop = self.search.stop
         for stage in range(stop.after, stages) if stop is not None else ():
             self._run(jobs, stage, f"trials from {first:03d}, stage {stage} of {stages}")
@@ -216,7 +216,7 @@ class StudySearch:
         better = SCORERS[self.scorer].higher_is_better
         values = []
         for cell in job.cells:
-            rows = rows_so_far(cell, len(cell.lineage.stages) if stage is None else stage)
+            rows = rows_so_far(cell, len(cell.keys.stages) if stage is None else stage)
             matrix = [[row.get(self.scorer, {}).get(name) for name in cell.domains] for row in rows]
             values.append(value_of(self.search, matrix, higher_is_better=better))
         known = [value for value in values if value is not None]

@@ -30,7 +30,7 @@ def upto(tree: Tree, stage: int) -> Tree:
 
 def rows_so_far(cell: Resolved, stage: int) -> list[dict[str, dict[str, float]]]:
     """Means before training and after every stage so far, from the store."""
-    return [means(cell.shelf.scores(k)[0]) for k in range(stage + 1)]
+    return [means(cell.stage_cache.scores(k)[0]) for k in range(stage + 1)]
 
 
 def stopped_record(cell: Resolved, stage: int) -> dict[str, Any]:
@@ -40,16 +40,16 @@ def stopped_record(cell: Resolved, stage: int) -> dict[str, Any]:
         cell: The cell.
         stage: Its last stage.
     """
-    columns = list(cell.shelf.bench.data.columns)
+    columns = list(cell.stage_cache.runner.data.columns)
     rows: list[Mapping[str, Any]] = list(rows_so_far(cell, stage))
-    rows += [{}] * (len(cell.lineage.stages) - stage)
+    rows += [{}] * (len(cell.keys.stages) - stage)
     return {
         "schema": 1,
         "cell": cell.cell.id,
         "status": "stopped",
         "axes": dict(cell.cell.axes),
         "seed": cell.cell.seed,
-        "split": cell.shelf.bench.settings.split,
+        "split": cell.stage_cache.runner.settings.split,
         "domains": cell.domains,
         "probes": columns[len(cell.domains) :],
         "stopped_after": stage,

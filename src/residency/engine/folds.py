@@ -1,0 +1,83 @@
+"""Folds over the mitigations: of gradients before a step, of parameters after it, of weights after a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from residency.core.tensors import snapshot
+from residency.core.types import Tensors
+from residency.mitigations.base import Mitigation
+from residency.mitigations.contract import StageModule
+
+__all__ = ["metrics_to_log", "mixed_weights", "write_gradients", "write_update"]
+
+
+def metrics_to_log(module: StageModule, mitigations: Iterable[Mitigation]) -> dict[str, float]:
+    """`<part>/<name>` -> what adapter and mitigations say about a logged step."""
+    parts = [("adapter", module.adapter.metrics_to_log(module.model, module.stage))]
+    parts += [(mitigation.name, mitigation.metrics_to_log(module)) for mitigation in mitigations]
+    return {f"{part}/{name}": float(value) for part, found in parts for name, value in found.items()}
+
+
+def write_gradients(module: StageModule, mitigations: Sequence[Mitigation]) -> None:
+    """Replace the gradients of all leaves by what the mitigations make of them, in order."""
+    leaves = module.adapter.trainable(module.model)
+    gradients: Tensors = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    for mitigation in mitigations:
+        gradients = mitigation.transform_gradients(module, gradients)
+    for name, gradient in gradients.items():
+        leaves[name].grad = gradient
+
+
+@torch.no_grad()
+def write_update(module: StageModule, mitigations: Sequence[Mitigation], before: Tensors, *, adapts: bool) -> None:
+    """Replace the parameters after an optimizer step by what the adapter, then the mitigations make of them.
+
+    Args:
+        module: As the optimizer left it.
+        mitigations: Those that override `transform_update`, in order.
+        before: The leaves before the step.
+        adapts: Whether the adapter overrides `transform_update`.
+    """
+    leaves = module.adapter.trainable(module.model)
+    final: Tensors = {name: leaf.detach() for name, leaf in leaves.items()}
+    if adapts:
+        final = module.adapter.transform_update(module.model, before, final)
+    for mitigation in mitigations:
+        final = mitigation.transform_update(module, before, final)
+    for name, tensor in final.items():
+        if tensor.data_ptr() != leaves[name].data_ptr():
+            leaves[name].copy_(tensor)
+
+
+def mixed_weights(
+    module: StageModule, mitigations: Sequence[Mitigation], before: dict[str, Tensor], base: dict[str, Tensor]
+) -> dict[str, float]:
+    """Replace the weights of a trained stage by what the mitigations make of them.
+
+    Args:
+        module: As the last step left it.
+        mitigations: Those that override `transform_weights`, in order.
+        before: The adapter's state as the stage found it, on the module's device.
+        base: The adapter's state before the first stage; empty if nobody asks for it.
+
+    Returns:
+        What the adapter reports of taking the weights over (the error of a refactorisation).
+    """
+    adapter, model = module.adapter, module.model
+    old = adapter.weights(model, before)
+    after = adapter.weights(model, snapshot(adapter.state(model)))
+    module.base_weights = adapter.weights(model, base) if base else {}
+    final = after
+    for mitigation in mitigations:
+        final = mitigation.transform_weights(module, old, final)
+    log: dict[str, float] = {}
+    if final is old or final is module.base_weights:
+        adapter.load_state(model, before if final is old else base)
+    elif final is not after:
+        log = dict(adapter.load_weights(model, final))
+    module.base_weights = {}
+    return log

@@ -1,0 +1,71 @@
+"""What a mitigation may touch of the module that calls it.
+
+`ContinualModule` (`engine/module.py`) satisfies the protocol; mitigations know the protocol only, so that they import
+nothing of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from residency.adapters.base import Adapter
+from residency.backbones.base import Backbone
+from residency.core.types import Batch, Example, Layout, Stage, Tensors
+from residency.objectives.base import Forward, Objective
+
+__all__ = ["StageModule"]
+
+
+class StageModule(Protocol):
+    """The module of a stage as its hooks see it.
+
+    Attributes:
+        model: The backbone with the adapter attached.
+        adapter: Which coordinates move; names the trainable tensors.
+        backbone: Tokenizer, generation, forward pass.
+        objective: What is minimised.
+        stage: The stage that is trained.
+        dataset: Its training set, as the mitigations before the caller left it.
+        layout: Of batches: `packed` or `padded`.
+        base_weights: Weights before the first stage, in `transform_weights` and with `uses_base` only.
+        ended_early: Set to end the stage after the current step.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    backbone: Backbone
+    objective: Objective
+    stage: Stage
+    dataset: Sequence[Example]
+    layout: Layout
+    base_weights: Tensors
+    ended_early: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps of the stage so far."""
+
+    @property
+    def trained_forward(self) -> Forward:
+        """What the objective gets in a training step."""
+
+    def validation(self) -> Sequence[Example]:
+        """Validation rows of the stage's own domain."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(M, V) logits at the supervised positions."""
+
+    def reference_forward(self, batch: Batch) -> Tensor:
+        """(M, V) logits of the pretrained model, without gradient."""
+
+    @property
+    def optimizers(self) -> Callable[..., Any]:
+        """Gives the optimizer of the stage, as Lightning wraps it or (`use_pl_optimizer=False`) bare."""

@@ -1,0 +1,187 @@
+"""Every file in configs: its launch line parses, presets name all arguments of our classes, studies plan."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from residency.runs.cli import parse
+from residency.study import load_study, plan_cells
+from support.cli import printed_config
+
+ROOT = Path(__file__).parents[3]
+FILES = [path.relative_to(ROOT) for path in sorted((ROOT / "configs").rglob("*")) if path.is_file()]
+QUICKSTART = "configs/quickstart.yaml"
+# Where a preset of a folder goes; the name of an entry is free.
+KEYS = {
+    "adapter": "model.adapter",
+    "objective": "model.objective",
+    "mitigation": "model.mitigations.x",
+    "domain": "data.domains.x",
+    "inspection": "inspection.x",
+}
+
+
+def _in(*folders: str) -> list[Path]:
+    return [path for path in FILES if (path.parts[1] if len(path.parts) > 2 else "") in folders]
+
+
+PRESETS, OVERLAYS, STUDIES, RUNS = _in(*KEYS), _in("backbone", "stream", "trainer"), _in("studies"), _in("")
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def _read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _at(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _parts(given: Any, resolved: Any) -> list[tuple[str, set[str], set[str]]]:
+    """(class, arguments that are named, arguments that there are) of a component and of those inside it."""
+    found = []
+    if isinstance(given, dict) and "class_path" in given:
+        named, known = given.get("init_args", {}), resolved.get("init_args", {})
+        found.append((given["class_path"], set(named), set(known)))
+        given, resolved = named, known
+    if isinstance(given, dict):
+        found += [part for name in given for part in _parts(given[name], resolved[name])]
+    return found
+
+
+def test_every_file_is_visited() -> None:
+    on_disk = sum(len(files) for _, _, files in os.walk(ROOT / "configs"))
+    assert len(FILES) == on_disk >= 16
+    assert sorted([*PRESETS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
+    assert {path.suffix for path in FILES} == {".yaml"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_the_first_line_launches_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    program, verb, *words = shlex.split(text.splitlines()[0].removeprefix("# "))
+    assert program == "residency"
+    assert str(path) in words, "the line is about this file"
+    assert text.splitlines()[1].startswith("# "), "the second line says what it is"
+    assert all((ROOT / name).is_file() for name in re.findall(r"configs/[\w./-]+\.\w+", text))
+    if verb == "sweep":
+        assert load_study(Path(words[0])).name
+    else:
+        assert printed_config(verb, *words)["model"]["adapter"]["class_path"]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=str)
+def test_a_preset_names_every_argument(path: Path) -> None:
+    """What a preset leaves out would be inherited from whatever it is laid over."""
+    key = KEYS[path.parts[1]]
+    resolved = _at(_alone(path), key)
+    assert resolved["class_path"].startswith("residency."), "found under its public name"
+    parts = _parts(_read(path), resolved)
+    assert parts
+    for name, named, known in parts:
+        assert named <= known, name
+        assert named == known or not name.startswith("residency."), f"{name} does not name {known - named}"
+
+
+@cache
+def _alone(path: Path) -> dict[str, Any]:
+    key = KEYS[path.parts[1]]
+    nothing_below = ["--model.adapter=Full"] if "adapter" in key else []
+    return printed_config("fit", "--config", QUICKSTART, *nothing_below, f"--{key}={path}")
+
+
+def _like(path: Path) -> list[Path]:
+    """Siblings that a preset could inherit from: those that name the same classes; else its neighbour."""
+    siblings = [other for other in _in(path.parts[1]) if other != path]
+    same = [other for other in siblings if _classes(_read(other)) == _classes(_read(path))]
+    return same or siblings[:1]
+
+
+def _classes(given: Any) -> list[str]:
+    if not isinstance(given, dict):
+        return []
+    own = [given["class_path"]] if "class_path" in given else []
+    return [*own, *(name for value in given.values() for name in _classes(value))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PRESETS, ids=str)
+def test_a_preset_is_the_same_over_its_siblings(path: Path) -> None:
+    key, words = KEYS[path.parts[1]], ["fit", "--config", QUICKSTART]
+    siblings = _like(path)
+    changed = []
+    if path.parts[1] == "mitigation":
+        preset = _read(path)
+        numbers = {name: value for name, value in preset["init_args"].items() if type(value) in (float, int)}
+        first = min(numbers, key=lambda name: isinstance(numbers[name], int))
+        other = 0.125 if isinstance(numbers[first], float) else 7
+        changed = [f"--{key}={preset['class_path']}", f"--{key}.{first}={other}"]
+    over = printed_config(*words, *(f"--{key}={sibling}" for sibling in siblings), *changed, f"--{key}={path}")
+    assert _at(over, key) == _at(_alone(path), key)
+
+
+@pytest.mark.parametrize("path", _in("adapter"), ids=str)
+def test_an_adapter_preset_fits_a_model(path: Path, llama: Path) -> None:
+    words = ["fit", "--config", QUICKSTART, f"--model.adapter={path}", f"--model.backbone.path={llama}"]
+    module = parse(words).model
+    module.build(seed=0)
+    assert module.adapter.trainable(module.model)
+
+
+def _part_of(given: Any, resolved: Any) -> bool:
+    if isinstance(given, dict):
+        return all(_part_of(value, resolved[key]) for key, value in given.items())
+    return bool(given == resolved)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=str)
+def test_an_overlay_is_part_of_a_config(path: Path) -> None:
+    given = _read(path)
+    resolved = printed_config("fit", "--config", QUICKSTART, "--config", path)
+    for section, values in given.items():
+        for key, value in values.items():
+            if key == "adapter":
+                assert resolved[section][key] == _alone((path.parent / value).resolve().relative_to(ROOT))[section][key]
+                continue
+            if key not in ("domains", "probes"):
+                assert _part_of(value, resolved[section][key])
+                continue
+            assert list(resolved[section][key]) == list(value), "the overlay's domains alone"
+            for name, named, known in _parts(value, resolved[section][key]):
+                assert named == known, name
+    if "data" in given:
+        assert list(given["data"]["domains"]) == given["data"]["order"]
+        assert list(given["data"]["probes"]) == ["chat"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=str)
+def test_a_run_can_be_built(path: Path) -> None:
+    cli = parse(["fit", "--config", str(path)])
+    assert list(cli.datamodule.columns)
+    assert cli.resolved["name"] == path.stem
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=str)
+def test_every_cell_of_a_study_can_be_built(path: Path) -> None:
+    study = load_study(path)
+    cells = plan_cells(study)
+    assert study.name == path.stem
+    configs = [parse(["fit", *cell.words]).resolved for cell in cells]
+    assert [config["axes"] for config in configs] == [dict(cell.axes) for cell in cells]
+    different = [{**config, "name": "", "axes": {}} for config in configs]
+    assert all(different.count(config) == 1 for config in different), "two cells would be the same run"

@@ -1,0 +1,1 @@
+"""What the tests share: tiny models and domains, runs, sweeps, comparisons."""

@@ -1,0 +1,178 @@
+"""Train a tiny stream: in this process, or in a child that kills itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from residency.adapters import Adapter
+from residency.backbones import CausalLM
+from residency.core import tensor_files as storage
+from residency.domains.jsonl import Jsonl
+from residency.domains.stream_data import StreamData
+from residency.domains.template import Template
+from residency.engine.module import ContinualModule
+from residency.engine.trainers import Trainers
+from residency.mitigations import Mitigation
+from residency.objectives import SFT
+from residency.runs.folder import RunFolder
+from residency.runs.stream import StreamSettings, train_stream
+from support.tiny_models import write_domain
+from table import ADAPTERS, MITIGATIONS
+
+__all__ = ["Kill", "domains", "in_child", "make_module", "train"]
+
+
+def domains(folder: Path, kinds: Mapping[str, str] | None = None) -> dict[str, Jsonl]:
+    """Tiny domains `a` (text), `b` (labels), ... as readers."""
+    found = {}
+    for name, kind in (kinds or {"a": "generative", "b": "label", "c": "generative"}).items():
+        options = write_domain(folder, name, kind=kind)["init_args"]
+        found[name] = Jsonl(template=Template(**options.pop("template")), **options)
+    return found
+
+
+def make_module(
+    backbone: Path, adapter: Adapter, mitigations: Mapping[str, Mitigation], **options: Any
+) -> ContinualModule:
+    """A module with AdamW, weight decay on; `loading` are options of the backbone."""
+    optimizer = partial(torch.optim.AdamW, lr=options.pop("lr", 1e-2), weight_decay=0.1)
+    return ContinualModule(
+        backbone=CausalLM(path=str(backbone), **options.pop("loading", {})),
+        adapter=adapter,
+        objective=SFT(),
+        mitigations=dict(mitigations),
+        optimizer=optimizer,
+        **options,
+    )
+
+
+def train(
+    folder: Path,
+    backbone: Path,
+    adapter: Adapter,
+    mitigations: Mapping[str, Mitigation] | None = None,
+    *,
+    steps: int = 4,
+    seed: int = 0,
+    every: int = 2,
+    callbacks: Sequence[Callback] = (),
+    kinds: Mapping[str, str] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[dict[str, Any], ContinualModule]:
+    """Run a whole stream of tiny domains; the record and the module at its end."""
+    module = make_module(backbone, adapter, mitigations or {}, **options)
+    stream = StreamData(**{"domains": domains(folder.parent / "data", kinds), "batch_size": 4, **(data or {})})
+    base = {"max_steps": steps, "accelerator": "cpu", "gradient_clip_val": 1.0, "enable_progress_bar": False}
+    trainers = Trainers(lambda: {**base, "callbacks": list(callbacks), **(trainer or {})})
+    settings = StreamSettings(cell="tiny", seed=seed, checkpoint_every_n_steps=every)
+    record = train_stream(module=module, data=stream, trainers=trainers, folder=RunFolder(folder), settings=settings)
+    return record, module
+
+
+# What a child would otherwise import anew. Importing runs nothing in parallel, so forking afterwards is safe.
+PRELOAD = [
+    "residency.runs.stream",
+    "residency.mitigations",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils",
+    "torchmetrics.functional.text.rouge",
+]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a child kills itself with SIGKILL.
+
+    Args:
+        stage: Stage from 1, with `step`: at the end of that optimizer step.
+        step: See `stage`.
+        write: Or at the n-th atomic write, from 1 ...
+        moment: ... before it, with the temporary file written, or after the rename.
+    """
+
+    stage: int = 0
+    step: int = 0
+    write: int = 0
+    moment: str = "before"
+
+
+class _Killer(Callback):
+    def __init__(self, kill: Kill) -> None:
+        self.kill = kill
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        if (module.stage.index + 1, trainer.global_step) == (self.kill.stage, self.kill.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_at_write(kill: Kill) -> None:
+    count = 0
+    rename, sync = os.replace, storage.sync_folder
+
+    def counted(step: Callable[..., Any], moment: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal count
+            count += moment == "middle"
+            if (count, moment) == (kill.write, kill.moment):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args)
+
+        return call
+
+    # A write is: temporary file, rename, folder synced. `before` dies with the previous write complete.
+    storage.os.replace = counted(rename, "middle")  # type: ignore[attr-defined]
+    storage.sync_folder = counted(sync, "after")
+    original = storage.replace_file
+
+    def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+        if (count + 1, "before") == (kill.write, kill.moment):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(path, write)
+
+    for owner in ("residency.core.tensor_files", "residency.runs.folder"):
+        import_module(owner).replace_file = replace_file  # type: ignore[attr-defined]
+
+
+def _child(
+    folder: Path, backbone: Path, adapter: str, mitigations: Sequence[str], kill: Kill | None, options: Any
+) -> None:
+    torch.set_num_threads(1)
+    callbacks = []
+    if kill is not None and kill.write:
+        _kill_at_write(kill)
+    elif kill is not None:
+        callbacks.append(_Killer(kill))
+    parts = {name: MITIGATIONS[name].make() for name in mitigations}
+    row = ADAPTERS[adapter]
+    train(folder, backbone, row.make(), parts, callbacks=callbacks, trainer=row.trainer, **{**row.options, **options})
+
+
+def in_child(
+    folder: Path, backbone: Path, adapter: str, mitigations: Sequence[str], kill: Kill | None = None, **options: Any
+) -> int:
+    """Train in a process of its own (imports come from a fork server); its exit code, -9 if it was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=_child, args=(folder, backbone, adapter, mitigations, kill, options))
+    process.start()
+    process.join(timeout=120)
+    if process.is_alive():
+        process.kill()
+        time.sleep(0.1)
+        raise TimeoutError("the child did not end in time")
+    return int(process.exitcode or 0)

@@ -1,0 +1,94 @@
+"""The house: at most thirteen rooms, every import one way, files and functions of a readable size."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import residency
+
+SOURCE = Path(residency.__file__).parent
+ROOMS = ["core", "metrics", "scorers", "domains", "backbones", "adapters", "objectives", "mitigations", "engine"]
+ROOMS += ["inspection", "runs", "report", "study"]
+"""From the ground up: a room imports only rooms before it."""
+BESIDE = {"__init__.py", "__main__.py", "py.typed"}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of this package that a file imports anywhere, `TYPE_CHECKING` and functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("residency."))
+        elif isinstance(node, ast.ImportFrom) and node.module == "residency":
+            yield from (f"residency.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("residency."):
+            yield node.module or ""
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: imports are absolute"
+
+
+def test_there_are_thirteen_rooms() -> None:
+    names = {path.name for path in SOURCE.iterdir() if path.name != "__pycache__"}
+    assert names - BESIDE == {*ROOMS}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_rooms_before_it(room: str) -> None:
+    allowed = {*ROOMS[: ROOMS.index(room) + 1]}
+    upwards = {
+        f"{path.relative_to(SOURCE)}: {module}"
+        for path in (SOURCE / room).rglob("*.py")
+        for module in imported(path)
+        if module.split(".")[1] not in allowed
+    }
+    assert not upwards
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Between the files of a room; between rooms there is none, since they have an order."""
+    names = {".".join(["residency", *path.relative_to(SOURCE).with_suffix("").parts]): path for path in FILES}
+    runs_at_import = {name: {m for m in _top_level(path) if m in names} for name, path in names.items()}
+    state: dict[str, int] = {}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert state.get(name) != 1, " -> ".join([*trail, name])
+        if name in state:
+            return
+        state[name] = 1
+        for module in runs_at_import[name]:
+            visit(module, (*trail, name))
+        state[name] = 2
+
+    for name in runs_at_import:
+        visit(name, ())
+
+
+def _top_level(path: Path) -> Iterator[str]:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    blocks = [node for node in body if isinstance(node, ast.If)]
+    for node in [*body, *(statement for block in blocks for statement in block.body)]:
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_files_and_functions_have_a_readable_size() -> None:
+    long: list[str] = []
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 300:
+            long.append(f"{path.relative_to(SOURCE)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                documentation = ast.get_docstring(node, clean=False)
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                lines -= documentation.count("\n") + 1 if documentation else 0
+                if lines > 50:
+                    long.append(f"{path.relative_to(SOURCE)}: {node.name} has {lines} lines")
+    assert not long

@@ -10,8 +10,7 @@ learning rates, the data. No claim is made that results carry over in either way
     shared          one LoRA + mixing                        configs/adapter/sinkhorn_shared.yaml
     unconstrained   modular, matrix free                     configs/adapter/sinkhorn_unconstrained.yaml
 
-Zero drift is a property of *frozen* already: the mixing adds modular minus frozen, its constraint modular minus
-unconstrained. Give all arms the same clipping (see `inspection.gradient_metrics`).
+*Frozen* alone has no drift: the mixing adds modular minus frozen, its constraint modular minus unconstrained.
 """
 
 from __future__ import annotations
@@ -273,19 +272,17 @@ class SinkhornResidual(Adapter):
     @contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:
         """Mixing off, inner adapter off."""
-        found = mixers(model)
         with self.inner.reference(model):
-            for mixer in found:
+            for mixer in mixers(model):
                 mixer.enabled = False
             try:
                 yield
             finally:
-                for mixer in found:
+                for mixer in mixers(model):
                     mixer.enabled = True
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """A folder that `export_format.attach_exported` loads, a PEFT adapter in it as PEFT writes it
-        (the newest, if every domain has its own).
+        """A folder for `export_format.attach_exported`; in it the PEFT adapter (of the newest domain), as PEFT writes it.
 
         Raises:
             UserError: The inner adapter is not one of PEFT.
@@ -296,8 +293,8 @@ class SinkhornResidual(Adapter):
                 why="nothing but an adapter of PEFT can lie beside the mixing in an exported folder",
                 fix="go on with `residency predict`, `test` or `validate` on the run itself",
             )
-        ratios = {"structural_lr_ratio": self.structural_lr_ratio, "gate_lr_ratio": self.gate_lr_ratio}
-        options = {**self.shape, "train_projections": self.train_projections, **ratios}
+        options = {**self.shape, "train_projections": self.train_projections}
+        options |= {"structural_lr_ratio": self.structural_lr_ratio, "gate_lr_ratio": self.gate_lr_ratio}
         write_exported(path, self, options, {name: p.detach() for name, p in mixing_parameters(model).items()})
         if isinstance(self.inner, Peft | PerDomain):
             self.inner.export(model, path / INNER)

@@ -282,7 +282,7 @@ class SinkhornResidual(Adapter):
                     mixer.enabled = True
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """A folder for `export_format.attach_exported`; in it the PEFT adapter (of the newest domain), as PEFT writes it.
+        """A folder for `export_format.attach_exported`; in it the PEFT adapter (newest domain), as PEFT writes it.
 
         Raises:
             UserError: The inner adapter is not one of PEFT.

@@ -1,0 +1,1 @@
+"""The one decision about evidence; whatever shows a comparison prints its result."""

@@ -27,6 +27,7 @@ usage: residency VERB [options]        residency VERB --help explains each
   sweep       run a study: every combination of its axes, then compare
   store       what a store of stages holds, what of it is damaged, and how to shrink it
   report      what to take and why, as one page, from the records    residency report studies/quickstart
+  gate        exit code 4 where a limit is crossed       residency gate runs/quickstart --max forgetting=0.1
   sync        upload offline W&B runs                                residency sync studies/quickstart
   validate    score a saved stage on validation rows      residency validate RUN --stage 2
   test        score a saved stage on test rows            residency test RUN --stage 2
@@ -38,7 +39,8 @@ first steps:
   residency fit --config configs/quickstart.yaml
   residency sweep configs/studies/quickstart.yaml
 
-exit codes: 0 done, 2 you can mend it, 3 some cells failed, 75 stopped by a signal (the same command goes on)
+exit codes: 0 done, 2 you can mend it, 3 some cells failed, 4 a limit is crossed (gate), 75 stopped by a
+signal (the same command goes on)
 """
 
 _STREAM_VERBS = ("fit", "validate", "test", "predict", "export")
@@ -103,11 +105,15 @@ def _dispatch(words: list[str]) -> int:
         from residency.report.command import report_command
 
         return report_command(rest)
+    if verb == "gate":
+        from residency.report.gate_command import gate_command
+
+        return gate_command(rest)
     if verb == "sync":
         from residency.runs.views.sync_command import sync_command
 
         return sync_command(rest)
-    verbs = ("assets", "sweep", "store", "report", "sync", *_STREAM_VERBS)
+    verbs = ("assets", "sweep", "store", "report", "gate", "sync", *_STREAM_VERBS)
     near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",

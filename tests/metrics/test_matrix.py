@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import doctest
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from residency import metrics
-from residency.metrics import matrix, variants
+from residency.metrics import definitions, matrix, variants
+from residency.metrics.definitions import base
+from residency.metrics.discovery import matrix_metrics, printed_sign
 
 Options = dict[str, Any]
 Metric = Callable[..., float]
@@ -158,14 +162,15 @@ def test_equal_scores() -> None:
     """F6: nothing moved."""
     R = np.full((4, 3), 42.0)
     expected = dict.fromkeys(("bwt", "forgetting", "fwt", "relative_forgetting"), 0.0)
-    expected |= dict.fromkeys(("average", "learning", "anytime_average"), 42.0)
+    levels = ("average", "learning", "anytime_average", "min_accuracy", "worst_case_accuracy")
+    expected |= dict.fromkeys(levels, 42.0) | {"stability": 1.0}
     assert metrics.summary(R, higher_is_better=True) == expected
-    assert metrics.stability(R, higher_is_better=True) == 1.0
 
 
 def test_summary_is_the_functions_by_name() -> None:
-    names = ("average", "learning", "bwt", "forgetting", "fwt", "anytime_average", "relative_forgetting")
+    names = [name for name, metric in matrix_metrics().items() if metric.about.needs is None]
     expected = {name: getattr(matrix, name)(F8, higher_is_better=True) for name in names}
+    assert {"average", "learning", "bwt", "forgetting", "fwt", "stability"} <= expected.keys()
     assert metrics.summary(F8, higher_is_better=True) == expected
 
 
@@ -243,8 +248,48 @@ def test_wrong_input_is_refused_with_the_remedy(
         metric(R, higher_is_better=True, **options)
 
 
-@pytest.mark.parametrize("module", [matrix, variants])
-def test_documented_examples(module: Any) -> None:
-    result = doctest.testmod(module)
-    assert result.attempted > 1
-    assert result.failed == 0
+def test_documented_examples() -> None:
+    modules = [variants, *(sys.modules[m.function.__module__] for m in matrix_metrics().values()), base]
+    results = [doctest.testmod(module) for module in modules]
+    assert sum(result.attempted for result in results) > 4
+    assert not any(result.failed for result in results)
+
+
+NEW_METRIC = '''
+"""Range of the last row."""
+
+from residency.metrics.definitions.base import About, Scores, utility
+
+ABOUT = About(kind="loss", title="spread", help="best minus worst domain at the end", rank=900)
+
+
+def spread(R: Scores, *, higher_is_better: bool) -> float:
+    u = utility(R, higher_is_better=higher_is_better)
+    return float(u[-1].max() - u[-1].min())
+'''
+
+
+@pytest.fixture
+def new_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One more file in the folder of definitions, and no other edit."""
+    (tmp_path / "spread.py").write_text(NEW_METRIC)
+    monkeypatch.setattr(definitions, "__path__", [*definitions.__path__, str(tmp_path)])
+    matrix_metrics.cache_clear()
+    yield
+    matrix_metrics.cache_clear()
+    sys.modules.pop("residency.metrics.definitions.spread", None)
+
+
+@pytest.mark.usefixtures("new_metric")
+def test_a_new_metric_is_one_file() -> None:
+    """Summary, search and the printed direction know it."""
+    from residency.study.planning.search_space import directions
+
+    assert metrics.summary(F8, higher_is_better=True)["spread"] == 35.0
+    assert directions()["spread"] == "minimize"
+    assert printed_sign("spread", higher_is_better=False) == 1.0
+
+
+def test_losses_read_as_losses() -> None:
+    assert printed_sign("average", higher_is_better=False) == -1.0
+    assert printed_sign("bwt", higher_is_better=False) == printed_sign("average", higher_is_better=True) == 1.0

@@ -1,4 +1,4 @@
-"""Studies with known truth, in memory: random effects of seeds and rows that are crossed, as in the model of `crossed`."""
+"""Studies with known truth, in memory: random effects of seeds and rows, crossed as in the model of `crossed`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def factorial(
 ) -> Factorial:
     """A study whose cells score `accuracy`-like numbers; `truth` adds (axis, value) -> effect to all rows.
 
-    Every combination of values has an effect of each seed, of each row, and of each row under each seed, all of its own:
-    so differences between two combinations have them too. `missing` is the share of cells that were never run.
+    Every combination of values has an effect of each seed, of each row, and of each row under each seed, all of its
+    own: so differences between two combinations have them too. `missing` is the share of cells that were never run.
     """
     rng = np.random.default_rng(draw)
     entries, read = [], {}

@@ -1,11 +1,12 @@
 """What the user can mend, as opposed to a bug."""
 
-__all__ = ["EXIT_DONE", "EXIT_SIGNAL", "EXIT_SOME_FAILED", "EXIT_USER", "UserError"]
+__all__ = ["EXIT_CROSSED", "EXIT_DONE", "EXIT_SIGNAL", "EXIT_SOME_FAILED", "EXIT_USER", "UserError"]
 
 # Exit codes of every command; anything else is a bug.
 EXIT_DONE = 0
 EXIT_USER = 2
 EXIT_SOME_FAILED = 3
+EXIT_CROSSED = 4
 EXIT_SIGNAL = 75
 
 

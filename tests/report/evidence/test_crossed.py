@@ -40,9 +40,7 @@ def test_one_seed_without_rows_has_no_interval() -> None:
 def test_the_variance_is_that_of_the_two_way_layout() -> None:
     """Against the mean squares of statsmodels' analysis of variance of the same cells."""
     pandas = pytest.importorskip("pandas")
-    formula, anova = (
-        pytest.importorskip(f"statsmodels.{name}") for name in ("formula.api", "stats.anova")
-    )
+    formula, anova = (pytest.importorskip(f"statsmodels.{name}") for name in ("formula.api", "stats.anova"))
     rng = np.random.default_rng(3)
     x = rng.normal(0, 1, (5, 1)) + rng.normal(0, 2, (1, 12)) + rng.normal(0, 0.5, (5, 12))
     cells = pandas.DataFrame([{"y": x[s, r], "s": s, "r": r} for s in range(5) for r in range(12)])

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.null_studies import factorial
 from residency.report.evidence.decision import Claim, decide
-from residency.report.evidence.effects import claims
+from residency.report.evidence.effects import TIMES, claims
 from residency.report.evidence.findings import Findings
+from support.null_studies import factorial
 
 AXES = {"rank": ["4", "8", "16"], "replay": ["none", "0.1"], "order": ["abc", "cba"]}
 TRUTH = {("rank", "16"): 0.3, ("replay", "0.1"): 0.8, ("order", "cba"): -0.5}
@@ -34,7 +34,7 @@ def test_effects_of_three_axes_are_those_of_least_squares() -> None:
     found = {(c.axis, c.a): c for c in claims(study, subject="replay", scorer="score") if c.metric == "average"}
     for (axis, value), claim in found.items():
         estimate = np.mean(claim.scores)
-        if "×" not in axis:
+        if TIMES not in axis:
             name = f"C({axis}, Treatment('{base[axis]}'))[T.{value}]"
             assert estimate == pytest.approx(main[name], abs=1e-12), (axis, value)
             assert claim.settings == 12 // len(AXES[axis])

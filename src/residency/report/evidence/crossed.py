@@ -1,8 +1,8 @@
 """The interval of a mean over seeds and test rows that are crossed: every seed is scored on the same rows.
 
-Model of a (paired) score: x[s, r] = mean + a[s] + b[r] + e[s, r] with independent random effects of seed s and of row r
-inside its domain. Both are a sample: another seed shifts all rows, another row is shifted in all seeds. So more seeds do
-not make the rows' part smaller, which a bootstrap that nests rows in seeds gets wrong.
+Model of a (paired) score: x[s, r] = mean + a[s] + b[r] + e[s, r] with independent random effects of seed s and of
+row r inside its domain. Both are a sample: another seed shifts all rows, another row is shifted in all seeds. So more
+seeds do not make the rows' part smaller, which a bootstrap that nests rows in seeds gets wrong.
 
 Variance of the mean by the method of moments (Cornfield and Tukey 1956), degrees of freedom by Satterthwaite (1946),
 together the quasi-F of Clark (1973):
@@ -81,7 +81,7 @@ def influence(values: npt.ArrayLike, weights: npt.ArrayLike | None = None, *, sh
         return share * x
     w = np.asarray(weights, dtype=np.float64)
     mean = float(np.average(x, weights=w))
-    return share * (mean + w / w.mean() * (x - mean))
+    return np.asarray(share * (mean + w / w.mean() * (x - mean)), dtype=np.float64)
 
 
 def crossed(scores: npt.ArrayLike, parts: Sequence[Parts] | None = None, *, level: float = 0.95) -> Crossed:

@@ -1,9 +1,9 @@
 """The one decision: a claim in, its estimate, interval, corrected p and one word out.
 
-A claim is a paired difference, one number per seed. Two-sided t-test with the crossed standard error (seeds and test rows
-are both a sample, `crossed`), Holm's correction over **all** claims of a page, whichever seeds they rest on. The exact
-sign-flip test stands beside it with the smallest p that it can reach: it needs no normal distribution, speaks for these
-test rows only, and cannot reach .05 with fewer than 6 seeds.
+A claim is a paired difference, one number per seed. Two-sided t-test with the crossed standard error (seeds and test
+rows are both a sample, `crossed`), Holm's correction over **all** claims of a page, whichever seeds they rest on. The
+exact sign-flip test stands beside it with the smallest p that it can reach: it needs no normal distribution, speaks for
+these test rows only, and cannot reach .05 with fewer than 6 seeds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ALPHA = 0.05
 LEAST_SEEDS = 3  # two differences say nothing about their own spread that a test could rest on
 
 Word = Literal["better", "worse", "open", "too few seeds", "one seed", "equal", "missing"]
-"""better, worse: shown after correction · open: tested and not shown · too few seeds, one seed: not tested · equal: no row
-differs under any seed · missing: nothing to compare."""
+"""better, worse: shown after correction · open: tested and not shown · too few seeds, one seed: not tested · equal: no
+row differs under any seed · missing: nothing to compare."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
 """What a study can claim: every value of every axis against that axis's baseline, and first interactions.
 
-A contrast is paired: for each seed the mean difference over all settings of the other axes in which both values were run
-with that seed. Seeds are the units, orders of domains are pooled inside them; with one seed in several orders the orders
-are the units. In a complete factorial the contrasts are the treatment coefficients of the least-squares model with main
-effects, the interactions those of the model with two-way terms.
+A contrast is paired: for each seed the mean difference over all settings of the other axes in which both values were
+run with that seed. Seeds are the units, orders of domains are pooled inside them; with one seed in several orders the
+orders are the units. In a complete factorial the contrasts are the treatment coefficients of the least-squares model
+with main effects, the interactions those of the model with two-way terms.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from residency.report.evidence.decision import Claim
 from residency.report.evidence.samples import RowScores, Sample, columns_with, combined, sample_of
 from residency.report.records.records import Entry
 
-__all__ = ["Factorial", "axis_baseline", "claims"]
+__all__ = ["TIMES", "Factorial", "axis_baseline", "claims"]
 
 ORDER = "order"
+TIMES = " \N{MULTIPLICATION SIGN} "  # between the names of two axes
 _MOST_INTERACTIONS = 40
 Key = tuple[tuple[str, str], ...]
 
@@ -64,7 +65,7 @@ class Factorial:
 
     def blocks(self, fixed: Mapping[str, str]) -> dict[tuple[Key, str], Entry]:
         """(setting of the other axes, seed) -> the cell there."""
-        found = {}
+        found: dict[tuple[Key, str], Entry] = {}
         for key, own in self.cells.items():
             place = dict(key)
             if all(place.get(axis) == value for axis, value in fixed.items()):
@@ -80,7 +81,11 @@ class Factorial:
         return self._samples[key]
 
     def claim(
-        self, coefficients: Mapping[float, Sequence[Mapping[str, str]]], names: Mapping[str, str], metric: str, scorer: str
+        self,
+        coefficients: Mapping[float, Sequence[Mapping[str, str]]],
+        names: Mapping[str, str],
+        metric: str,
+        scorer: str,
     ) -> Claim:
         """A contrast: Σ coefficient · sum of the cells at the given places, paired over everything else."""
         places = [(c, place) for c, own in coefficients.items() for place in own]
@@ -120,7 +125,7 @@ class Factorial:
         """How much more a value of one axis gains beside a value of another than beside that one's baseline."""
         (p, x), (q, y) = one, two
         x0, y0 = self.baseline(p), self.baseline(q)
-        names = {"axis": f"{p} × {q}", "a": f"{x} with {y}", "b": f"{x} with {y0}"}
+        names = {"axis": f"{p}{TIMES}{q}", "a": f"{x} with {y}", "b": f"{x} with {y0}"}
         both, neither = [{p: x, q: y}, {p: x0, q: y0}], [{p: x0, q: y}, {p: x, q: y0}]
         return self.claim({1.0: both, -1.0: neither}, names, metric, scorer)
 

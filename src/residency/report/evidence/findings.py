@@ -1,4 +1,4 @@
-"""All evidence of one page, and what follows from it: what to take, from what it is not told apart, which scores disagree."""
+"""All evidence of one page, and what follows from it: what to take, what ties with it, which scores disagree."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Findings:
         return [e for e in self.evidence if e.claim.axis == axis]
 
     def level(self, value: str, metric: str, scorer: str | None = None) -> float | None:
-        """A value's mean as a utility, over the settings and seeds of the baseline: missing cells shift no comparison."""
+        """A value's mean as a utility, on the settings and seeds of the baseline: missing cells shift no comparison."""
         scorer, base = scorer or self.scorer, self.base
         if base is None:
             return None
@@ -104,7 +104,9 @@ class Findings:
         """Values that may be recommended, the best estimate first; the baseline is among them."""
         if self.base is None:
             return ()
-        found = {v: e.estimate for v in self.study.axes[self.subject] if (e := self.of(v)) is not None and e.found.seeds}
+        found = {
+            v: e.estimate for v in self.study.axes[self.subject] if (e := self.of(v)) is not None and e.found.seeds
+        }
         found |= {self.base: 0.0}
         return tuple(sorted((v for v in found if v not in self.excluded), key=lambda v: -found[v]))
 
@@ -135,7 +137,7 @@ class Findings:
         )
 
     def _ties(self, leader: str) -> tuple[str, ...]:
-        """Values that the leader is not shown to beat, as a family of their own: they are listed, nothing is claimed."""
+        """Values that the leader is not shown to beat, judged as a family of their own: nothing is claimed of them."""
         rest = [v for v in self.ranked if v != leader]
         pairs = [self.study.main_effect(self.subject, leader, "average", self.scorer, against=v) for v in rest]
         judged = decide(pairs, alpha=self.alpha)

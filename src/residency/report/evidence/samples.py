@@ -18,7 +18,7 @@ __all__ = ["METRICS", "RowScores", "Sample", "columns_with", "combined", "sample
 
 METRICS = ("average", "learning", "forgetting", "general")
 """average: after the last stage; learning: right after each domain's own; forgetting: best since then minus the end, of
-all domains but the last; general: change of the probes since before training. All are utilities here: higher is better."""
+all domains but the last; general: change of the probes since before training. All are utilities: higher is better."""
 
 _Scored = tuple[FloatArray, FloatArray]  # values and tokens, rows in the order of their names
 
@@ -29,7 +29,7 @@ class Sample:
 
     Args:
         value: The metric.
-        parts: Contributions of the rows, whose means over rows add up to `value`; `None` where the rows are not at hand.
+        parts: Contributions of the rows, whose means over rows add up to `value`; `None` where rows are not at hand.
     """
 
     value: float
@@ -60,7 +60,7 @@ class RowScores:
 
 
 def columns_with(entries: Sequence[Entry], scorer: str) -> tuple[str, ...]:
-    """The domains that every run has a last score of; they may be fewer than the stream's where a scorer does not fit."""
+    """The domains that every run has a last score of; fewer than the stream's where a scorer does not fit all."""
     found: list[set[str]] = []
     for entry in entries:
         known = (entry.record.get("scores") or {}).get(scorer)
@@ -91,7 +91,9 @@ def sample_of(entry: Entry, scorer: str, metric: str, columns: Sequence[str], ro
     if u.ndim != 2 or u.shape != (len(record["domains"]) + 1, len(names)):
         return None
     terms = _terms(u, names, len(record["domains"]), metric, columns)
-    value = math.fsum(t.share * (u[t.plus, t.column] - (0.0 if t.minus is None else u[t.minus, t.column])) for t in terms)
+    value = math.fsum(
+        t.share * (u[t.plus, t.column] - (0.0 if t.minus is None else u[t.minus, t.column])) for t in terms
+    )
     if not terms or not math.isfinite(value):
         return None
     return Sample(value, _parts(entry, scorer, terms, names, sign, u, rows))
@@ -116,6 +118,10 @@ def _terms(u: FloatArray, names: Sequence[str], count: int, metric: str, columns
     return [_Term(j, count, stage, share) for j, stage in zip(own, best, strict=True)]
 
 
+def _before(u: FloatArray, term: _Term) -> float:
+    return 0.0 if term.minus is None else float(u[term.minus, term.column])
+
+
 def _parts(
     entry: Entry, scorer: str, terms: Sequence[_Term], names: Sequence[str], sign: float, u: FloatArray, rows: RowScores
 ) -> Parts | None:
@@ -138,7 +144,9 @@ def _weights(scored: _Scored, recorded: float) -> FloatArray | None:
     """The weights under which rows give the recorded mean: equal ones, or tokens; `None` if neither does."""
     values, tokens = scored
     for weights in (np.ones_like(values), tokens):
-        if weights.sum() > 0 and math.isclose(np.average(values, weights=weights), recorded, rel_tol=1e-5, abs_tol=1e-7):
+        if weights.sum() > 0 and math.isclose(
+            np.average(values, weights=weights), recorded, rel_tol=1e-5, abs_tol=1e-7
+        ):
             return weights
     return None
 

@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from residency.core.errors import UserError
+from residency.metrics.discovery import matrix_metrics
 
 __all__ = [
-    "METRICS",
     "Direction",
     "Parameter",
     "Search",
@@ -25,16 +25,12 @@ __all__ = [
 ]
 
 Direction = Literal["maximize", "minimize"]
-METRICS: Mapping[str, Direction] = {
-    "average": "maximize",
-    "learning": "maximize",
-    "bwt": "maximize",
-    "forgetting": "minimize",
-    "fwt": "maximize",
-    "anytime_average": "maximize",
-    "relative_forgetting": "minimize",
-}
-"""What a trial may be judged by, of one scorer's matrix; all are in the orientation of `residency.metrics.matrix`."""
+
+
+def directions() -> Mapping[str, Direction]:
+    """Metric -> what is better: what a trial may be judged by, of one scorer's matrix."""
+    found = (metric for metric in matrix_metrics().values() if metric.about.needs is None)
+    return {metric.name: "minimize" if metric.about.kind == "loss" else "maximize" for metric in found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +78,7 @@ class Search:
         trials: For every combination.
         batch: Trials that are drawn together. The next ones know their scores; more at once is faster and learns less.
             What is found depends on it, and not on the number of workers.
-        metric: Of the score matrix: average, learning, bwt, forgetting, fwt, anytime_average, relative_forgetting.
+        metric: Of the score matrix, see `residency.metrics.definitions`.
             Scores where less is better enter negated, so that more is better for all but the forgettings.
         direction: `maximize` or `minimize`; by default what is better for the metric.
         scorer: Which score; that of the study by default.
@@ -106,7 +102,7 @@ class Search:
     @property
     def towards(self) -> Direction:
         """What is better."""
-        return self.direction or METRICS[self.metric]
+        return self.direction or directions()[self.metric]
 
     @property
     def sign(self) -> int:
@@ -211,10 +207,10 @@ def check_search(search: Search, *, axes: Mapping[str, Mapping[str, Any]], seeds
         _refuse(where, "search has no parameters", "there is nothing to search", "add one, for example\n" + _EXAMPLE)
     for key, parameter in search.parameters.items():
         _check_parameter(parameter, axes, f"{where}: search.parameters.{key}")
-    if search.metric not in METRICS:
-        near = get_close_matches(search.metric, METRICS, 1)
+    if search.metric not in (metrics := directions()):
+        near = get_close_matches(search.metric, metrics, 1)
         fix = f"did you mean {near[0]!r}?" if near else "choose one of them"
-        _refuse(where, f"search.metric is {search.metric!r}", f"trials are judged by {', '.join(METRICS)}", fix)
+        _refuse(where, f"search.metric is {search.metric!r}", f"trials are judged by {', '.join(metrics)}", fix)
     if search.trials < 1 or search.batch < 1:
         got = f"search.trials is {search.trials}, search.batch is {search.batch}"
         _refuse(where, got, "both count trials", "give at least 1")

@@ -1,0 +1,1 @@
+"""Metrics of one score matrix, one file each: `residency.metrics.discovery` finds them."""

@@ -11,7 +11,7 @@ import pytest
 
 from residency.core.errors import UserError
 from residency.report.gate_command import gate_command
-from support.studies import write_study
+from support.synthetic_studies import write_study
 
 BASE = [[5.5, 11.5, 4.0], [1.5, 9.6, 4.3], [3.1, 0.8, 4.6], [3.8, 4.4, 2.0]]
 KEPT = [[5.5, 11.5, 4.0], [1.5, 9.6, 4.3], [1.5, 0.8, 4.6], [1.5, 0.8, 2.0]]

@@ -97,9 +97,9 @@ class _Found:
 
 
 def _read(folder: Path, scorer: str | None) -> _Found:
-    material = read_material([folder], scorer=scorer)
-    arms = arms_of(material)
-    done = [entry for entry in material.done if entry.reference is None]
+    records = read_material([folder], scorer=scorer)
+    arms = arms_of(records)
+    done = [entry for entry in records.done if entry.reference is None]
     if not done:
         raise UserError(
             f"{folder} has no finished run",
@@ -111,7 +111,7 @@ def _read(folder: Path, scorer: str | None) -> _Found:
     known = dict.fromkeys(metric for summary in summaries for own in summary.values() for metric in own)
     return _Found(
         methods={arm.name: [entry for entry in arm.entries if entry.done] for arm in arms},
-        scorer=material.scorer,
+        scorer=records.scorer,
         scorers=scorers,
         metrics=[*METRICS, *(name for name in known if name not in METRICS)],
     )

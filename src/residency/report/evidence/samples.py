@@ -118,10 +118,6 @@ def _terms(u: FloatArray, names: Sequence[str], count: int, metric: str, columns
     return [_Term(j, count, stage, share) for j, stage in zip(own, best, strict=True)]
 
 
-def _before(u: FloatArray, term: _Term) -> float:
-    return 0.0 if term.minus is None else float(u[term.minus, term.column])
-
-
 def _parts(
     entry: Entry, scorer: str, terms: Sequence[_Term], names: Sequence[str], sign: float, u: FloatArray, rows: RowScores
 ) -> Parts | None:

@@ -66,9 +66,18 @@ def spy(calls: Calls, adapter: Adapter) -> Mitigation:
 class StageRunner:
     """Trains stages of a combination with one kind of Trainers."""
 
-    def __init__(self, backbone: Path, folder: Path, adapter: str, mitigations: Sequence[str], kind: Any) -> None:
+    def __init__(
+        self,
+        backbone: Path,
+        folder: Path,
+        adapter: str,
+        mitigations: Sequence[str],
+        kind: Any,
+        micro: int | None = None,
+    ) -> None:
         self.folder = folder / kind.__name__
         self.data = StreamData(domains=domains(folder / "data", {"a": "generative", "b": "label"}), batch_size=4)
+        self.data.micro_batch_size = micro
         self.row = ADAPTERS[adapter]
         self.kind = kind
         self.calls: Calls = []
@@ -111,6 +120,14 @@ class Enough(Callback):
 combinations = pytest.mark.parametrize(
     ("adapter", "mitigations"), COMBINATIONS, ids=lambda part: part if isinstance(part, str) else "+".join(part)
 )
+
+
+def test_accumulation_is_what_a_trainer_does(llama: Path, tmp_path: Path) -> None:
+    parts = (llama, tmp_path, "lora_dropout", ("ewc_online", "replay"))
+    real, quick = (StageRunner(*parts, kind, micro=2) for kind in (Trainers, Fits))
+    for stage in STAGES:
+        assert not differing(real.train(stage), quick.train(stage))
+    assert real.calls == quick.calls
 
 
 @combinations

@@ -39,9 +39,8 @@ class Fits(Trainers):
 
     def make(self, *, steps: int, accumulate: int = 1, folder: Path, observers: list[Callback]) -> Any:
         """For one stage."""
-        assert accumulate == 1, "accumulation is what a real Trainer is needed for"
         callbacks = [*self._options().get("callbacks", ()), *observers]
-        return Fit(steps=steps, clip=self.gradient_clip_val, callbacks=callbacks)
+        return Fit(steps=steps, clip=self.gradient_clip_val, callbacks=callbacks, accumulate=accumulate)
 
 
 class Fit:
@@ -51,6 +50,7 @@ class Fit:
         steps: `max_steps`.
         clip: `gradient_clip_val`.
         callbacks: Beside those of the module.
+        accumulate: Micro-batches per step.
     """
 
     current_epoch = 0
@@ -58,11 +58,11 @@ class Fit:
     local_rank = 0
     world_size = 1
     is_global_zero = True
-    accumulate_grad_batches = 1
     log_every_n_steps = 1
     gradient_clip_algorithm = None
 
-    def __init__(self, *, steps: int, clip: float | None, callbacks: list[Callback]) -> None:
+    def __init__(self, *, steps: int, clip: float | None, callbacks: list[Callback], accumulate: int = 1) -> None:
+        self.accumulate_grad_batches = accumulate
         self.max_steps = steps
         self.gradient_clip_val = clip
         self.callbacks = callbacks
@@ -125,7 +125,7 @@ class Fit:
     def _epoch(self, batches: Iterable[Batch], *, resumed: bool) -> None:
         if not resumed:
             self._call("on_train_epoch_start")
-        for index, batch in enumerate(batches, self.global_step):
+        for index, batch in enumerate(batches, self.global_step * self.accumulate_grad_batches):
             self._step(batch, index)
             if self.should_stop:
                 break
@@ -133,6 +133,7 @@ class Fit:
 
     def _step(self, batch: Batch, index: int) -> None:
         module, (optimizer,) = self.lightning_module, self.optimizers
+        accumulate = self.accumulate_grad_batches
         self._call("on_train_batch_start", batch, index)
         output = {}
 
@@ -140,11 +141,16 @@ class Fit:
         def closure() -> torch.Tensor:
             loss = self.strategy.training_step(batch, index)
             output["loss"] = loss.detach()
-            self._call("on_before_zero_grad", optimizer)
-            module.optimizer_zero_grad(0, index, optimizer)
-            self.strategy.backward(loss, optimizer)
+            if index % accumulate == 0:
+                self._call("on_before_zero_grad", optimizer)
+                module.optimizer_zero_grad(0, index, optimizer)
+            self.strategy.backward(loss / accumulate, optimizer)
             return output["loss"]
 
+        if (index + 1) % accumulate:
+            closure()
+            self._call("on_train_batch_end", output, batch, index)
+            return
         module.optimizer_step(0, index, self.strategy._lightning_optimizers[0], closure)
         self.global_step += 1
         for config in self.lr_scheduler_configs:

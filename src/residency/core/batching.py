@@ -9,7 +9,7 @@ import torch
 
 from residency.core.types import Batch, Example, Layout, Segment
 
-__all__ = ["by_token_budget", "make_batch", "prefix_tree"]
+__all__ = ["by_token_budget", "make_batch", "own_places", "prefix_tree"]
 
 _Tree = tuple[Segment, list[tuple[int, int]], list[list[int]]]
 
@@ -29,6 +29,15 @@ def make_batch(examples: Sequence[Example], *, layout: Layout) -> Batch:
     if not examples:
         raise ValueError("a batch needs at least one example, got none")
     return _packed(examples) if layout == "packed" else _padded(examples)
+
+
+def own_places(count: int, batch: Batch) -> list[int]:
+    """Which of `count` things that a step has beside its global batch (draws, answers) belong to a micro-batch.
+
+    They are spread over the slots of the global batch, so that the parts of a step have all of them, each once.
+    """
+    size, own = len(batch.whole.examples), {*batch.whole.slots}
+    return [i for i in range(count) if i * size // count in own]
 
 
 def _branches(example: Example) -> tuple[tuple[int, ...], ...]:

@@ -9,7 +9,7 @@ Shape suffixes used in names and docstrings:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Union
 
@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "Capability",
     "Example",
+    "GlobalBatch",
     "Kind",
     "Layout",
     "Outputs",
@@ -28,6 +29,7 @@ __all__ = [
     "Stage",
     "Tensors",
     "segment_tokens",
+    "supervised_tokens",
 ]
 
 Tensors = Mapping[str, Tensor]
@@ -105,6 +107,26 @@ class Example:
         return len(self.prompt) + len(self.completion) + sum(len(a) for a in self.alternatives)
 
 
+def supervised_tokens(example: Example) -> int:
+    """Tokens that an example is trained on: of its completion and its alternatives."""
+    return len(example.completion) + sum(len(tokens) for tokens in example.alternatives)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalBatch:
+    """All that one optimizer step learns from, of which a micro-batch is a part.
+
+    Args:
+        examples: Of the step, slot by slot, over all micro-batches and devices.
+        slots: Which of them the micro-batch holds, in its order.
+        parts: Micro-batches of the step, over all devices. The Trainer averages their losses and gradients.
+    """
+
+    examples: tuple[Example, ...]
+    slots: tuple[int, ...]
+    parts: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Examples side by side in one row (packed) or one example per row (padded).
@@ -126,6 +148,7 @@ class Batch:
         target_example: (M,) index of the example (0 ... B-1) each target belongs to.
         target_branch: (M,) 0 for the completion, 1, 2, ... for the alternatives.
         examples: The B examples themselves, in order.
+        part_of: The global batch of the step; `None` where the batch is a whole of its own (scoring, a memory).
     """
 
     layout: Layout
@@ -138,6 +161,7 @@ class Batch:
     target_example: Tensor
     target_branch: Tensor
     examples: tuple[Example, ...]
+    part_of: GlobalBatch | None = None
 
     @property
     def size(self) -> int:
@@ -148,6 +172,22 @@ class Batch:
     def tokens(self) -> int:
         """Number of tokens that are not padding."""
         return sum(segment_tokens(segment) for segment in self.segments)
+
+    @property
+    def whole(self) -> GlobalBatch:
+        """The global batch; of a batch that is no part of one, itself."""
+        if self.part_of is not None:
+            return self.part_of
+        return GlobalBatch(examples=self.examples, slots=tuple(range(self.size)), parts=1)
+
+    def normaliser(self, units: Callable[[Example], float]) -> float:
+        """What a sum over this batch is divided by, so that the mean over the micro-batches of a step is the sum over
+        the global batch divided by its units: the units of the global batch per micro-batch.
+
+        Args:
+            units: How much one example counts, for example its supervised tokens.
+        """
+        return sum(units(example) for example in self.whole.examples) / self.whole.parts
 
     def to(self, device: Any, **kwargs: Any) -> Batch:
         """A copy with every tensor on `device` (Lightning calls this)."""
@@ -164,7 +204,8 @@ class Outputs:
     """What an objective computed on one batch.
 
     Args:
-        loss: Scalar that is minimised (nats per supervised token for SFT).
+        loss: Scalar that is minimised (nats per supervised token for SFT); of a micro-batch, such that the mean over
+            the micro-batches of a step is the loss of the global batch (`Batch.normaliser`).
         logits: (M, V) at the supervised positions, attached to the graph, or `None` if the objective has none or no
             mitigation reads them (`Mitigation.uses_logits`).
         log: Named detached scalars to be logged as `train/<name>`.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from torch.utils.data import Sampler
 
 from residency.core.randomness import permutation
-from residency.core.types import Example, Stage
+from residency.core.types import Example, GlobalBatch, Stage
 
-__all__ = ["StageBatches", "StageExamples", "learned_examples"]
+__all__ = ["StageBatches", "StageExamples", "StepParts", "learned_examples"]
 
 
 class StageExamples(Sequence[Example]):
@@ -70,6 +70,35 @@ class StageBatches(Sampler[list[int]]):
         for micro in range(self.start, len(self)):
             first = (micro * self.ranks + self.rank) * self.micro_batch
             yield list(range(first, first + self.micro_batch))
+
+
+class StepParts:
+    """Micro-batches of a stage, each with the global batch that it is a part of. For a torch `DataLoader`.
+
+    Args:
+        dataset: The stage's examples by position (step * batch size + slot).
+        stage: For the batch size.
+        parts: Micro-batches per step, over all devices.
+    """
+
+    def __init__(self, *, dataset: Sequence[Example], stage: Stage, parts: int) -> None:
+        self.dataset = dataset
+        self.stage = stage
+        self.parts = parts
+        self._step: tuple[int, tuple[Example, ...]] = (-1, ())
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, positions: list[int]) -> GlobalBatch:
+        """The global batch that these positions of one step are in, with their slots."""
+        size = self.stage.batch_size
+        step = positions[0] // size
+        if self._step[0] != step:  # the parts of a step come one after another
+            whole = tuple(self.dataset[p] for p in range(step * size, (step + 1) * size))
+            self._step = (step, whole)
+        slots = tuple(p - step * size for p in positions)
+        return GlobalBatch(examples=self._step[1], slots=slots, parts=self.parts)
 
 
 def learned_examples(dataset: Sequence[Example], domain: str) -> list[Example]:

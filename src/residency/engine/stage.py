@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from residency.adapters.base import Adapter
 from residency.core.environment import peak_memory_bytes
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
-from residency.core.types import Example, Stage
-from residency.domains.sampler import StageBatches
+from residency.core.types import Batch, Example, GlobalBatch, Layout, Stage
+from residency.domains.sampler import StageBatches, StepParts
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History, StageCheckpoint
 from residency.engine.compatibility import check_steps
@@ -176,6 +177,11 @@ def begin_stage(module: ContinualModule, data: StreamData, stage: Stage, *, stor
     module.begin_stage(stage, data.examples(stage, tokenizer), validation, stored=stored)
 
 
+def _lay_out(collate: Callable[..., Batch], layout: Layout, part: GlobalBatch) -> Batch:
+    """A micro-batch that knows the global batch of its step."""
+    return replace(collate([part.examples[slot] for slot in part.slots], layout=layout), part_of=part)
+
+
 def _fit(
     module: ContinualModule,
     data: StreamData,
@@ -191,9 +197,9 @@ def _fit(
     trainer = trainers.make(steps=stage.steps, accumulate=accumulate, folder=folder, observers=callbacks)
     done = 0 if checkpoint is None else int(load_tree(checkpoint)["global_step"]) * accumulate
     loader: DataLoader[Any] = DataLoader(
-        module.dataset,  # type: ignore[arg-type]
+        StepParts(dataset=module.dataset, stage=stage, parts=accumulate * ranks),  # type: ignore[arg-type]
         batch_sampler=StageBatches(stage=stage, micro_batch=micro, start=done, rank=trainer.global_rank, ranks=ranks),
-        collate_fn=partial(module.objective.collate, layout=module.layout),
+        collate_fn=partial(_lay_out, module.objective.collate, module.layout),
         num_workers=data.num_workers,
     )
     module.model.train()

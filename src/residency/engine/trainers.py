@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from residency.core.errors import UserError
 from residency.engine.checkpointing import SafetensorsIO
+from residency.engine.trainer_options import refuse_overwritten
 
 __all__ = ["Trainers"]
 
@@ -82,8 +83,12 @@ class Trainers:
             accumulate: Micro-batches per step.
             folder: Of the stage: unique, so that nothing of another stage is picked up.
             observers: New for every stage.
+
+        Raises:
+            UserError: An option that is overwritten here, or has no effect in a stream, was given.
         """
         options = self._options()
+        refuse_overwritten(options)
         callbacks = [*(options.pop("callbacks", None) or []), *observers]
         plugins = options.pop("plugins", None) or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafetensorsIO()]

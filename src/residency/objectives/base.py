@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from residency.core.types import Batch, Example, Layout, Outputs
+from residency.core.types import Batch, Example, Layout, Outputs, supervised_tokens
 
 __all__ = ["Forward", "Objective", "Passes"]
 
@@ -34,15 +34,25 @@ class Passes:
 
 
 class Objective(ABC):
-    """A function of (forward, batch, reference), not a trainer: it never sees the model, the optimizer or the loop."""
+    """A function of (forward, batch, reference), not a trainer: it never sees the model, the optimizer or the loop.
+
+    **One normaliser per step.** The loss of a step is a sum over its global batch divided by the `units` of that batch,
+    however it is cut into micro-batches. The Trainer averages the losses of the micro-batches; so the loss of one of
+    them is its own sum over `Batch.normaliser(units)`, the mean number of units per micro-batch, and never the mean
+    over its own units, which would weigh a token by how many others happened to lie beside it.
+    """
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], *, layout: Layout) -> Batch:
         """Lay examples out for this objective."""
 
+    def units(self, example: Example) -> float:
+        """How much an example counts in the normaliser of a step: its supervised tokens."""
+        return supervised_tokens(example)
+
     @abstractmethod
     def __call__(self, forward: Forward, batch: Batch, reference: Forward | None) -> Outputs:
-        """The loss of one batch.
+        """The loss of one batch: a sum over it, divided by `batch.normaliser(self.units)`.
 
         Args:
             forward: The model being trained; a `Passes` where nobody else reads the logits.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
-
 from residency.core.batching import make_batch
 from residency.core.losses import token_nll  # moved
 from residency.core.types import Batch, Example, Layout, Outputs
@@ -23,8 +21,8 @@ class SFT(Objective):
 
     def __call__(self, forward: Forward, batch: Batch, reference: Forward | None) -> Outputs:
         """The loss; `reference` is not used. Without logits where nobody else reads them."""
+        normaliser = batch.normaliser(self.units)
         if isinstance(forward, Passes):
-            return Outputs(loss=forward.nll(batch).mean(), logits=None, log={})
+            return Outputs(loss=forward.nll(batch).sum() / normaliser, logits=None, log={})
         logits = forward(batch)
-        loss = F.cross_entropy(logits.float(), batch.targets)
-        return Outputs(loss=loss, logits=logits, log={})
+        return Outputs(loss=token_nll(logits, batch.targets).sum() / normaliser, logits=logits, log={})

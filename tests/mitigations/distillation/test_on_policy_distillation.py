@@ -156,7 +156,7 @@ def test_answers_are_sampled_from_their_own_seed(llama: Path, monkeypatch: pytes
     asked = write(module, monkeypatch, [[70]])
     at = {"step": 0}
     monkeypatch.setattr(ContinualModule, "global_step", property(lambda self: at["step"]))
-    for at["step"] in range(12):
+    for at["step"] in range(1, 13):  # the answers of a step are written once
         terms(module, EXAMPLES)
         terms(module, EXAMPLES[::-1])
     assert all({*asked[i]} == {*asked[i + 1]} for i in range(0, 24, 2)), "the order in a batch does not matter"

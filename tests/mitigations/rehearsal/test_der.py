@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from residency.adapters.peft import lora
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree, save_tree
-from residency.core.types import Example, Outputs, Stage
+from residency.core.types import Example, GlobalBatch, Outputs, Stage
 from residency.mitigations import DER
 from residency.mitigations.rehearsal.der import stored_kl, stored_mse, top_log_probs
 from support.tiny_runs import make_module, train
@@ -136,13 +137,23 @@ def test_the_two_terms_are_on_two_draws(module: Any) -> None:
     der = after_a_domain(module, draws=3)
     batch = make_batch(make_examples("new", 4), layout=module.layout)
     draws = {
-        purpose: [e.row for e, _ in der._forward(module, batch, der.items(), purpose)[0]]
+        purpose: [e.row for e, _ in der._own(module, batch, der.items(), purpose)[0]]
         for purpose in ("stored", "replay")
     }
     assert draws["stored"] != draws["replay"]
-    assert [e.row for e, _ in der._forward(module, batch, der.items(), "stored")[0]] == draws["stored"]
-    other = make_batch(make_examples("new", 5)[1:], layout=module.layout)
-    assert [e.row for e, _ in der._forward(module, other, der.items(), "stored")[0]] != draws["stored"]
+    assert [e.row for e, _ in der._own(module, batch, der.items(), "stored")[0]] == draws["stored"]
+
+
+def test_the_parts_of_a_step_share_one_draw(module: Any) -> None:
+    der = after_a_domain(module, draws=3)
+    examples = tuple(make_examples("new", 4))
+    whole = [e.row for e, _ in der._own(module, make_batch(examples, layout=module.layout), der.items(), "stored")[0]]
+    found = []
+    for slots in ((0, 1), (2, 3)):
+        part = make_batch([examples[i] for i in slots], layout=module.layout)
+        part = replace(part, part_of=GlobalBatch(examples=examples, slots=slots, parts=2))
+        found += [e.row for e, _ in der._own(module, part, der.items(), "stored")[0]]
+    assert found == whole
 
 
 def test_off_is_nothing(module: Any) -> None:

@@ -42,20 +42,22 @@ def top_log_probs(logits: Tensor, *, k: int, temperature: float) -> tuple[Tensor
 class _Distillation(torch.autograd.Function):
     # Its own backward: the gradient τ (p_s - p_t) / M is known, and autograd's version of it keeps four more (M, V).
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Tensor, ids: Tensor | None, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, teacher: Tensor, ids: Tensor | None, temperature: float, count: float
+    ) -> Tensor:
         log_s = _log_probs(logits, temperature)
         if ids is None:
             kl, difference = _full(log_s, _log_probs(teacher, temperature))
         else:
             kl, difference = _top(log_s, teacher, ids)
         ctx.save_for_backward(difference)
-        ctx.scale, ctx.dtype = temperature / len(logits), logits.dtype
-        return temperature**2 * kl.mean()
+        ctx.scale, ctx.dtype = temperature / count, logits.dtype
+        return temperature**2 * kl.sum() / count
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         (difference,) = ctx.saved_tensors
-        return (difference * (grad_outputs[0] * ctx.scale)).to(ctx.dtype), None, None, None
+        return (difference * (grad_outputs[0] * ctx.scale)).to(ctx.dtype), None, None, None, None
 
 
 def _full(log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,9 @@ def _top(log_s: Tensor, top_log_t: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]
     return kl, p_s.mul_((1 - tail_t / tail_s).unsqueeze(-1)).scatter_(-1, ids, top_s - top_t)
 
 
-def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float, ids: Tensor | None = None) -> Tensor:
+def distillation_loss(
+    logits: Tensor, teacher: Tensor, *, temperature: float, ids: Tensor | None = None, count: float | None = None
+) -> Tensor:
     """τ² KL(p_t || p_s), the mean over positions, p = softmax(logits / τ) (Hinton et al. 2015; Li and Hoiem 2016).
 
     Args:
@@ -94,11 +98,13 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float, id
         temperature: τ > 0. τ² keeps the size of the gradient as τ grows.
         ids: (M, k) tokens of `teacher`. All other tokens are one bucket, so that both distributions sum to 1; this
             never exceeds the divergence of the whole distributions and equals it at k = V.
+        count: What the sum over positions is divided by (`Batch.normaliser`); `None` = M, the mean.
 
     Returns:
-        Scalar in nats, float32. Its gradient is τ (p_s - p_t) / M with respect to the logits, none for the teacher.
+        Scalar in nats, float32. Its gradient is τ (p_s - p_t) / count with respect to the logits, none for the teacher.
     """
-    loss: Tensor = _Distillation.apply(logits, teacher, ids, temperature)  # type: ignore[no-untyped-call]
+    divisor = len(logits) if count is None else count
+    loss: Tensor = _Distillation.apply(logits, teacher, ids, temperature, divisor)  # type: ignore[no-untyped-call]
     return loss
 
 

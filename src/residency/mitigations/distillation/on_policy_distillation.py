@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from residency.backbones.base import Sampling
-from residency.core.batching import make_batch
+from residency.core.batching import make_batch, own_places
 from residency.core.errors import UserError
 from residency.core.randomness import seed_of
 from residency.core.tensors import snapshot
@@ -42,7 +42,7 @@ class OnPolicyDistillation(Mitigation):
 
     Args:
         strength: λ. 0 = off.
-        fraction: Share of a batch's examples that are answered, at least one, in (0, 1].
+        fraction: Share of a step's examples that are answered, at least one, in (0, 1].
         task_weight: w of the task's own loss, in [0, 1].
         teacher: `base`: the pretrained model (the adapter must provide `reference`); `ema`: a moving average of the
             stage's weights; `live`: the model as it is, which only the demonstration tells from the student.
@@ -100,6 +100,7 @@ class OnPolicyDistillation(Mitigation):
         self.add_state("teacher", {})
         self.add_state("step", torch.zeros((), dtype=torch.long))
         self._numbers: dict[str, float] = {}
+        self._written: tuple[Any, Sequence[Example], Sequence[Example]] = (None, (), ())
 
     def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """The average starts where the stage does."""
@@ -114,8 +115,26 @@ class OnPolicyDistillation(Mitigation):
         """λ D, and what is taken off the task's own loss."""
         if self.strength == 0:
             return {}
-        rows = self._chosen(module, batch.examples)
-        answered = self._answer(module, rows)
+        rows, answered = self._answers(module, batch.whole.examples)
+        # The answers of the whole step, so that each of its tokens counts alike; this micro-batch reads its own.
+        count = sum(len(answer.completion) for answer in answered) / batch.whole.parts
+        own = own_places(len(rows), batch)
+        divergence, kept = outputs.loss.new_zeros(()), 1.0
+        if own:
+            divergences, kept = self._compare(module, [rows[i] for i in own], [answered[i] for i in own])
+            divergence = divergences.sum() / count
+        self._numbers = {
+            "divergence": float(divergence.detach()),
+            "tokens": sum(len(e.completion) for e in answered) / len(answered),
+            "kept": kept,
+        }
+        terms = {"distillation": self.strength * divergence}
+        return terms if self.task_weight == 1 else terms | {"task": (self.task_weight - 1) * outputs.loss}
+
+    def _compare(
+        self, module: StageModule, rows: Sequence[Example], answered: Sequence[Example]
+    ) -> tuple[Tensor, float]:
+        """(M,) D at every token of some answers, and the teacher's mean mass on its k tokens."""
         tokenizer = module.backbone.tokenizer
         end = tokenizer.eos_token_id
         shown = [
@@ -127,14 +146,8 @@ class OnPolicyDistillation(Mitigation):
         teacher = teacher_logits(module, _batch(module, taught), self._weights(module))
         ids = None if self.top_k is None else teacher.topk(min(self.top_k, teacher.shape[-1]), dim=-1).indices
         known = buckets(teacher, ids)
-        divergence = generalised_jsd(known, buckets(student, ids), alpha=self.alpha).mean()
-        self._numbers = {
-            "divergence": float(divergence.detach()),
-            "tokens": sum(len(e.completion) for e in answered) / len(answered),
-            "kept": 1.0 if known.shape[-1] == teacher.shape[-1] else float(1 - known[:, -1].exp().mean()),
-        }
-        terms = {"distillation": self.strength * divergence}
-        return terms if self.task_weight == 1 else terms | {"task": (self.task_weight - 1) * outputs.loss}
+        kept = 1.0 if known.shape[-1] == teacher.shape[-1] else float(1 - known[:, -1].exp().mean())
+        return generalised_jsd(known, buckets(student, ids), alpha=self.alpha), kept
 
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`divergence` in nats per token, `tokens` per answer, `kept`: the teacher's mass on its k tokens."""
@@ -144,8 +157,20 @@ class OnPolicyDistillation(Mitigation):
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
 
+    def _answers(
+        self, module: StageModule, examples: tuple[Example, ...]
+    ) -> tuple[Sequence[Example], Sequence[Example]]:
+        """The rows of a global batch that are answered, and the answers: written once per step, by the same weights for
+        all of its micro-batches.
+        """
+        asked = (module.stage.index, module.global_step, examples)
+        if self._written[0] != asked:
+            rows = self._chosen(module, examples)
+            self._written = (asked, rows, self._answer(module, rows))
+        return self._written[1:]
+
     def _chosen(self, module: StageModule, examples: Sequence[Example]) -> list[Example]:
-        """The examples of a batch that are answered: others in every step, whatever the micro-batches are."""
+        """The examples of a global batch that are answered: others in every step."""
         stage, count = module.stage, max(1, round(self.fraction * len(examples)))
         words = ("on_policy", stage.index, module.global_step)
         order = sorted(examples, key=lambda e: (seed_of(stage.seed, *words, e.domain, e.row), e.row))

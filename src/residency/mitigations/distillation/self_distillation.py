@@ -16,7 +16,7 @@ from torch import Tensor
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
-from residency.core.types import Batch, Example, Outputs, Stage, Tensors
+from residency.core.types import Batch, Example, Outputs, Stage, Tensors, supervised_tokens
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.distillation.divergences import distillation_loss, top_log_probs
@@ -118,7 +118,8 @@ class SelfDistillation(Mitigation):
             teacher = teacher_logits(module, batch, self._weights(module))
         else:
             teacher, ids = self._recall(module, batch)
-        loss = distillation_loss(logits, teacher, temperature=self.temperature, ids=ids)
+        count = batch.normaliser(supervised_tokens)
+        loss = distillation_loss(logits, teacher, temperature=self.temperature, ids=ids, count=count)
         self._numbers = {"kl": loss.detach() / self.temperature**2}
         if ids is not None:
             self._numbers["kept"] = teacher.exp().sum(-1).mean()

@@ -15,11 +15,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from residency.core.batching import make_batch
+from residency.core.batching import make_batch, own_places
 from residency.core.errors import UserError
 from residency.core.losses import token_nll
 from residency.core.randomness import permutation
-from residency.core.types import Batch, Example, Outputs, Stage
+from residency.core.types import Batch, Example, Outputs, Stage, supervised_tokens
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
@@ -47,29 +47,33 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, tokens.int()
 
 
-def stored_mse(logits: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+def stored_mse(logits: Tensor, values: Tensor, tokens: Tensor, *, count: float | None = None) -> Tensor:
     """Mean squared difference of log-probabilities over positions and stored tokens, in nats².
 
     Args:
         logits: (M, V) of the student.
         values: (M, k) stored log-probabilities.
         tokens: (M, k) the tokens they belong to.
+        count: What the sum over positions is divided by (`Batch.normaliser`); `None` = M, the mean.
     """
-    return (logits.float().log_softmax(-1).gather(-1, tokens.long()) - values).square().mean()
+    squares = (logits.float().log_softmax(-1).gather(-1, tokens.long()) - values).square().mean(-1)
+    return squares.sum() / (len(logits) if count is None else count)
 
 
-def stored_kl(logits: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+def stored_kl(logits: Tensor, values: Tensor, tokens: Tensor, *, count: float | None = None) -> Tensor:
     """KL(stored ‖ student), mean over positions, in nats; all tokens that are not stored count as one.
 
     Args:
         logits: (M, V) of the student.
         values: (M, k) stored log-probabilities.
         tokens: (M, k) the tokens they belong to.
+        count: What the sum over positions is divided by (`Batch.normaliser`); `None` = M, the mean.
     """
     student = logits.float().log_softmax(-1).gather(-1, tokens.long())
     kept = (values.exp() * (values - student)).sum(-1)
     rest, guess = ((1 - each.exp().sum(-1)).clamp_min(1e-7) for each in (values, student))
-    return (kept + rest * (rest.log() - guess.log())).mean()
+    divergence = kept + rest * (rest.log() - guess.log())
+    return divergence.sum() / (len(logits) if count is None else count)
 
 
 class DER(Mitigation):
@@ -84,7 +88,7 @@ class DER(Mitigation):
         capacity: Examples in the reservoir, over all domains.
         top_k: Log-probabilities stored per completion token: 8 bytes each.
         distance: `mse` of log-probabilities, or `kl` with one bucket for the tokens that are not stored.
-        draws: Examples per draw and micro-batch; `null` = as many as the micro-batch has.
+        draws: Examples per draw and step; `null` = as many as the batch has.
     """
 
     training_only: ClassVar[frozenset[str]] = frozenset({"alpha", "beta", "distance", "draws"})
@@ -125,25 +129,32 @@ class DER(Mitigation):
             return {}
         terms = {}
         if self.alpha:
-            drawn, logits, _ = self._forward(module, batch, items, "stored")
+            drawn, old, count = self._own(module, batch, items, "stored")
             compare = stored_mse if self.distance == "mse" else stored_kl
-            values, tokens = (torch.cat([read[i] for _, read in drawn if read is not None]) for i in (0, 1))
-            terms["stored"] = self.alpha * compare(logits, values, tokens)
+            read = [stored for _, stored in drawn if stored is not None]
+            terms["stored"] = outputs.loss.new_zeros(())
+            if old is not None:
+                values, tokens = (torch.cat([pair[i] for pair in read]) for i in (0, 1))
+                terms["stored"] = self.alpha * compare(module.forward(old), values, tokens, count=count)
         if self.beta:
-            _, logits, targets = self._forward(module, batch, items, "replay")
-            terms["replay"] = self.beta * token_nll(logits, targets).mean()
+            _, old, count = self._own(module, batch, items, "replay")
+            terms["replay"] = outputs.loss.new_zeros(())
+            if old is not None:
+                terms["replay"] = self.beta * token_nll(module.forward(old), old.targets).sum() / count
         return terms
 
-    def _forward(
+    def _own(
         self, module: StageModule, batch: Batch, items: Sequence[_Item], purpose: str
-    ) -> tuple[list[_Item], Tensor, Tensor]:
-        """A draw without repetition, (M, V) logits of it and its (M,) targets."""
-        stage, count = module.stage, self.draws or batch.size
-        # Micro-batches of one step are told apart by what is in them.
-        words = ("der", purpose, stage.index, module.global_step, *(e.row for e in batch.examples))
-        drawn = [items[i] for i in permutation(len(items), stage.seed, *words)[:count]]
-        old = make_batch([example for example, _ in drawn], layout=module.layout).to(module.device)
-        return drawn, module.forward(old), old.targets
+    ) -> tuple[list[_Item], Batch | None, float]:
+        """What a micro-batch has of the step's draw without repetition: the items, the same laid out (`None` where it
+        has none), and the supervised tokens of the whole draw per micro-batch.
+        """
+        stage, whole = module.stage, batch.whole
+        order = permutation(len(items), stage.seed, "der", self.name, purpose, stage.index, module.global_step)
+        drawn = [items[i] for i in order[: self.draws or len(whole.examples)]]
+        own = [drawn[i] for i in own_places(len(drawn), batch)]
+        old = make_batch([example for example, _ in own], layout=module.layout).to(module.device) if own else None
+        return own, old, sum(supervised_tokens(example) for example, _ in drawn) / whole.parts
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Offer the domain's examples to the reservoir, and read those that stay at the final weights."""

@@ -108,7 +108,8 @@ class GenerativeReplay(Mitigation):
             for e in batch.examples
         ]
         read = make_batch(prompts, layout=module.layout).to(module.device)
-        return {"prompts": self.prompt_loss * token_nll(module.forward(read), read.targets).mean()}
+        count = batch.normaliser(lambda example: len(example.prompt) + 1)
+        return {"prompts": self.prompt_loss * token_nll(module.forward(read), read.targets).sum() / count}
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Keep some examples as shots, and write about all domains so far."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from residency.core.batching import make_batch
 from residency.core.losses import token_nll
 from residency.core.types import Example, Tensors
 from residency.mitigations.contract import StageModule
-from residency.mitigations.rehearsal.model_views import evaluating, example_nll, swapped
+from residency.mitigations.rehearsal.model_views import evaluating, example_nll, passes, swapped
 
 __all__ = ["interference", "most_interfered", "virtual_step"]
 
@@ -42,11 +41,14 @@ def interference(
     Nothing is left behind: no gradient, no change of a weight, no draw.
     """
     leaves = {name: leaf for name, leaf in module.adapter.trainable(module.model).items() if leaf.requires_grad}
-    batch = make_batch(current, layout=module.layout).to(module.device)
+    gradients: dict[str, Tensor] = {}
     with evaluating(module), torch.enable_grad():
-        loss = token_nll(module.forward(batch), batch.targets).mean()
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    gradients: Mapping[str, Tensor] = {n: g for n, g in zip(leaves, found, strict=True) if g is not None}
+        for _, batch in passes(module, current):
+            loss = token_nll(module.forward(batch), batch.targets).sum()
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                if gradient is not None:
+                    gradients[name] = gradients[name] + gradient if name in gradients else gradient
     before = example_nll(module, candidates)
     with swapped(leaves, virtual_step(leaves, gradients, size=size)):
         return example_nll(module, candidates) - before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,7 +45,7 @@ class Replay(Mitigation):
             finished)^exponent. `mir`: of a few candidates those that the coming step would hurt most (Aljundi et al.
             2019); costs a pass with and two without gradient per batch.
         exponent: Of `loss`; 0 = all alike.
-        candidates: Of `mir`: drawn for each micro-batch.
+        candidates: Of `mir`: drawn for each step.
         virtual_step: Of `mir`: length of the trial step, root mean square per parameter.
     """
 
@@ -78,6 +79,7 @@ class Replay(Mitigation):
         if draw == "loss":
             self.add_state("losses", torch.zeros(0))
         self._view: tuple[object, list[Example]] = (None, [])
+        self._retrieved: tuple[Any, tuple[Example, ...]] = (None, ())
 
     def transform_dataset(self, dataset: Sequence[Example], stage: Stage) -> Sequence[Example]:
         """Replace evenly spread positions by draws from the memory."""
@@ -93,25 +95,36 @@ class Replay(Mitigation):
         return Mixture(current=dataset, memory=memory, sums=sums, **schedule)
 
     def transform_batch(self, module: StageModule, batch: Batch) -> Batch:
-        """With `mir`: put the most interfered candidates in the old examples' places. A batch without old or without
+        """With `mir`: put the most interfered candidates in the old examples' places. A step without old or without
         new examples stays as it is.
         """
         if self.draw != "mir":
             return batch
+        whole = batch.whole
+        # Asked once per step, of all that is new in it: the answer is the same for each of its micro-batches.
+        if self._retrieved[0] != (asked := (module.stage.index, module.global_step, whole.examples)):
+            self._retrieved = (asked, self._retrieve(module, whole.examples))
+        examples = self._retrieved[1]
+        if examples == whole.examples:
+            return batch
+        own = module.objective.collate([examples[slot] for slot in whole.slots], layout=module.layout)
+        return replace(own, part_of=replace(whole, examples=examples)).to(module.device)
+
+    def _retrieve(self, module: StageModule, examples: tuple[Example, ...]) -> tuple[Example, ...]:
+        """The examples of a global batch with the old ones replaced."""
         memory, stage = self.memory(), module.stage
         kept = {(e.domain, e.row) for e in memory}
-        old = [i for i, e in enumerate(batch.examples) if (e.domain, e.row) in kept]
-        new = [e for e in batch.examples if (e.domain, e.row) not in kept]
+        old = [i for i, e in enumerate(examples) if (e.domain, e.row) in kept]
+        new = [e for e in examples if (e.domain, e.row) not in kept]
         if not old or not new:
-            return batch
-        # Micro-batches of one step are told apart by what is in them.
-        words = ("mir", stage.index, module.global_step, *(e.row for e in batch.examples))
-        pool = [memory[i] for i in permutation(len(memory), stage.seed, *words)[: self.candidates]]
+            return examples
+        order = permutation(len(memory), stage.seed, "mir", self.name, stage.index, module.global_step)
+        pool = [memory[i] for i in order[: self.candidates]]
         rise = interference(module, new, pool, size=self.virtual_step)
-        examples = list(batch.examples)
+        chosen = list(examples)
         for slot, best in zip(old, most_interfered(rise, len(old)), strict=True):
-            examples[slot] = pool[best]
-        return module.objective.collate(examples, layout=module.layout).to(module.device)
+            chosen[slot] = pool[best]
+        return tuple(chosen)
 
     def on_domain_end(self, module: Any, stage: Stage) -> None:
         """Offer every example the domain was learned from to the memory."""

@@ -46,7 +46,9 @@ from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import EvaluationSettings, evaluate, means
 from residency.objectives import SFT
-from residency.scorers.base import exact_match, label_is_best, rouge_l
+from residency.scorers.exact import exact_match
+from residency.scorers.likelihood import label_is_best
+from residency.scorers.overlap import rouge_l
 
 READERS = {"medical": IcdChapters, "legal": LicenceClauses, "code": StdlibSignatures}
 ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}

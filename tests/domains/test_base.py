@@ -133,9 +133,9 @@ def test_rows_are_read_once_and_limited() -> None:
 
 def test_defaults_follow_the_kind() -> None:
     label, text = Given(rows=some_rows()), GivenText(rows=some_rows())
-    assert label.scorers == ["nll", "accuracy"]
-    assert text.scorers == ["nll", "exact_match", "rougeL"]
-    assert Given(rows=some_rows(), scorers=["nll"]).scorers == ["nll"]
+    assert [*label.scorers] == ["nll", "accuracy"]
+    assert [*text.scorers] == ["nll", "exact_match", "rougeL"]
+    assert [*Given(rows=some_rows(), scorers=["nll"]).scorers] == ["nll"]
     assert label.template == Template()
     assert label.labels() == ("a", "b", "c")
     assert text.labels() == ()

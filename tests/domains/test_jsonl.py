@@ -37,7 +37,7 @@ def test_three_files_are_three_splits(tmp_path: Path, test_file: str) -> None:
     assert (only.id, only.prompt, only.completion, only.group) == ("7", "v", "x", "g")
     assert domain.labels() == ("answer 0", "answer 1", "answer 2", "x")
     assert domain.kind == "label"
-    assert domain.scorers == ["nll", "accuracy"]
+    assert [*domain.scorers] == ["nll", "accuracy"]
 
 
 def test_validation_is_carved_out_of_train_by_group(tmp_path: Path, test_file: str) -> None:

@@ -25,6 +25,7 @@ from residency.core.tensors import snapshot
 from residency.engine.module import ContinualModule
 from residency.mitigations import Mitigation
 from support.tiny_runs import domains, train
+from residency.scorers.find import scorers_by_name
 
 __all__ = ["ADAPTERS", "LAST", "Named", "Pair", "equal", "randn", "two_stages"]
 
@@ -114,7 +115,7 @@ def two_stages(
     def go(*callbacks: Callback) -> tuple[dict[str, Any], ContinualModule]:
         readers = domains(folder / "data", {"a": "generative", "b": "label"})
         for reader in readers.values():
-            reader.scorers = ["nll"]
+            reader.scorers = scorers_by_name(["nll"], where="test")
         parts = {"x": make()} if make else {}
         more: dict[str, Any] = {"data": {"domains": readers}, "steps": steps, "callbacks": callbacks}
         return train(folder / "run", backbone, ADAPTERS[adapter](), parts, every=1, **more)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from residency.core.errors import UserError
 from residency.core.types import Batch, Capability, Example, Stage, Tensors
+from residency.scorers.base import ScoreInfo
 
 __all__ = [
     "Adapter",
@@ -152,6 +153,11 @@ class Adapter(ABC):
         """
         return nullcontext()
 
+    @property
+    def scorers(self) -> Mapping[str, ScoreInfo]:
+        """What `extra_scores` may give, by name: orientation, unit, and whether means are over tokens."""
+        return {}
+
     def extra_scores(
         self,
         model: nn.Module,
@@ -160,7 +166,7 @@ class Adapter(ABC):
         completion_nll: PromptNLL,
         prompt_nll: PromptNLL,
     ) -> Mapping[str, Tensor]:
-        """What else is worth scoring on a column, apart from how `route` answers it: {scorer: (B,) values}.
+        """What else is worth scoring on a column, apart from how `route` answers it: {one of `scorers`: (B,) values}.
 
         Args:
             model: The attached model.

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
@@ -20,6 +20,7 @@ from residency.adapters.peft_tools.tuners import capabilities, check_config, kin
 from residency.adapters.peft_tools.wrapping import wrap
 from residency.core.errors import UserError
 from residency.core.types import Example, Stage, Tensors
+from residency.scorers.base import ScoreInfo
 
 __all__ = ["PerDomain", "group_rows", "lowest"]
 
@@ -66,8 +67,6 @@ class PerDomain(Adapter):
     Raises:
         UserError: The tuner cannot keep several adapters on one unchanged base.
     """
-
-    scorers: ClassVar[tuple[str, ...]] = ("nll_routed", "routing_error", "nll_newest")
 
     def __init__(self, *, config: PeftConfig, routing: Routing = "oracle", compare: bool = True) -> None:
         check_config(config)
@@ -149,6 +148,16 @@ class PerDomain(Adapter):
             choice = lowest(self._prompts(model, examples, prompt_nll)).tolist()
             for block, rows in group_rows(choice, examples).items():
                 yield _active(model, block), rows
+
+    @property
+    def scorers(self) -> Mapping[str, ScoreInfo]:
+        """Rows without the name of their domain."""
+        nll = "nats per completion token"
+        return {
+            "nll_routed": ScoreInfo(higher_is_better=False, unit=f"{nll}, domain not told", per_token=True),
+            "nll_newest": ScoreInfo(higher_is_better=False, unit=f"{nll} under the newest adapter", per_token=True),
+            "routing_error": ScoreInfo(higher_is_better=False, unit="share of rows routed to another domain's adapter"),
+        }
 
     def extra_scores(
         self,

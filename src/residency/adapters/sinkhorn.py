@@ -33,6 +33,7 @@ from residency.backbones.structure import blocks
 from residency.core.errors import UserError
 from residency.core.tensors import Computed
 from residency.core.types import Capability, Example, Stage, Tensors
+from residency.scorers.base import ScoreInfo
 
 __all__ = ["SinkhornResidual"]
 
@@ -212,6 +213,11 @@ class SinkhornResidual(Adapter):
     ) -> Iterable[Served]:
         """Of the inner adapter."""
         return self.inner.route(model, column, examples, prompt_nll)
+
+    @property
+    def scorers(self) -> Mapping[str, ScoreInfo]:
+        """Of the inner adapter."""
+        return self.inner.scorers
 
     def extra_scores(
         self,

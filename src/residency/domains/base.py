@@ -14,6 +14,8 @@ from typing import Any, ClassVar, get_args
 from residency.core.errors import UserError
 from residency.core.types import Kind, Row, Split
 from residency.domains.template import Template
+from residency.scorers.base import Scorer
+from residency.scorers.find import scorers_by_name
 
 __all__ = ["Domain", "Kind", "Template", "drop_ambiguous", "hash_order", "split_by_group"]
 
@@ -33,7 +35,8 @@ class Domain(ABC):
         max_train: Rows kept of the training split; null keeps all.
         max_validation: Rows kept of the validation split; null keeps all.
         max_test: Rows kept of the test split; null keeps all.
-        scorers: Names of the scores; by default nll and accuracy for labels, nll, exact_match and rougeL for text.
+        scorers: Short names, class paths or scorers (`residency.scorers`); by default nll and accuracy for labels, nll,
+            exact_match and rougeL for text.
 
     Raises:
         UserError: A limit is negative.
@@ -53,11 +56,11 @@ class Domain(ABC):
         max_train: int | None = 2000,
         max_validation: int | None = 48,
         max_test: int | None = 96,
-        scorers: list[str] | None = None,
+        scorers: list[str | Scorer] | None = None,
     ) -> None:
         self.template = template or Template()
         self.limits: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
-        self.scorers = list(self.default_scorers or _SCORERS[self.kind]) if scorers is None else list(scorers)
+        self._asked = list(self.default_scorers or _SCORERS[self.kind]) if scorers is None else list(scorers)
         for split, limit in self.limits.items():
             if limit is not None and limit < 0:
                 raise UserError(
@@ -69,6 +72,15 @@ class Domain(ABC):
     @abstractmethod
     def read(self) -> Mapping[Split, Sequence[Row]]:
         """All rows of every split, best in an order that makes the first n a fair sample (see `hash_order`)."""
+
+    @cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        """{name of the score: scorer}.
+
+        Raises:
+            UserError: An unknown scorer, or two of one name.
+        """
+        return scorers_by_name(self._asked, where="scorers")
 
     def rows(self, split: Split) -> tuple[Row, ...]:
         """The rows of a split after its limit; read and checked once.

@@ -118,10 +118,10 @@ class StreamData(LightningDataModule):
             name: Domain or probe.
             split: Which rows.
             tokenizer: Of the backbone.
-            competing: How many rows get all other labels as alternatives, where accuracy is scored; `None` = all.
+            competing: How many rows get all other labels as alternatives, where a scorer reads them; `None` = all.
         """
         domain = self.columns[name]
-        labels = domain.labels() if "accuracy" in domain.scorers else ()
+        labels = domain.labels() if any(s.labels != "none" for s in domain.scorers.values()) else ()
         rows = domain.rows(split)
         key = name, split, competing, bool(labels)
         # By identity: a tokenizer or rows that were replaced since are other ones, whatever they are equal to.

@@ -27,6 +27,8 @@ from residency.engine.scoring.evaluation import Evaluation, RowScore, means
 __all__ = ["RunFolder", "read_scores", "write_scores"]
 
 SCHEMA = 1
+# Scores whose means were over tokens when the files did not say so.
+_WEIGHED_BY_TOKENS = ("nll", "nll_routed", "nll_newest")
 # What may differ between the call that started a run and the one that goes on with it.
 _FREE_KEYS = ("run_dir", "name", "store", "wandb", "checkpoint_every_n_steps", "progress")
 
@@ -165,14 +167,25 @@ class RunFolder:
 
 def write_scores(path: Path, scores: Evaluation) -> None:
     """Write the score of every row as Parquet, atomically."""
-    fields = {"column": pl.String, "row": pl.String, "scorer": pl.String, "value": pl.Float64, "tokens": pl.Int64}
+    fields = {
+        "column": pl.String,
+        "row": pl.String,
+        "scorer": pl.String,
+        "value": pl.Float64,
+        "tokens": pl.Int64,
+        "weight": pl.Int64,
+    }
     frame = pl.DataFrame({f: [getattr(s, f) for s in scores] for f in fields}, schema=fields)
     replace_file(path, lambda temporary: frame.write_parquet(temporary))
 
 
 def read_scores(path: Path) -> Evaluation:
-    """Read them back, in order."""
-    return [RowScore(**row) for row in pl.read_parquet(path).iter_rows(named=True)]
+    """Read them back, in order; files from before scores had weights are read as what they were."""
+    frame = pl.read_parquet(path)
+    if "weight" not in frame.columns:
+        weighed = pl.col("scorer").is_in(_WEIGHED_BY_TOKENS)
+        frame = frame.with_columns(weight=pl.when(weighed).then(pl.col("tokens")).otherwise(1))
+    return [RowScore(**row) for row in frame.iter_rows(named=True)]
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +37,7 @@ def judgement(scores: Mapping[str, Any], *, data: StreamData, stages: Sequence[M
 
 
 def missing(
-    scores: Mapping[str, Any], scorers: Mapping[str, Sequence[str]], domains: Sequence[str]
+    scores: Mapping[str, Any], scorers: Mapping[str, Collection[str]], domains: Sequence[str]
 ) -> dict[str, list[list[str]]]:
     """{scorer: [[after, column], ...]}: cells that should have a score and have none; scorers without one left out.
 

@@ -152,7 +152,11 @@ class RunKeys:
         parts = {
             "environment": self._environment,
             "weights": self.stages[k - 1].weights if k else base,
-            "column": [column, domain.fingerprint(), domain.scorers, split],
+            "column": [column, domain.fingerprint(), split],
+            "scorers": [
+                [name, class_code(type(scorer)), scorer.options(), scorer.versions()]
+                for name, scorer in domain.scorers.items()
+            ],
             "settings": asdict(settings),
             "layout": layout,
         }

@@ -13,9 +13,9 @@ from residency.metrics.cost import training_flops
 from residency.metrics.matrix import summary
 from residency.runs.judgement import judgement
 from residency.runs.views.base import RunInfo
-from residency.scorers.base import SCORERS
+from residency.scorers.base import ScoreInfo
 
-__all__ = ["build_record", "score_matrices", "summaries"]
+__all__ = ["build_record", "score_infos", "score_matrices", "summaries"]
 
 
 def build_record(
@@ -30,7 +30,7 @@ def build_record(
         stages: The records of row 0 and of every stage.
     """
     columns = list(data.columns)
-    scores = score_matrices([stage["means"] for stage in stages], columns)
+    scores = score_matrices([stage["means"] for stage in stages], columns, score_infos(module, data))
     backbone = module.backbone
     return {
         "cell": info.cell,
@@ -93,21 +93,30 @@ def _most(stages: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return found
 
 
-def score_matrices(rows: Sequence[Mapping[str, Mapping[str, float]]], columns: Sequence[str]) -> dict[str, Any]:
+def score_infos(module: ContinualModule, data: StreamData) -> dict[str, ScoreInfo]:
+    """{score: what it is} of every score that the domains ask for, then of those that the adapter adds."""
+    asked = {name: s.info() for domain in data.columns.values() for name, s in domain.scorers.items()}
+    return asked | dict(module.adapter.scorers)
+
+
+def score_matrices(
+    rows: Sequence[Mapping[str, Mapping[str, float]]], columns: Sequence[str], infos: Mapping[str, ScoreInfo]
+) -> dict[str, Any]:
     """Rows of means -> the `scores` entry of the record.
 
     Args:
         rows: {scorer: {column: mean}} before training and after each stage, T+1 of them.
         columns: Domains in order, then probes.
+        infos: {scorer: what it is}.
 
     Returns:
         {scorer: {higher_is_better, unit, R}}; a missing cell is `None`.
     """
-    names = [name for name in SCORERS if any(name in row for row in rows)]
+    names = [name for name in infos if any(name in row for row in rows)]
     return {
         name: {
-            "higher_is_better": SCORERS[name].higher_is_better,
-            "unit": SCORERS[name].unit,
+            "higher_is_better": infos[name].higher_is_better,
+            "unit": infos[name].unit,
             "R": [[row.get(name, {}).get(column) for column in columns] for row in rows],
         }
         for name in names

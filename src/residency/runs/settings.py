@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from residency.core.errors import UserError
 from residency.core.types import Split
+from residency.domains.base import Domain
 from residency.domains.stream_data import StreamData
 from residency.engine.scoring.evaluation import EvaluationSettings
-from residency.scorers.base import check_scorers
+from residency.scorers.base import ScoreInfo
 
 __all__ = ["StreamSettings", "check_stream"]
 
@@ -48,6 +51,41 @@ def check_stream(data: StreamData) -> None:
     Raises:
         UserError: See the message.
     """
+    known: dict[str, tuple[str, ScoreInfo]] = {}
     for name, domain in data.columns.items():
-        check_scorers(domain.scorers, where=f"data.domains.{name}")
+        for scorer, info in _scorers(domain, name).items():
+            first, other = known.setdefault(scorer, (name, info))
+            if info.higher_is_better != other.higher_is_better:
+                raise UserError(
+                    f"the score {scorer!r} of {first} and of {name}",
+                    why="of one it is better to be high, of the other to be low: they are no columns of one matrix",
+                    fix="give one of them another name",
+                )
     data.check()
+    for name, domain in data.columns.items():
+        _check_rows(domain, name)
+
+
+def _scorers(domain: Domain, name: str) -> dict[str, ScoreInfo]:
+    with named(name):
+        return {scorer: one.info() for scorer, one in domain.scorers.items()}
+
+
+def _check_rows(domain: Domain, name: str) -> None:
+    """Every scorer can judge the rows of its domain."""
+    with named(name):
+        for scorer in domain.scorers.values():
+            scorer.check([row for split in ("validation", "test") for row in domain.rows(split)])
+
+
+@contextmanager
+def named(column: str) -> Iterator[None]:
+    """What goes wrong inside is told of this domain.
+
+    Raises:
+        UserError: The one that was raised inside, with the domain's key before it.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"data.domains.{column}.{error.got}", why=error.why, fix=error.fix) from error

@@ -1,84 +1,154 @@
-"""Scores of single examples. Pure functions; `residency.engine.scoring.evaluation` runs the model for them."""
+"""What a scorer is: one answer of a model, judged. Pure; `residency.engine.scoring` runs the model for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from residency.core.types import Row
 
-from residency.core.errors import UserError
+__all__ = ["Answer", "LabelScore", "ScoreInfo", "Scorer", "references"]
 
-__all__ = ["SCORERS", "Scorer", "check_scorers", "exact_match", "label_is_best", "rouge_l"]
+Needs = Literal["likelihood", "generation", "both"]
+Labels = Literal["none", "best", "all"]
 
 
-@dataclass(frozen=True, slots=True)
-class Scorer:
-    """What a score is.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreInfo:
+    """What a score is, for tables, axes and orientation.
 
     Args:
         higher_is_better: Orientation.
-        unit: For tables and axes.
-        needs: `likelihood` (one pass over completions and labels), `generation` (greedy decoding), or `adapter` (an
-            adapter adds it by itself; nobody asks for it).
+        unit: One line.
         per_token: Whether a mean over rows weighs them by their completion tokens.
     """
 
     higher_is_better: bool
     unit: str
-    needs: str
     per_token: bool = False
 
 
-SCORERS = {
-    "nll": Scorer(False, "nats per completion token", "likelihood", per_token=True),
-    "accuracy": Scorer(True, "share of rows whose own label is the most likely one", "likelihood"),
-    "exact_match": Scorer(True, "share of rows written exactly", "generation"),
-    "rougeL": Scorer(True, "ROUGE-L F1, 0 to 1", "generation"),
-    "nll_routed": Scorer(False, "nats per completion token, domain not told", "adapter", per_token=True),
-    "nll_newest": Scorer(False, "nats per completion token under the newest adapter", "adapter", per_token=True),
-    "routing_error": Scorer(False, "share of rows routed to another domain's adapter", "adapter"),
-}
-
-
-def check_scorers(names: Sequence[str], *, where: str) -> None:
-    """Known names only.
-
-    Raises:
-        UserError: Naming the scorers there are.
-    """
-    choices = [name for name, scorer in SCORERS.items() if scorer.needs != "adapter"]
-    unknown = [name for name in names if name not in choices]
-    if unknown:
-        raise UserError(
-            f"{where}.scorers has {unknown}",
-            why="there is no such scorer",
-            fix=f"choose from {', '.join(choices)}",
-        )
-
-
-def label_is_best(branch_nll: Tensor) -> bool:
-    """Whether the true completion (branch 0) is strictly the most likely of all labels.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelScore:
+    """The likelihood of one label after one prompt.
 
     Args:
-        branch_nll: (1 + alternatives,) negative log-likelihood of each whole label, summed over its tokens, the end
-            token included, so that labels compete as complete answers and length needs no correction.
+        nll: Nats of the whole label, end token included.
+        tokens: Of the label, end token included.
+        bytes: UTF-8 bytes of the label as text.
     """
-    return bool((branch_nll[0] < branch_nll[1:]).all())
+
+    nll: float
+    tokens: int
+    bytes: int
 
 
-def exact_match(prediction: str, target: str) -> float:
-    """1 if both are equal up to white space, else 0; a part of the answer is no answer."""
-    return float(prediction.split() == target.split())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a model did with one row; what no scorer of the domain asks for is not computed.
+
+    Args:
+        nll: Nats of the row's own completion, summed over its tokens, end token included.
+        tokens: Supervised tokens of the completion, end token included.
+        best: Whether the row's own label is strictly the most likely one; `None` without other labels.
+        labels: {label: its likelihood} of every label of the domain, the row's own included; `labels = "all"` only.
+        text_nll: Nats of the completion without its end token.
+        text_bytes: UTF-8 bytes that those tokens spell.
+        text: What was generated, stripped; `None` where nothing was.
+        ended: Whether the generation stopped by itself and not at the limit.
+    """
+
+    nll: float = math.nan
+    tokens: int = 0
+    best: bool | None = None
+    labels: Mapping[str, LabelScore] = field(default_factory=dict)
+    text_nll: float = math.nan
+    text_bytes: int = 0
+    text: str | None = None
+    ended: bool = True
 
 
-def rouge_l(predictions: Sequence[str], targets: Sequence[str]) -> list[float]:
-    """ROUGE-L F1 of each pair (Lin 2004), by torchmetrics."""
-    from torchmetrics.functional.text.rouge import rouge_score
+class Scorer(ABC):
+    """One way to judge answers. A subclass is a frozen dataclass, so that its options are its identity.
 
-    scores = []
-    for prediction, target in zip(predictions, targets, strict=True):
-        value = rouge_score(prediction, target, rouge_keys="rougeL")["rougeL_fmeasure"]
-        scores.append(float(torch.as_tensor(value)))
-    return scores
+    A new scorer is one class in a file of this package (or in a package of yours): its short names need no list.
+
+    Attributes:
+        names: {short name: options} under which a config may ask for it; the first is the plain form.
+        higher_is_better: Orientation.
+        unit: One line for tables and axes.
+        needs: `likelihood` (completions and labels are read), `generation` (greedy decoding) or `both`.
+        labels: Which likelihoods of labels it reads: `none`; `best`: only whether the own label wins, which needs a
+            fraction of the tokens; `all`.
+        text_likelihood: Whether it reads `Answer.text_nll` (one more pass over the completions).
+        libraries: Packages whose version decides the score; part of the key of an evaluation.
+    """
+
+    names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    higher_is_better: ClassVar[bool] = True
+    unit: ClassVar[str]
+    needs: ClassVar[Needs]
+    labels: ClassVar[Labels] = "none"
+    text_likelihood: ClassVar[bool] = False
+    libraries: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def __call__(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Sequence[float]:
+        """(rows,) scores; a function of its arguments alone.
+
+        Args:
+            rows: What was asked.
+            answers: (rows,) what the model did. Of a generation scorer every `text` is there, of one that reads labels
+                every `best` or `labels`.
+        """
+
+    @property
+    def name(self) -> str:
+        """Of the score, in records, tables and search: the short name with these options, else the class's own name."""
+        mine = self.options()
+        for name, options in self.names.items():
+            if type(self)(**options).options() == mine:
+                return name
+        return type(self).__name__.lower()
+
+    def weights(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Sequence[int]:
+        """(rows,) weights of the rows in a column's mean; 1 by default."""
+        return [1] * len(rows)
+
+    def options(self) -> dict[str, Any]:
+        """What it was made from, as plain values."""
+        if dataclasses.is_dataclass(self):
+            return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Refuse rows that it cannot judge, before a model is loaded.
+
+        Raises:
+            UserError: In subclasses.
+        """
+
+    def info(self) -> ScoreInfo:
+        """Orientation and unit."""
+        return ScoreInfo(higher_is_better=self.higher_is_better, unit=self.unit)
+
+    def versions(self) -> dict[str, str]:
+        """{library: version} of what decides its scores."""
+        return {name: _version(name) for name in self.libraries}
+
+
+def references(row: Row) -> tuple[str, ...]:
+    """Every right answer of a row; a scorer of texts takes the best one."""
+    return (row.completion, *getattr(row, "references", ()))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"

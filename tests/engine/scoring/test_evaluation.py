@@ -20,7 +20,6 @@ from residency.adapters.peft import lora
 from residency.backbones import CausalLM
 from residency.backbones.base import Sampling
 from residency.core.batching import make_batch
-from residency.core.errors import UserError
 from residency.core.types import Example, Layout, Row, Split
 from residency.domains.base import Domain, Kind
 from residency.domains.stream_data import StreamData
@@ -29,7 +28,9 @@ from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, EvaluationSettings, RowScore, evaluate, means
 from residency.engine.scoring.likelihoods import branch_nll, completions_and_labels
 from residency.objectives import SFT
-from residency.scorers.base import check_scorers, exact_match, label_is_best, rouge_l
+from residency.scorers.exact import exact_match
+from residency.scorers.likelihood import label_is_best
+from residency.scorers.overlap import rouge_l
 
 LABELS = ("no", "yes, of course", "maybe", "k")
 PLAIN = EvaluationSettings()
@@ -454,8 +455,8 @@ def test_columns_splits_and_progress(scored_module: ContinualModule, scored_data
 
 
 def test_means_weigh_likelihoods_by_tokens_and_the_rest_by_rows() -> None:
-    rows = [("nll", 1.0, 3), ("nll", 5.0, 1), ("accuracy", 1.0, 3), ("accuracy", 0.0, 1)]
-    scores = [RowScore("c", str(i), scorer, value, tokens) for i, (scorer, value, tokens) in enumerate(rows)]
+    rows = [("nll", 1.0, 3, 3), ("nll", 5.0, 1, 1), ("accuracy", 1.0, 3, 1), ("accuracy", 0.0, 1, 1)]
+    scores = [RowScore("c", str(i), *row) for i, row in enumerate(rows)]
     assert means(scores) == {"nll": {"c": 2.0}, "accuracy": {"c": 0.5}}
     assert means([]) == {}
 
@@ -496,10 +497,3 @@ def test_rouge_l_by_hand() -> None:
 )
 def test_a_label_has_to_be_strictly_the_best(nll: list[float], best: bool) -> None:
     assert label_is_best(torch.tensor(nll)) is best
-
-
-def test_unknown_scorers_are_named() -> None:
-    check_scorers(["nll", "rougeL"], where="data.domains.a")
-    with pytest.raises(UserError, match=r"data\.domains\.a\.scorers has \['bleu'\]") as caught:
-        check_scorers(["nll", "bleu"], where="data.domains.a")
-    assert "exact_match" in caught.value.fix

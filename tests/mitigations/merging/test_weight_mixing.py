@@ -22,6 +22,7 @@ from residency.mitigations import Mitigation, WeightMixing
 from residency.mitigations.merging.weight_mixing import mix
 from residency.objectives import SFT
 from support.tiny_runs import domains, train
+from residency.scorers.find import scorers_by_name
 
 Named = dict[str, Tensor]
 
@@ -189,7 +190,7 @@ def mixing_run(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Run:
             folder = tmp_path_factory.mktemp("mixing")
             readers = domains(folder / "data", {"a": "generative", "b": "label"})
             for reader in readers.values():
-                reader.scorers = ["nll"]
+                reader.scorers = scorers_by_name(["nll"], where="test")
             parts: dict[str, Mitigation] = {"mix": WeightMixing(**options)} if options else {}
             record, _ = train(folder / "run", llama, ADAPTERS[adapter](), parts, steps=3, data={"domains": readers})
             states = [load_tree(folder / "run" / "stages" / s / "state.safetensors") for s in ("1-a", "2-b")]

@@ -31,6 +31,7 @@ from residency.mitigations.rehearsal.memory import (
 )
 from residency.mitigations.rehearsal.model_views import mean_hidden
 from support.tiny_runs import domains, make_module, train
+from residency.scorers.find import scorers_by_name
 
 RATIOS = [0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.99]
 
@@ -343,7 +344,7 @@ def test_memory_holds_training_rows_only(llama: Path, tmp_path: Path) -> None:
     replay = Replay(ratio=0.25, capacity=1000)
     readers = domains(tmp_path / "data")
     for reader in readers.values():
-        reader.scorers = ["nll"]
+        reader.scorers = scorers_by_name(["nll"], where="test")
     adapter = lora(target_modules=["q_proj"], r=2)
     record, _ = train(tmp_path / "run", llama, adapter, {"replay": replay}, data={"domains": readers}, steps=8)
     tokenizer = CausalLM(path=str(llama)).tokenizer

@@ -119,7 +119,10 @@ FILE: dict[str, tuple[Change, tuple[str, ...]]] = {
     "order": (lambda c: c["data"].update(order=["a", "z"]), ("data.order is ['a', 'z']", "['a', 'b']")),
     "batch size": (lambda c: c["data"].update(batch_size=0), ("data.batch_size=0", "at least 1")),
     "micro-batches": (lambda c: c["data"].update(micro_batch_size=3), ("data.batch_size=4", "micro-batches of 3")),
-    "scorer": (lambda c: _domain(c).update(scorers=["nll", "bleu"]), ("data.domains.a.scorers", "'bleu'", "rougeL")),
+    "scorer": (
+        lambda c: _domain(c).update(scorers=["nll", "rougel"]),
+        ("data.domains.a.scorers", "'rougel'", "rougeL"),
+    ),
     "no JSONL": (lambda c: _domain(c).update(train="no.jsonl"), ("train file 'no.jsonl'", "No such file")),
     "accelerator": (
         lambda c: c["trainer"].update(accelerator="abacus"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,8 +15,14 @@ from residency.core.types import Example, Split
 from residency.domains.base import Domain
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
-from residency.engine.scoring.likelihoods import completion_nll, completions_and_labels, prompt_nll
-from residency.scorers.base import SCORERS, exact_match, rouge_l
+from residency.engine.scoring.likelihoods import (
+    branch_nll,
+    completion_nll,
+    completions_and_labels,
+    prompt_nll,
+    text_nll,
+)
+from residency.scorers.base import Answer, LabelScore, Scorer
 
 __all__ = ["Evaluation", "EvaluationSettings", "RowScore", "evaluate", "means"]
 
@@ -33,7 +39,7 @@ class EvaluationSettings:
         batch_tokens: Tokens per forward pass; changes speed and memory, not scores (beyond rounding).
         accuracy_rows: Rows per domain whose labels all compete for accuracy; `null` = every row. The price of a row
             is that of its labels: 22 long ones cost up to seven plain rows.
-        generation_rows: Rows per domain that are generated for exact_match and rougeL; `null` = every row.
+        generation_rows: Rows per domain that are generated for scorers of texts; `null` = every row.
         generation_batch: Prompts that are continued together.
     """
 
@@ -52,7 +58,8 @@ class RowScore:
         row: `Row.id`.
         scorer: Name.
         value: The score; `nll` is the mean over the row's tokens.
-        tokens: Completion tokens, the weight of `nll`.
+        tokens: Completion tokens.
+        weight: Of the row in the column's mean: tokens for `nll`, bytes for `bits_per_byte`, else 1.
     """
 
     column: str
@@ -60,6 +67,7 @@ class RowScore:
     scorer: str
     value: float
     tokens: int
+    weight: int = 1
 
 
 Evaluation = list[RowScore]
@@ -99,10 +107,11 @@ def evaluate(
                 generated = {e.row for e in examples[: settings.generation_rows]}
                 for context, group in module.adapter.route(module.model, name, examples, partial(prompt_nll, module)):
                     with context, folding.of(group):
-                        scores += _likelihoods(module, domain, group, settings, advance)
-                        if any(SCORERS[s].needs == "generation" for s in domain.scorers):
+                        answers = _likelihoods(module, domain, group, settings, advance)
+                        if any(s.needs != "likelihood" for s in domain.scorers.values()):
                             written = [e for e in group if e.row in generated]
-                            scores += _generations(module, domain, written, split, settings)
+                            answers = _with_texts(answers, _generations(module, written, settings))
+                    scores += _judged(domain, group, answers, split)
                 scores += _extra(module, name, examples)
     finally:
         module.model.train(training)
@@ -146,13 +155,12 @@ class _Folding:
 
 
 def means(scores: Evaluation) -> dict[str, dict[str, float]]:
-    """{scorer: {column: mean}}: over rows, for likelihoods over tokens."""
+    """{scorer: {column: mean}}: over rows by their weights."""
     sums: dict[tuple[str, str], float] = defaultdict(float)
     weights: dict[tuple[str, str], int] = defaultdict(int)
     for score in scores:
-        weight = score.tokens if SCORERS[score.scorer].per_token else 1
-        sums[score.scorer, score.column] += weight * score.value
-        weights[score.scorer, score.column] += weight
+        sums[score.scorer, score.column] += score.weight * score.value
+        weights[score.scorer, score.column] += score.weight
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for (scorer, column), total in sums.items():
         found[scorer][column] = total / weights[scorer, column]
@@ -163,10 +171,12 @@ def _extra(module: ContinualModule, column: str, examples: Sequence[Example]) ->
     """What the adapter scores beside."""
     functions = partial(completion_nll, module), partial(prompt_nll, module)
     found = module.adapter.extra_scores(module.model, column, examples, *functions)
+    weighed = {name for name, info in module.adapter.scorers.items() if info.per_token}
     return [
-        RowScore(e.domain, e.row, scorer, float(value), len(e.completion))
+        RowScore(e.domain, e.row, scorer, float(value), tokens, tokens if scorer in weighed else 1)
         for scorer, values in found.items()
         for e, value in zip(examples, values, strict=True)
+        for tokens in [len(e.completion)]
     ]
 
 
@@ -176,45 +186,78 @@ def _likelihoods(
     examples: Sequence[Example],
     settings: EvaluationSettings,
     advance: Advance,
-) -> Evaluation:
-    wanted = [s for s in domain.scorers if SCORERS[s].needs == "likelihood"]
-    found = completions_and_labels(module, examples, batch_tokens=settings.batch_tokens, advance=advance)
-    scores = []
-    for example in examples:
-        nll, best = found[example.row]
-        tokens = len(example.completion)
-        if "nll" in wanted:
-            scores.append(RowScore(example.domain, example.row, "nll", nll / tokens, tokens))
-        if "accuracy" in wanted and example.alternatives:
-            scores.append(RowScore(example.domain, example.row, "accuracy", float(best), tokens))
-    return scores
+) -> dict[str, Answer]:
+    """{row: what the likelihoods say}, as much of it as the domain's scorers read."""
+    budget, scorers = settings.batch_tokens, domain.scorers.values()
+    found = completions_and_labels(module, examples, batch_tokens=budget, advance=advance)
+    everything = [e for e in examples if e.alternatives] if any(s.labels == "all" for s in scorers) else []
+    nll = branch_nll(module, everything, batch_tokens=budget)
+    labels = {e.row: _label_scores(domain, e, nll[e.row].tolist()) for e in everything}
+    texts = text_nll(module, examples, batch_tokens=budget) if any(s.text_likelihood for s in scorers) else {}
+    return {
+        e.row: Answer(
+            nll=found[e.row][0],
+            tokens=len(e.completion),
+            best=found[e.row][1] if e.alternatives else None,
+            labels=labels.get(e.row, {}),
+            **texts.get(e.row, {}),
+        )
+        for e in examples
+    }
+
+
+def _label_scores(domain: Domain, example: Example, nll: Sequence[float]) -> dict[str, LabelScore]:
+    """Of every label, the row's own first, then the others in the order in which the template encoded them."""
+    tokens = [example.completion, *example.alternatives]
+    own = next(row.completion for row in domain.rows(example.split) if row.id == example.row)
+    texts = [own, *(label for label in domain.labels() if label != own)]
+    return {
+        text: LabelScore(nll=value, tokens=len(ids), bytes=len(text.encode()))
+        for text, ids, value in zip(texts, tokens, nll, strict=True)
+    }
 
 
 def _generations(
-    module: ContinualModule,
-    domain: Domain,
-    examples: Sequence[Example],
-    split: Split,
-    settings: EvaluationSettings,
-) -> Evaluation:
+    module: ContinualModule, examples: Sequence[Example], settings: EvaluationSettings
+) -> dict[str, tuple[str, bool]]:
+    """{row: (what the model writes, stripped; whether it ended by itself)}."""
     tokenizer = module.backbone.tokenizer
     ordered = sorted(examples, key=lambda e: len(e.prompt))
-    texts: dict[str, str] = {}
+    texts: dict[str, tuple[str, bool]] = {}
     if not examples:
-        return []
+        return {}
     # Whoever writes more than the longest reference has not written it exactly, and need not be waited for.
     limit = max(len(e.completion) for e in examples)
     for first in range(0, len(ordered), settings.generation_batch):
         group = ordered[first : first + settings.generation_batch]
         prompts = [e.prompt for e in group]
         written = module.backbone.generate(module.model, prompts, max_new_tokens=limit, layout=module.layout)
-        texts |= {e.row: tokenizer.decode(ids) for e, ids in zip(group, written, strict=True)}
-    targets = {row.id: row.completion for row in domain.rows(split)}
-    predictions = [texts[e.row].strip() for e in examples]
-    scores = []
-    if "exact_match" in domain.scorers:
-        scores += [("exact_match", exact_match(p, targets[e.row])) for e, p in zip(examples, predictions, strict=True)]
-    if "rougeL" in domain.scorers:
-        scores += [("rougeL", v) for v in rouge_l(predictions, [targets[e.row] for e in examples])]
-    rows = [*examples, *examples][: len(scores)]
-    return [RowScore(e.domain, e.row, s, v, len(e.completion)) for e, (s, v) in zip(rows, scores, strict=True)]
+        texts |= {
+            e.row: (tokenizer.decode(ids).strip(), len(ids) < limit) for e, ids in zip(group, written, strict=True)
+        }
+    return texts
+
+
+def _with_texts(answers: Mapping[str, Answer], texts: Mapping[str, tuple[str, bool]]) -> dict[str, Answer]:
+    return {
+        row: replace(answer, text=texts[row][0], ended=texts[row][1]) if row in texts else answer
+        for row, answer in answers.items()
+    }
+
+
+def _judged(domain: Domain, examples: Sequence[Example], answers: Mapping[str, Answer], split: Split) -> Evaluation:
+    """The scores of every scorer on the rows that it can judge."""
+    rows = {row.id: row for row in domain.rows(split)}
+    scores: Evaluation = []
+    for name, scorer in domain.scorers.items():
+        able = [e for e in examples if _judges(scorer, answers[e.row])]
+        of, own = [rows[e.row] for e in able], [answers[e.row] for e in able]
+        judged = zip(able, scorer(of, own), scorer.weights(of, own), strict=True)
+        scores += [RowScore(e.domain, e.row, name, float(v), len(e.completion), int(w)) for e, v, w in judged]
+    return scores
+
+
+def _judges(scorer: Scorer, answer: Answer) -> bool:
+    """Whether all that a scorer reads is there: not every row is generated, and not every row has other labels."""
+    written = scorer.needs == "likelihood" or answer.text is not None
+    return written and (scorer.labels == "none" or answer.best is not None)

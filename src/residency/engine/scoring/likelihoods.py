@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from torch import Tensor
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.types import Example
 from residency.engine.module import ContinualModule
-from residency.scorers.base import label_is_best
+from residency.scorers.likelihood import label_is_best
 
-__all__ = ["branch_nll", "completion_nll", "completions_and_labels", "prompt_nll"]
+__all__ = ["branch_nll", "completion_nll", "completions_and_labels", "prompt_nll", "text_nll"]
 
 EXTRA_TOKENS = 1024  # per pass of `completion_nll`
 
@@ -134,6 +135,23 @@ def completion_nll(module: ContinualModule, examples: Sequence[Example]) -> Tens
         for row, nll in branch_nll(module, scored, batch_tokens=EXTRA_TOKENS).items():
             found[int(row)] = nll[0] / len(rows[int(row)].completion)
     return found
+
+
+def text_nll(module: ContinualModule, examples: Sequence[Example], *, batch_tokens: int) -> dict[str, dict[str, Any]]:
+    """{row: {"text_nll": nats of the completion without its end token, "text_bytes": UTF-8 bytes that it spells}}.
+
+    What is left of a completion that was cut has no end token and counts whole; a row of nothing but an end token is
+    left out.
+    """
+    tokenizer = module.backbone.tokenizer
+    end = tokenizer.eos_token_id
+    texts = {e.row: e.completion[:-1] if e.completion[-1] == end else e.completion for e in examples}
+    kept = [replace(e, completion=texts[e.row], alternatives=()) for e in examples if texts[e.row]]
+    nll = branch_nll(module, kept, batch_tokens=batch_tokens)
+    return {
+        e.row: {"text_nll": float(nll[e.row][0]), "text_bytes": len(tokenizer.decode(e.completion).encode())}
+        for e in kept
+    }
 
 
 def prompt_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:

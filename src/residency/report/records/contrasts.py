@@ -220,8 +220,9 @@ def _by_domain(frame: pl.DataFrame | None, scorer: str) -> dict[str, tuple[Float
     found = {}
     for (column,), part in frame.filter(pl.col("scorer") == scorer).sort("row").group_by("column"):
         values = part["value"].to_numpy().astype(np.float64)
-        # The mean of losses is over tokens, of every other score over rows (residency.engine.scoring.evaluation.means).
-        weights = part["tokens"].to_numpy().astype(np.float64) if scorer == "nll" else np.ones(len(part))
+        # As in the column's mean (residency.engine.scoring.evaluation.means); older files have no weights.
+        by = "weight" if "weight" in part.columns else "tokens" if scorer == "nll" else None
+        weights = part[by].to_numpy().astype(np.float64) if by else np.ones(len(part))
         if not np.isfinite(values).all() or math.isclose(weights.sum(), 0):
             return None
         found[str(column)] = (values, weights)

@@ -201,8 +201,6 @@ def check_search(search: Search, *, axes: Mapping[str, Mapping[str, Any]], seeds
     Raises:
         UserError: See the message.
     """
-    from residency.scorers.base import check_scorers
-
     if not search.parameters:
         _refuse(where, "search has no parameters", "there is nothing to search", "add one, for example\n" + _EXAMPLE)
     for key, parameter in search.parameters.items():
@@ -224,8 +222,6 @@ def check_search(search: Search, *, axes: Mapping[str, Mapping[str, Any]], seeds
     if search.stop is not None and (search.stop.after < 1 or not 0 < search.stop.keep <= 1):
         got = f"search.stop has after: {search.stop.after}, keep: {search.stop.keep}"
         _refuse(where, got, "stages count from 1, and a share is above 0 and at most 1", "correct them")
-    if search.scorer is not None:
-        check_scorers([search.scorer], where=f"{where}: search")
 
 
 def _check_parameter(parameter: Parameter, axes: Mapping[str, Mapping[str, Any]], where: str) -> None:

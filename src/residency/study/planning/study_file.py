@@ -160,8 +160,6 @@ def _absolute(keys: Mapping[str, Any] | None, folder: Path, path: Path) -> dict[
 
 
 def _check(study: Study, path: Path) -> None:
-    from residency.scorers.base import check_scorers
-
     if Path(study.name).name != study.name or study.name in ("", ".", ".."):
         raise UserError(
             f"{path}: name is {study.name!r}",
@@ -188,7 +186,6 @@ def _check(study: Study, path: Path) -> None:
             why="cells are compared along the first axis",
             fix="name one of its values",
         )
-    check_scorers([study.scorer], where=str(path))
     if study.search is not None:
         check_search(study.search, axes=study.axes, seeds=study.seeds, where=str(path))
     _check_exclusions(study, path)

@@ -16,7 +16,6 @@ from residency.core.tensor_files import write_json
 from residency.runs.folder import RunFolder
 from residency.runs.keys import digest
 from residency.runs.store.store import Store
-from residency.scorers.base import SCORERS
 from residency.study.executors.base import Executor
 from residency.study.planning.cells import Cell, Combination, combinations, make_cell
 from residency.study.planning.resolve import Resolved, Resolver
@@ -213,12 +212,13 @@ class StudySearch:
         """Mean over the seeds; `None` if one of them failed."""
         if any(cell.cell.id in self.failures for cell in job.cells):
             return None
-        better = SCORERS[self.scorer].higher_is_better
         values = []
         for cell in job.cells:
+            columns = cell.stage_cache.runner.data.columns.values()
+            scorer = next(d.scorers[self.scorer] for d in columns if self.scorer in d.scorers)
             rows = rows_so_far(cell, len(cell.keys.stages) if stage is None else stage)
             matrix = [[row.get(self.scorer, {}).get(name) for name in cell.domains] for row in rows]
-            values.append(value_of(self.search, matrix, higher_is_better=better))
+            values.append(value_of(self.search, matrix, higher_is_better=scorer.higher_is_better))
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if len(known) == len(values) else None
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from residency.engine.scoring.evaluation import means
-from residency.runs.results import score_matrices
+from residency.runs.results import score_infos, score_matrices
 from residency.study.planning.resolve import Resolved
 from residency.study.planning.tree import Tree
 
@@ -40,7 +40,8 @@ def stopped_record(cell: Resolved, stage: int) -> dict[str, Any]:
         cell: The cell.
         stage: Its last stage.
     """
-    columns = list(cell.stage_cache.runner.data.columns)
+    runner = cell.stage_cache.runner
+    columns = list(runner.data.columns)
     rows: list[Mapping[str, Any]] = list(rows_so_far(cell, stage))
     rows += [{}] * (len(cell.keys.stages) - stage)
     return {
@@ -49,10 +50,10 @@ def stopped_record(cell: Resolved, stage: int) -> dict[str, Any]:
         "status": "stopped",
         "axes": dict(cell.cell.axes),
         "seed": cell.cell.seed,
-        "split": cell.stage_cache.runner.settings.split,
+        "split": runner.settings.split,
         "domains": cell.domains,
         "probes": columns[len(cell.domains) :],
         "stopped_after": stage,
-        "scores": score_matrices(rows, columns),
+        "scores": score_matrices(rows, columns, score_infos(runner.module, runner.data)),
         "summary": {},
     }

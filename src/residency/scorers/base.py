@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -110,9 +111,9 @@ class Scorer(ABC):
     @property
     def name(self) -> str:
         """Of the score, in records, tables and search: the short name with these options, else the class's own name."""
-        mine = self.options()
+        mine = json.dumps(self.options(), sort_keys=True)  # a list of a config is a tuple of a default
         for name, options in self.names.items():
-            if type(self)(**options).options() == mine:
+            if json.dumps(type(self)(**options).options(), sort_keys=True) == mine:
                 return name
         return type(self).__name__.lower()
 

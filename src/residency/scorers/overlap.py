@@ -63,8 +63,10 @@ def _rouge(prediction: str, target: str, variant: str, stemmer: bool) -> float:
     from torchmetrics.functional.text.rouge import rouge_score
 
     key: Any = variant.removesuffix("_unicode")
-    unicode: dict[str, Any] = {"tokenizer": _unicode_tokens, "normalizer": str.lower} if variant.endswith("_unicode") else {}
-    found = rouge_score(prediction, target, rouge_keys=key, use_stemmer=stemmer, **unicode)
+    options: dict[str, Any] = {"rouge_keys": key, "use_stemmer": stemmer}
+    if variant.endswith("_unicode"):
+        options |= {"tokenizer": _unicode_tokens, "normalizer": str.lower}
+    found = rouge_score(prediction, target, **options)
     return float(torch.as_tensor(found[f"{key}_fmeasure"]))
 
 

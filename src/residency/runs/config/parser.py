@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentError, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -21,6 +22,7 @@ from residency.runs.config.sources import read_yaml
 __all__ = ["ResidencyParser", "expand_presets"]
 
 _NAMED_PART = re.compile(r"--(model\.mitigations|data\.domains|data\.probes|inspection)\.[^.=]+")
+_SCORERS = re.compile(r"--data\.(domains|probes)\.[^=]+\.scorers\+?")
 _CLASS_HELP = re.compile(r"Help for \S+=([\w.]+)")
 
 
@@ -80,6 +82,8 @@ def expand_presets(words: Sequence[str]) -> list[str]:
 
 def _expanded(word: str) -> str:
     key, _, value = word.partition("=")
+    if _SCORERS.fullmatch(key) and value.startswith("["):
+        return f"{key}={json.dumps([_scorer(one, key) for one in yaml.safe_load(value)])}"
     if not (_NAMED_PART.fullmatch(key) and value.endswith((".yaml", ".yml", ".json"))):
         return word
     content = read_yaml(Path(value), what=key)
@@ -90,3 +94,9 @@ def _expanded(word: str) -> str:
             fix="start from a file in configs/mitigation",
         )
     return f"{key}={json.dumps(content)}"
+
+
+def _scorer(given: Any, key: str) -> Any:
+    """One entry of a list of scorers: the content of a preset file, anything else as it is."""
+    is_file = isinstance(given, str) and given.endswith((".yaml", ".yml", ".json"))
+    return read_yaml(Path(given), what=key) if is_file else given

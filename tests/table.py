@@ -1,4 +1,4 @@
-"""One row per adapter, mitigation, objective and domain reader: every property test runs on every row.
+"""One row per adapter, mitigation, objective, scorer and domain reader: every property test runs on every row.
 
 A new plug-in is one row here, and inherits all of them.
 """
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig, OSFConfig
 
+from residency import scorers
 from residency.adapters import (
     OSF,
     SLAO,
@@ -65,9 +66,19 @@ from residency.mitigations import (
     ZClip,
 )
 from residency.objectives import SFT, Objective
+from residency.scorers.base import Answer, LabelScore, Scorer
 from support.peft_configs import CONFIGS, IDENTITY
 
-__all__ = ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "READERS", "AdapterRow", "MitigationRow"]
+__all__ = [
+    "ADAPTERS",
+    "MITIGATIONS",
+    "OBJECTIVES",
+    "READERS",
+    "SCORERS",
+    "AdapterRow",
+    "MitigationRow",
+    "ScorerRow",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +284,64 @@ SOME_ADAPTERS = ("lora_dropout",)
 SOME_MITIGATIONS = ("ewc", "replay")
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {"sft": SFT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerRow:
+    """A scorer and answers whose order it must see.
+
+    Args:
+        make: A fresh scorer.
+        prompt: What is asked.
+        completion: The right answer.
+        good: An answer that deserves the best score.
+        bad: One that deserves less.
+        best: The best score.
+    """
+
+    make: Callable[[], Scorer]
+    prompt: str = "the source text"
+    completion: str = "the cat sat on the mat"
+    good: Answer = field(default_factory=lambda: Answer(text="the cat sat on the mat"))
+    bad: Answer = field(default_factory=lambda: Answer(text="dogs"))
+    best: float = 1.0
+
+
+def _texts(make: Callable[[], Scorer], good: str, bad: str) -> ScorerRow:
+    return ScorerRow(make=make, completion=good, good=Answer(text=good), bad=Answer(text=bad))
+
+
+def _labels(own: float, other: float) -> Answer:
+    found = {"the cat sat on the mat": own, "b": other}
+    labels = {label: LabelScore(nll=nll, tokens=2, bytes=8) for label, nll in found.items()}
+    return Answer(nll=own, tokens=2, best=own < other, labels=labels, text_nll=own, text_bytes=8)
+
+
+_LABELS: dict[str, Any] = {"good": _labels(1.0, 2.0), "bad": _labels(3.0, 2.0)}
+_TABLE = "CREATE TABLE t (a INTEGER); INSERT INTO t VALUES (1), (2);"
+_SCHEMA: dict[str, Any] = {"type": "object", "required": ["a"]}
+
+SCORERS: dict[str, ScorerRow] = {
+    "nll": ScorerRow(make=scorers.NLL, best=0.5, **_LABELS),
+    "accuracy": ScorerRow(make=scorers.Accuracy, **_LABELS),
+    "accuracy_norm": ScorerRow(make=scorers.NormalisedAccuracy, **_LABELS),
+    "bits_per_byte": ScorerRow(make=scorers.BitsPerByte, best=1 / (8 * math.log(2)), **_LABELS),
+    "exact_match": ScorerRow(make=scorers.ExactMatch),
+    "f1": ScorerRow(make=scorers.F1),
+    "rougeL": ScorerRow(make=scorers.Rouge),
+    "chrf": ScorerRow(make=scorers.ChrF),
+    "bleu": ScorerRow(make=scorers.BLEU),
+    "edit_similarity": ScorerRow(make=scorers.EditSimilarity),
+    "sari": ScorerRow(make=scorers.SARI),
+    "numeric": _texts(scorers.Numeric, "it is 4", "42"),
+    "choice": _texts(scorers.Choice, "B", "Apple"),
+    "regex": _texts(lambda: scorers.Regex(pattern=r"\d+"), "12", "twelve"),
+    "json_valid": _texts(scorers.JsonValid, "[1]", "[NaN]"),
+    "json_schema": _texts(lambda: scorers.JsonSchema(schema=_SCHEMA), '{"a": 1}', "{}"),
+    "sql_valid": _texts(scorers.SqlValid, "SELECT 1", "SELECT"),
+    "sql_execution": _texts(lambda: scorers.SqlExecution(schema=_TABLE), "SELECT a FROM t", "SELECT 1"),
+    "python_compiles": _texts(scorers.PythonCompiles, "x = 1", "return 1"),
+}
 
 READERS: dict[str, type[Domain]] = {
     "jsonl": Jsonl,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -18,14 +20,14 @@ from residency.core.errors import UserError
 from residency.core.signals import Stopped
 from residency.core.tensor_files import load_tree
 from residency.core.tensors import snapshot
-from residency.core.types import Example
+from residency.core.types import Example, Row
 from residency.mitigations import Mitigation
 from residency.objectives.sft import token_nll
 from support.comparisons import differing
 from support.pair_invariants import Pairs
 from support.stages_without_trainer import stage
-from support.tiny_runs import make_module, train
-from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS, SOME_ADAPTERS, SOME_MITIGATIONS
+from support.tiny_runs import domains, make_module, train
+from table import ADAPTERS, MITIGATIONS, OBJECTIVES, READERS, SCORERS, SOME_ADAPTERS, SOME_MITIGATIONS
 
 adapters = pytest.mark.parametrize("name", ADAPTERS)
 # Adapter by adapter: what the pairs of one share is made once per process. `make test` takes every mitigation on some
@@ -428,7 +430,6 @@ def test_seed_decides_everything(name: str, llama_dropout: Path, tmp_path: Path)
 def test_evaluation_changes_nothing(name: str, llama: Path, plain: Any, tmp_path: Path) -> None:
     from residency.domains.stream_data import StreamData
     from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
-    from support.tiny_runs import domains
 
     module = built(llama, name)
     module.adapter.load_state(module.model, plain(name).state)
@@ -454,13 +455,53 @@ def test_objective_ignores_the_layout(name: str, llama: Path) -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_scorer_tells_good_from_bad(name: str) -> None:
+    """Row by row, in any company and order; in the direction that it declares; under the name of its row."""
+    line, scorer = SCORERS[name], SCORERS[name].make()
+    row = Row(id="1", prompt=line.prompt, completion=line.completion)
+    scorer.check([row])
+    good, bad = scorer([row, row], [line.good, line.bad])
+    assert good == pytest.approx(line.best)
+    assert (good > bad) is scorer.higher_is_better
+    assert good != bad
+    assert list(scorer([row, row, row], [line.bad, line.good, line.bad])) == [bad, good, bad]
+    assert list(scorer([row], [line.good])) == [good]
+    assert scorer([], []) == []
+    assert scorer.name == name
+    assert scorer.info().unit
+    assert scorer == SCORERS[name].make()
+    json.dumps([scorer.options(), scorer.versions()])
+    assert "missing" not in scorer.versions().values()
+
+
+def test_every_score_is_a_column_of_the_record(llama: Path, tmp_path: Path) -> None:
+    """Through model, matrix and summary, without an edit anywhere: all scorers of the table at once."""
+    readers = domains(tmp_path / "data", {"a": "label", "b": "generative"})
+    rows = {name: row for name, row in SCORERS.items() if name not in ("numeric", "sql_valid", "sql_execution")}
+    readers["a"].scorers = readers["b"].scorers = {name: row.make() for name, row in rows.items()}
+    record, _ = run("full", llama, tmp_path / "run", data={"domains": readers}, steps=2)
+    assert [*record["scores"]] == [*rows]
+    for name, entry in record["scores"].items():
+        labels = rows[name].make().labels != "none"
+        assert all((row[0] is not None) and (row[1] is not None or labels) for row in entry["R"]), name
+        assert entry["unit"] == rows[name].make().info().unit
+    frame = pl.read_parquet(tmp_path / "run" / "stages" / "2-b" / "scores.parquet")
+    last = record["scores"]["bits_per_byte"]["R"][-1]
+    for column, value in zip("ab", last, strict=True):
+        part = frame.filter((pl.col("scorer") == "bits_per_byte") & (pl.col("column") == column))
+        assert (part["value"] * part["weight"]).sum() / part["weight"].sum() == pytest.approx(value)
+
+
 def test_every_plug_in_has_a_row() -> None:
     """A class without a row would be tested by nothing."""
     from residency import adapters, mitigations, objectives
     from residency.domains import packaged
+    from residency.scorers.find import scorer_classes
 
     rows: list[Adapter | Mitigation] = [row.make() for row in MITIGATIONS.values()]
     assert {type(row).__name__ for row in rows} == {*mitigations.__all__} - {"Mitigation"}
     assert {type(row.make()).__name__ for row in ADAPTERS.values()} == {*adapters.__all__} - {"Adapter"}
     assert {make().__class__.__name__ for make in OBJECTIVES.values()} == {*objectives.__all__} - {"Objective"}
     assert {reader.__name__ for reader in READERS.values()} == {"Jsonl", *packaged.__all__}
+    assert {type(row.make()).__name__ for row in SCORERS.values()} == {*scorer_classes()}

@@ -24,8 +24,8 @@ from residency.core.tensor_files import load_tree
 from residency.core.tensors import snapshot
 from residency.engine.module import ContinualModule
 from residency.mitigations import Mitigation
-from support.tiny_runs import domains, train
 from residency.scorers.find import scorers_by_name
+from support.tiny_runs import domains, train
 
 __all__ = ["ADAPTERS", "LAST", "Named", "Pair", "equal", "randn", "two_stages"]
 

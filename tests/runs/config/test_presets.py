@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def _in(*folders: str) -> list[Path]:
 
 
 PRESETS, OVERLAYS, STUDIES, RUNS = _in(*KEYS), _in("backbone", "stream", "trainer"), _in("studies"), _in("")
+SCORERS = _in("scorer")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def _parts(given: Any, resolved: Any) -> list[tuple[str, set[str], set[str]]]:
 def test_every_file_is_visited() -> None:
     on_disk = sum(len(files) for _, _, files in os.walk(ROOT / "configs"))
     assert len(FILES) == on_disk >= 16
-    assert sorted([*PRESETS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
+    assert sorted([*PRESETS, *SCORERS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
     assert {path.suffix for path in FILES} == {".yaml"}
 
 
@@ -76,13 +78,25 @@ def test_the_first_line_launches_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     program, verb, *words = shlex.split(text.splitlines()[0].removeprefix("# "))
     assert program == "residency"
-    assert str(path) in words, "the line is about this file"
+    assert any(str(path) in re.split(r"[\[\],=]", word) for word in words), "the line is about this file"
     assert text.splitlines()[1].startswith("# "), "the second line says what it is"
     assert all((ROOT / name).is_file() for name in re.findall(r"configs/[\w./-]+\.\w+", text))
     if verb == "sweep":
         assert load_study(Path(words[0])).name
     else:
         assert printed_config(verb, *words)["model"]["adapter"]["class_path"]
+
+
+@pytest.mark.parametrize("path", SCORERS, ids=str)
+def test_a_scorer_preset_is_complete(path: Path) -> None:
+    """Its own launch line builds it, all options are named, and the short name of the same options is the file's."""
+    words = shlex.split(path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))[1:]
+    (name,) = (word.split(".")[2] for word in words if ".scorers=" in word)
+    domain = parse(words).datamodule.domains[name]
+    assert path.stem in domain.scorers
+    given, scorer = _read(path), domain.scorers[path.stem]
+    assert given["class_path"] == f"residency.scorers.{type(scorer).__name__}"
+    assert {*given.get("init_args", {})} == {field.name for field in fields(scorer)}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=str)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -82,6 +83,9 @@ class Adapter(ABC):
     uses_stream_length: bool = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 
+    scorers: Mapping[str, ScoreInfo] = MappingProxyType({})
+    """What `extra_scores` may give, by name: orientation, unit, and whether means are over tokens."""
+
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
         """Prepare a pretrained model: add modules, freeze the rest. Idempotent. Draws from the global generator,
@@ -152,11 +156,6 @@ class Adapter(ABC):
         Leaves the model bit for bit as it was. Entered inside the context of `route`; by default nothing is changed.
         """
         return nullcontext()
-
-    @property
-    def scorers(self) -> Mapping[str, ScoreInfo]:
-        """What `extra_scores` may give, by name: orientation, unit, and whether means are over tokens."""
-        return {}
 
     def extra_scores(
         self,

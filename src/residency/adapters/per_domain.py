@@ -27,6 +27,12 @@ __all__ = ["PerDomain", "group_rows", "lowest"]
 Routing = Literal["oracle", "nll", "last"]
 
 # Tuners that keep several named adapters beside each other, each complete in itself.
+_NATS = "nats per completion token"
+_SCORES = {
+    "nll_routed": ScoreInfo(higher_is_better=False, unit=f"{_NATS}, domain not told", per_token=True),
+    "nll_newest": ScoreInfo(higher_is_better=False, unit=f"{_NATS} under the newest adapter", per_token=True),
+    "routing_error": ScoreInfo(higher_is_better=False, unit="share of rows routed to another domain's adapter"),
+}
 _SEVERAL = frozenset({"LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "MISS"})
 
 
@@ -67,6 +73,8 @@ class PerDomain(Adapter):
     Raises:
         UserError: The tuner cannot keep several adapters on one unchanged base.
     """
+
+    scorers = _SCORES
 
     def __init__(self, *, config: PeftConfig, routing: Routing = "oracle", compare: bool = True) -> None:
         check_config(config)
@@ -148,16 +156,6 @@ class PerDomain(Adapter):
             choice = lowest(self._prompts(model, examples, prompt_nll)).tolist()
             for block, rows in group_rows(choice, examples).items():
                 yield _active(model, block), rows
-
-    @property
-    def scorers(self) -> Mapping[str, ScoreInfo]:
-        """Rows without the name of their domain."""
-        nll = "nats per completion token"
-        return {
-            "nll_routed": ScoreInfo(higher_is_better=False, unit=f"{nll}, domain not told", per_token=True),
-            "nll_newest": ScoreInfo(higher_is_better=False, unit=f"{nll} under the newest adapter", per_token=True),
-            "routing_error": ScoreInfo(higher_is_better=False, unit="share of rows routed to another domain's adapter"),
-        }
 
     def extra_scores(
         self,

@@ -33,7 +33,6 @@ from residency.backbones.structure import blocks
 from residency.core.errors import UserError
 from residency.core.tensors import Computed
 from residency.core.types import Capability, Example, Stage, Tensors
-from residency.scorers.base import ScoreInfo
 
 __all__ = ["SinkhornResidual"]
 
@@ -117,7 +116,7 @@ class SinkhornResidual(Adapter):
         self.structural_lr_ratio = structural_lr_ratio
         self.gate_lr_ratio = gate_lr_ratio
         self.provides = _OWN & self.inner.provides
-        self.task_id_at_test = self.inner.task_id_at_test
+        self.task_id_at_test, self.scorers = self.inner.task_id_at_test, self.inner.scorers
 
     # -- attaching ----------------------------------------------------------------------------------------------
 
@@ -213,11 +212,6 @@ class SinkhornResidual(Adapter):
     ) -> Iterable[Served]:
         """Of the inner adapter."""
         return self.inner.route(model, column, examples, prompt_nll)
-
-    @property
-    def scorers(self) -> Mapping[str, ScoreInfo]:
-        """Of the inner adapter."""
-        return self.inner.scorers
 
     def extra_scores(
         self,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import printed_config, tiny_config, write_yaml
 
 from residency.runs.cli import parse
+from support.cli import printed_config, tiny_config, write_yaml
 
 PARTS = "support.components"
 KEYS = {"model.adapter": "Adapter", "model.mitigations.x": "Mitigation", "data.domains.a": "Domain"}

@@ -1,31 +1,13 @@
 """Which coordinates move, and how they step."""
 
-from residency.adapters.base import Adapter
-from residency.adapters.bottleneck import Bottleneck
-from residency.adapters.freeze import Freeze
-from residency.adapters.full import Full
-from residency.adapters.galore import GaLore
-from residency.adapters.inc_lora import IncLoRA
-from residency.adapters.inf_lora import InfLoRA
-from residency.adapters.osf import OSF
-from residency.adapters.peft import Peft
-from residency.adapters.per_domain import PerDomain
-from residency.adapters.progressive_prompts import ProgressivePrompts
-from residency.adapters.sinkhorn import SinkhornResidual
-from residency.adapters.slao import SLAO
+from typing import Any
 
-__all__ = [
-    "OSF",
-    "SLAO",
-    "Adapter",
-    "Bottleneck",
-    "Freeze",
-    "Full",
-    "GaLore",
-    "IncLoRA",
-    "InfLoRA",
-    "Peft",
-    "PerDomain",
-    "ProgressivePrompts",
-    "SinkhornResidual",
-]
+from residency.adapters.base import Adapter
+from residency.core.plug_ins import load_plug_ins
+
+__all__ = ["Adapter", *load_plug_ins(globals(), "Adapter")]
+
+
+def __getattr__(name: str) -> Any:
+    # Never reached for a class that is there: it tells type checkers that names are found when the package is imported.
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

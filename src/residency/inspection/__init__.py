@@ -4,23 +4,15 @@
 Their findings are in every stage's record (stage.json, `inside`) and, without per-layer details, in results.json.
 """
 
-from residency.inspection.base import Observer, StageSnapshot
-from residency.inspection.gradients import GradientNorms
-from residency.inspection.inspection import Inspection
-from residency.inspection.lm_eval import LmEval
-from residency.inspection.outputs import AnswerCalibration, KLToBase
-from residency.inspection.representations import RepresentationDrift
-from residency.inspection.weights import BackboneDrift, WeightDriftByLayer
+from typing import Any
 
-__all__ = [
-    "AnswerCalibration",
-    "BackboneDrift",
-    "GradientNorms",
-    "Inspection",
-    "KLToBase",
-    "LmEval",
-    "Observer",
-    "RepresentationDrift",
-    "StageSnapshot",
-    "WeightDriftByLayer",
-]
+from residency.core.plug_ins import load_plug_ins
+from residency.inspection.base import Observer, StageSnapshot
+from residency.inspection.inspection import Inspection
+
+__all__ = ["Inspection", "Observer", "StageSnapshot", *load_plug_ins(globals(), "Observer")]
+
+
+def __getattr__(name: str) -> Any:
+    # Never reached for a class that is there: it tells type checkers that names are found when the package is imported.
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

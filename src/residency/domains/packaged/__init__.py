@@ -1,21 +1,12 @@
 """Domains that `residency assets` provides: one file per reader, data from pinned packages."""
 
-from residency.domains.packaged.attack import AttackTactics
-from residency.domains.packaged.cdm import CdmTerms
-from residency.domains.packaged.chitchat import ChitChat
-from residency.domains.packaged.hpo import HpoTerms
-from residency.domains.packaged.icd10 import IcdChapters
-from residency.domains.packaged.licences import LicenceClauses
-from residency.domains.packaged.stdlib_code import StdlibSignatures
-from residency.domains.packaged.us_gaap import GaapSections
+from typing import Any
 
-__all__ = [
-    "AttackTactics",
-    "CdmTerms",
-    "ChitChat",
-    "GaapSections",
-    "HpoTerms",
-    "IcdChapters",
-    "LicenceClauses",
-    "StdlibSignatures",
-]
+from residency.core.plug_ins import load_plug_ins
+
+__all__ = [*load_plug_ins(globals(), "Domain")]
+
+
+def __getattr__(name: str) -> Any:
+    # Never reached for a class that is there: it tells type checkers that names are found when the package is imported.
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,7 +42,7 @@ pairs = pytest.mark.parametrize(
 )
 
 EXAMPLES = [
-    Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
+    Example.of(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
     for i in range(3)
 ]
 LAST = "3-c"

@@ -15,7 +15,7 @@ from residency.backbones import CausalLM
 from residency.core.batching import make_batch
 from residency.core.types import Example
 
-ROWS = [Example(domain="d", row=str(i), prompt=tuple(range(1, 5 + i)), completion=(3, 9, i)) for i in range(3)]
+ROWS = [Example.of(domain="d", row=str(i), prompt=tuple(range(1, 5 + i)), completion=(3, 9, i)) for i in range(3)]
 
 
 def attached(backbone: CausalLM, **options: Any) -> tuple[Any, nn.Module]:

@@ -106,7 +106,7 @@ def test_export_writes_every_adapter(oracle: Any, tmp_path: Path) -> None:
 def test_lowest_and_groups() -> None:
     nll = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.5, 4.0]])
     assert lowest(nll).tolist() == [0, 1, 0], "the earliest of equals"
-    rows = [Example(domain="x", row=str(i), prompt=(1,), completion=(2,)) for i in range(4)]
+    rows = [Example.of(domain="x", row=str(i), prompt=(1,), completion=(2,)) for i in range(4)]
     groups = group_rows([1, 0, 1, 0], rows)
     assert {block: [e.row for e in group] for block, group in groups.items()} == {0: ["1", "3"], 1: ["0", "2"]}
     assert list(groups) == [0, 1]

@@ -16,7 +16,7 @@ from residency.core.tensor_files import load_tree
 from residency.core.types import Example
 from support.tiny_runs import make_module, train
 
-ROWS = [Example(domain="x", row=str(i), prompt=(5, 6, 7 + i), completion=(8, 9)) for i in range(2)]
+ROWS = [Example.of(domain="x", row=str(i), prompt=(5, 6, 7 + i), completion=(8, 9)) for i in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_generation_continues_as_the_scores_say(prompted: Any) -> None:
     prompts = [(5, 6, 7), (9,)]
     alone = [module.backbone.generate(module.model.eval(), [p], max_new_tokens=2)[0] for p in prompts]
     assert module.backbone.generate(module.model, prompts, max_new_tokens=2) == alone
-    first = make_batch([Example(domain="x", row="0", prompt=prompts[0], completion=(1,))], layout="padded")
+    first = make_batch([Example.of(domain="x", row="0", prompt=prompts[0], completion=(1,))], layout="padded")
     with torch.no_grad():
         best = int(module.forward(first)[0].argmax())
     assert alone[0][0] == best or (best == 0 and alone[0] == [])

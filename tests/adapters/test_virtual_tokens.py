@@ -72,7 +72,7 @@ def test_generation_continues_as_the_logits_say(name: str, together: bool, llama
 def _greedy(model: Any, ids: list[int], count: int) -> list[int]:
     start = len(ids)
     for _ in range(count):
-        example = Example(domain="x", row="0", prompt=tuple(ids), completion=(0,))
+        example = Example.of(domain="x", row="0", prompt=tuple(ids), completion=(0,))
         token = int(logits(model, examples=[example])[0].argmax())
         if token == 0:
             break

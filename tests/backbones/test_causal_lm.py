@@ -17,7 +17,7 @@ from residency.core.types import Example
 from support.tiny_runs import make_module, train
 
 EXAMPLES = [
-    Example(domain="x", row=str(i), prompt=tuple(range(3, 8 + i)), completion=(20 + i, 30, 0)) for i in range(4)
+    Example.of(domain="x", row=str(i), prompt=tuple(range(3, 8 + i)), completion=(20 + i, 30, 0)) for i in range(4)
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def random_example(name: int, prompt: int, *branches: int) -> Example:
     """Random tokens in the given lengths: prompt, completion, alternatives."""
     draw = random.Random(name)
     first, completion, *rest = (tuple(draw.choices(range(257), k=n)) for n in (prompt, *branches))
-    return Example(domain="d", row=str(name), prompt=first, completion=completion, alternatives=tuple(rest))
+    return Example.of(domain="d", row=str(name), prompt=first, completion=completion, alternatives=tuple(rest))
 
 
 # The shortest possible parts included: a prompt of one token, a completion or a label of one token.
@@ -38,7 +37,7 @@ BRANCHED = [
     random_example(7, 4, 2),
     random_example(6, 8, 4, 9, 1),
     # Labels that share beginnings: one is the beginning of another, two part in the middle, two are equal.
-    replace(random_example(5, 4, 6), alternatives=((7, 8, 9), (7, 8), (7, 9, 9, 1), (7, 8, 9), (7, 8, 9, 4, 4))),
+    random_example(5, 4, 6).competing(((7, 8, 9), (7, 8), (7, 9, 9, 1), (7, 8, 9), (7, 8, 9, 4, 4))),
 ]
 
 
@@ -146,8 +145,8 @@ def test_a_model_without_logits_to_keep_gives_the_same_logits(llama: Path) -> No
 
 def test_a_small_packed_batch_by_hand() -> None:
     examples = [
-        Example(domain="d", row="0", prompt=(1, 2), completion=(3, 4, 5), alternatives=((6,), (7, 8), (3, 4, 9, 5))),
-        Example(domain="d", row="1", prompt=(9,), completion=(10,)),
+        Example.of(domain="d", row="0", prompt=(1, 2), completion=(3, 4, 5), alternatives=((6,), (7, 8), (3, 4, 9, 5))),
+        Example.of(domain="d", row="1", prompt=(9,), completion=(10,)),
     ]
     batch = make_batch(examples, layout="packed")
     # 3 4 is read once for two branches; what only ends a branch is not read.

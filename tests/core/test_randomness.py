@@ -22,7 +22,7 @@ def make_stage(*, index: int = 1, domain: str = "b", seed: int = 0, steps: int =
 
 
 def make_example(row: int, domain: str = "b") -> Example:
-    return Example(domain=domain, row=str(row), prompt=(row + 1,), completion=(row + 2, 0))
+    return Example.of(domain=domain, row=str(row), prompt=(row + 1,), completion=(row + 2, 0))
 
 
 def examples_of(stage: Stage, rows: int = 7) -> StageExamples:

@@ -210,7 +210,7 @@ def test_reference_forward_is_the_base_without_gradient(llama: Path, tmp_path: P
     _, module = train(tmp_path / "run", llama, tiny_lora())
     plain = make_module(llama, tiny_lora(), {})
     plain.build(seed=0)
-    example = Example(domain="x", row="0", prompt=(5, 6, 7), completion=(8, 9, 0))
+    example = Example.of(domain="x", row="0", prompt=(5, 6, 7), completion=(8, 9, 0))
     batch = make_batch([example], layout="packed")
     module.model.train()
     reference = module.reference_forward(batch)

@@ -93,7 +93,7 @@ def accuracy(module: Any) -> float:
     for row in ROWS:
         nll = []
         for choice in row["choices"]:  # type: ignore[attr-defined]
-            example = Example(
+            example = Example.of(
                 domain="x", row="0", prompt=tuple(encode(row["question"])), completion=tuple(encode(choice))
             )
             batch = module.objective.collate([example], layout=module.layout)

@@ -17,7 +17,7 @@ from residency.core.types import Batch, Example, Layout
 __all__ = ["EXAMPLES", "attach", "backbone", "layer", "learn", "logits", "merged_weight", "mixed", "weight"]
 
 EXAMPLES = [
-    Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
+    Example.of(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
     for i in range(3)
 ]
 

@@ -55,7 +55,7 @@ def _packing_problem(backbone: Backbone, model: nn.Module) -> str:
     ids = [tuple((7 * i + 3 * j + 1) % size for i in range(6 + j)) for j in range(3)]
     # With a branch each: some models keep plain segments apart by their positions, but let branches see each other.
     examples = [
-        Example(domain="check", row=str(j), prompt=x[:3], completion=x[3:], alternatives=((*x[1:3], j),))
+        Example.of(domain="check", row=str(j), prompt=x[:3], completion=x[3:], alternatives=((*x[1:3], j),))
         for j, x in enumerate(ids)
     ]
     device = next(model.parameters()).device

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import torch
 
-from residency.core.types import Batch, Example, Layout, Segment
+from residency.core.types import Batch, Branch, Example, Layout, Segment
 
 __all__ = ["by_token_budget", "make_batch", "own_places", "prefix_tree"]
 
@@ -18,13 +18,12 @@ def make_batch(examples: Sequence[Example], *, layout: Layout) -> Batch:
     """Lay examples out for one forward pass.
 
     Args:
-        examples: At least one; each with at least one prompt and one completion token.
-        layout: `packed` puts them side by side in one row; an example's `alternatives` become branches that share
-            its prompt and the beginnings they have in common. `padded` gives every (example, branch) a row of its
-            own, padded on the right.
+        examples: At least one; each with at least one prompt token and one branch of at least one token.
+        layout: `packed` puts them side by side in one row; an example's branches share its prompt and the beginnings
+            they have in common. `padded` gives every (example, branch) a row of its own, padded on the right.
 
     Returns:
-        The batch; targets in the order example by example, branch by branch, token by token.
+        The batch; targets in the order example by example, branch by branch, token by token: the supervised ones.
     """
     if not examples:
         raise ValueError("a batch needs at least one example, got none")
@@ -40,27 +39,23 @@ def own_places(count: int, batch: Batch) -> list[int]:
     return [i for i in range(count) if i * size // count in own]
 
 
-def _branches(example: Example) -> tuple[tuple[int, ...], ...]:
-    return (example.completion, *example.alternatives)
-
-
 def _packed(examples: Sequence[Example]) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
     targets: list[tuple[int, int, int, int]] = []
     for index, example in enumerate(examples):
-        start, prompt, branches = len(ids), len(example.prompt), _branches(example)
+        start, prompt, branches = len(ids), len(example.prompt), example.branches
         # The last token of a branch is a target only: nothing follows it, so the model need not read it.
-        inputs = [tokens[:-1] for tokens in branches]
-        segment, tree, places = prefix_tree(prompt, inputs) if example.alternatives else _single(prompt, inputs[0])
+        inputs = [branch.tokens[:-1] for branch in branches]
+        segment, tree, places = prefix_tree(prompt, inputs) if len(branches) > 1 else _single(prompt, inputs[0])
         ids += (*example.prompt, *(token for token, _ in tree))
         positions += (*range(prompt), *(position for _, position in tree))
         segments.append(segment)
-        for branch, (tokens, at) in enumerate(zip(branches, places, strict=True)):
+        for number, (branch, at) in enumerate(zip(branches, places, strict=True)):
             # The first token of every branch is predicted by the last token of the shared prompt.
             at = [start + prompt - 1, *(start + prompt + k for k in at)]
-            targets += [(p, t, index, branch) for p, t in zip(at, tokens, strict=True)]
+            targets += _targets(branch, at, index, number)
     return _batch("packed", [ids], [positions], None, segments, targets, examples)
 
 
@@ -103,22 +98,27 @@ def _longer(branches: Iterable[tuple[int, ...]], depth: int) -> list[tuple[int, 
 
 
 def _padded(examples: Sequence[Example]) -> Batch:
-    rows = [(i, b, e.prompt, t) for i, e in enumerate(examples) for b, t in enumerate(_branches(e))]
-    width = max(len(prompt) + len(tokens) - 1 for _, _, prompt, tokens in rows)
+    rows = [(i, b, e.prompt, branch) for i, e in enumerate(examples) for b, branch in enumerate(e.branches)]
+    width = max(len(prompt) + len(branch.tokens) - 1 for _, _, prompt, branch in rows)
     ids: list[list[int]] = []
     positions: list[list[int]] = []
     mask: list[list[int]] = []
     targets: list[tuple[int, int, int, int]] = []
-    for row, (index, branch, prompt, tokens) in enumerate(rows):
-        length = len(prompt) + len(tokens) - 1
+    for row, (index, number, prompt, branch) in enumerate(rows):
+        length = len(prompt) + len(branch.tokens) - 1
         # Padding is id 0 and is told apart by the mask only: in many tokenizers the pad token is the end token.
-        ids.append([*prompt, *tokens[:-1], *[0] * (width - length)])
+        ids.append([*prompt, *branch.tokens[:-1], *[0] * (width - length)])
         positions.append([*range(length), *[0] * (width - length)])
         mask.append([1] * length + [0] * (width - length))
         first = row * width + len(prompt) - 1
-        targets += [(first + k, t, index, branch) for k, t in enumerate(tokens)]
-    segments: list[Segment] = [(len(prompt) + len(tokens) - 1,) for _, _, prompt, tokens in rows]
+        targets += _targets(branch, range(first, first + len(branch.tokens)), index, number)
+    segments: list[Segment] = [(len(prompt) + len(branch.tokens) - 1,) for _, _, prompt, branch in rows]
     return _batch("padded", ids, positions, torch.tensor(mask), segments, targets, examples)
+
+
+def _targets(branch: Branch, at: Sequence[int], example: int, number: int) -> list[tuple[int, int, int, int]]:
+    """(position, token, example, branch) of the supervised tokens, given the position that predicts each token."""
+    return [(at[k], branch.tokens[k], example, number) for k in branch.supervised]
 
 
 def _batch(

@@ -10,20 +10,26 @@ Shape suffixes used in names and docstrings:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Union
 
+import torch
 from torch import Tensor
+
+from residency.core.examples import Branch, Example, Role, Row, RowKind, Split
 
 __all__ = [
     "Batch",
+    "Branch",
     "Capability",
     "Example",
     "GlobalBatch",
     "Kind",
     "Layout",
     "Outputs",
+    "Role",
     "Row",
+    "RowKind",
     "Segment",
     "Split",
     "Stage",
@@ -49,7 +55,6 @@ Capability = Literal["fixed_coordinates", "averageable", "linear", "low_rank", "
 `exportable`: plain `transformers` or `peft` load what `Adapter.export` writes.
 """
 
-Split = Literal["train", "validation", "test"]
 Layout = Literal["packed", "padded"]
 Kind = Literal["label", "generative"]
 """Of a domain. `label`: completions are few and closed (classification). `generative`: completions are free text."""
@@ -65,51 +70,9 @@ def segment_tokens(segment: Segment) -> int:
     return sum(part if isinstance(part, int) else segment_tokens(part) for part in segment)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One example of a domain as text.
-
-    Args:
-        id: Unique and stable inside its domain (a code, a key, a line number).
-        prompt: What the model reads. Never supervised.
-        completion: What the model should write.
-        group: Rows of one group never meet in two splits. Defaults to the id.
-    """
-
-    id: str
-    prompt: str
-    completion: str
-    group: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One row as token ids.
-
-    Args:
-        domain: Name of the domain the row came from.
-        row: `Row.id`.
-        prompt: Prompt tokens, at least one.
-        completion: Supervised tokens, the end-of-text token included.
-        alternatives: For scoring a label: other completions that share the prompt.
-        split: Where the row came from. Nothing but `train` may be learned from or kept (`mitigations.replay`). It says
-            nothing about the tokens and takes no part in comparisons.
-    """
-
-    domain: str
-    row: str
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
-    alternatives: tuple[tuple[int, ...], ...] = ()
-    split: Split = field(default="train", compare=False)
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion) + sum(len(a) for a in self.alternatives)
-
-
 def supervised_tokens(example: Example) -> int:
-    """Tokens that an example is trained on: of its completion and its alternatives."""
-    return len(example.completion) + sum(len(tokens) for tokens in example.alternatives)
+    """Tokens that an example is trained on, over all its branches."""
+    return sum(len(branch.supervised) for branch in example.branches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,14 +102,14 @@ class Batch:
         input_ids: (1, N) or (B, T), int64.
         position_ids: Same shape; restarts at 0 in every example, and in a branch goes on from where it left.
         attention_mask: (B, T), 1 = token, 0 = padding. `None` when packed.
-        segments: Per example (packed) or per row (padded). The completion and its alternatives are the branches of
-            the prompt, and branch in turn where they part: beginnings that they share are in the row once. The last
+        segments: Per example (packed) or per row (padded). An example's branches go on from its
+            prompt, and branch in turn where they part: beginnings that they share are in the row once. The last
             token of each is a target only and not in the row.
         target_at: (M,) positions, in the row-major flattened `input_ids`, whose next token is supervised; one position
             may have several targets.
         targets: (M,) the supervised tokens.
         target_example: (M,) index of the example (0 ... B-1) each target belongs to.
-        target_branch: (M,) 0 for the completion, 1, 2, ... for the alternatives.
+        target_branch: (M,) which of the example's branches.
         examples: The B examples themselves, in order.
         part_of: The global batch of the step; `None` where the batch is a whole of its own (scoring, a memory).
     """
@@ -188,6 +151,15 @@ class Batch:
             units: How much one example counts, for example its supervised tokens.
         """
         return sum(units(example) for example in self.whole.examples) / self.whole.parts
+
+    @property
+    def target_weights(self) -> Tensor | None:
+        """(M,) the weight of each target's branch; `None` if all are 1."""
+        weights = [[branch.weight for branch in example.branches] for example in self.examples]
+        if all(weight == 1 for row in weights for weight in row):
+            return None
+        pairs = zip(self.target_example.tolist(), self.target_branch.tolist(), strict=True)
+        return torch.tensor([weights[e][b] for e, b in pairs], device=self.targets.device)
 
     def to(self, device: Any, **kwargs: Any) -> Batch:
         """A copy with every tensor on `device` (Lightning calls this)."""

@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from typing import Any, ClassVar, get_args
 
@@ -101,20 +101,16 @@ class Domain(ABC):
         digest = hashlib.sha256(_line({"kind": self.kind, "template": asdict(self.template)}))
         for split, rows in self._rows.items():
             for row in rows:
-                digest.update(_line([split, row.id, row.prompt, row.completion, row.group]))
+                digest.update(_line([split, *_values(row)]))
         return digest.hexdigest()
 
-    def give_rows(self) -> dict[Split, list[list[str]]]:
+    def give_rows(self) -> dict[Split, list[list[Any]]]:
         """The rows of every split as JSON values, for another process."""
-        return {split: [[r.id, r.prompt, r.completion, r.group] for r in rows] for split, rows in self._rows.items()}
+        return {split: [_values(row) for row in rows] for split, rows in self._rows.items()}
 
-    def take_rows(self, given: Mapping[Split, Sequence[Sequence[str]]]) -> None:
+    def take_rows(self, given: Mapping[Split, Sequence[Sequence[Any]]]) -> None:
         """Use the rows that `give_rows` gave, instead of reading them again."""
-        names = ("id", "prompt", "completion", "group")
-        rows = {
-            split: tuple(Row(**dict(zip(names, row, strict=True))) for row in part) for split, part in given.items()
-        }
-        self.__dict__["_rows"] = rows
+        self.__dict__["_rows"] = {split: tuple(map(_row_of, part)) for split, part in given.items()}
 
     @cached_property
     def _rows(self) -> dict[Split, tuple[Row, ...]]:
@@ -199,6 +195,27 @@ def _check_leak(domain: Domain, splits: Mapping[Split, Sequence[Row]], what: str
             why="the test would measure what was memorised, not what was learnt",
             fix=f"keep all rows of one {what} in one split",
         )
+
+
+_NAMES = ("id", "prompt", "completion", "group")
+
+
+def _values(row: Row) -> list[Any]:
+    """A row as JSON values: what every row has, then by name what this one has besides."""
+    more = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in _NAMES}
+    kept = {name: value for name, value in more.items() if value != _PLAIN[name]}
+    return [getattr(row, name) for name in _NAMES] + ([kept] if kept else [])
+
+
+def _row_of(values: Sequence[Any]) -> Row:
+    """The inverse of `_values`, also after its lists and tuples have become one in JSON."""
+    more: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in (values[4] if len(values) > 4 else {}).items()
+    }
+    return Row(id=values[0], prompt=values[1], completion=values[2], group=values[3], **more)
+
+
+_PLAIN = {f.name: getattr(Row(id="", prompt="", completion=""), f.name) for f in fields(Row)}
 
 
 def _normal(prompt: str) -> str:

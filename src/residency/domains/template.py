@@ -69,7 +69,7 @@ class Template:
                 why="the two cannot be told apart when they are scored",
                 fix="raise template.max_tokens, or shorten the labels",
             )
-        return Example(domain=domain, row=row.id, prompt=prompt, completion=completion, alternatives=others)
+        return Example.of(domain=domain, row=row.id, prompt=prompt, completion=completion, alternatives=others)
 
     def _prompt_ids(self, tokenizer: Any, text: str) -> tuple[int, ...]:
         text = self.prompt.replace("{prompt}", text)

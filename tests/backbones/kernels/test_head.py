@@ -34,9 +34,9 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 EXAMPLES = [
-    Example(domain="a", row="1", prompt=tuple(range(1, 9)), completion=(4, 5, 6)),
-    Example(domain="a", row="2", prompt=tuple(range(3, 6)), completion=(7,)),
-    Example(domain="a", row="3", prompt=(2,), completion=(9, 9, 1, 2)),
+    Example.of(domain="a", row="1", prompt=tuple(range(1, 9)), completion=(4, 5, 6)),
+    Example.of(domain="a", row="2", prompt=tuple(range(3, 6)), completion=(7,)),
+    Example.of(domain="a", row="3", prompt=(2,), completion=(9, 9, 1, 2)),
 ]
 
 

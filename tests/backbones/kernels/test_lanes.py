@@ -34,7 +34,7 @@ def batch(count: int = 5) -> Batch:
     rows = [tuple((5 * i + 3 * j) % 250 + 1 for i in range(6 + 3 * j)) for j in range(count)]
     return make_batch(
         [
-            Example(domain="a", row=str(j), prompt=x[:3], completion=x[3:], alternatives=((9, 8), (9, 7)) * (j == 1))
+            Example.of(domain="a", row=str(j), prompt=x[:3], completion=x[3:], alternatives=((9, 8), (9, 7)) * (j == 1))
             for j, x in enumerate(rows)
         ],
         layout="packed",

@@ -19,8 +19,8 @@ from residency.core.types import Batch, Example
 def batch() -> Batch:
     """Long prompts, short completions; two completions of one prompt begin at the same position."""
     examples = [
-        Example(domain="a", row="1", prompt=tuple(range(1, 12)), completion=(4, 5)),
-        Example(domain="a", row="2", prompt=tuple(range(3, 12)), completion=(7,), alternatives=((8, 9),)),
+        Example.of(domain="a", row="1", prompt=tuple(range(1, 12)), completion=(4, 5)),
+        Example.of(domain="a", row="2", prompt=tuple(range(3, 12)), completion=(7,), alternatives=((8, 9),)),
     ]
     return make_batch(examples, layout="packed")
 

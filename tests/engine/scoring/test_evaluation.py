@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,9 +206,9 @@ def test_labels_scored_as_a_tree_are_scored_as_if_alone(layout: Any, scored_modu
     for name in range(6):
         prompt, *labels = (tuple(draw.choices(range(1, 4), k=draw.randint(1, 9))) for _ in range(9))
         rows.append(
-            Example(domain="d", row=str(name), prompt=prompt, completion=labels[0], alternatives=(*labels[1:],))
+            Example.of(domain="d", row=str(name), prompt=prompt, completion=labels[0], alternatives=(*labels[1:],))
         )
-    flat = [replace(e, completion=t, alternatives=()) for e in rows for t in (e.completion, *e.alternatives)]
+    flat = [e.answered(t) for e in rows for t in (e.completion, *e.alternatives)]
 
     def nll(examples: list[Example], kind: Layout) -> torch.Tensor:
         batch = make_batch(examples, layout=kind)
@@ -244,7 +243,7 @@ def test_labels_that_have_lost_are_not_read(scored_module: ContinualModule, monk
         labels = [tuple(draw.choices(range(1, 257), k=length)) for length in lengths]
         prompt = tuple(draw.choices(range(1, 257), k=draw.choice((2, 40))))
         first, *others = labels
-        rows.append(Example(domain="d", row=str(name), prompt=prompt, completion=first, alternatives=tuple(others)))
+        rows.append(Example.of(domain="d", row=str(name), prompt=prompt, completion=first, alternatives=tuple(others)))
     read = tokens_read(monkeypatch)
     whole = branch_nll(scored_module, rows, batch_tokens=1024)
     tokens = sum(read)
@@ -268,7 +267,7 @@ def test_one_label_that_has_won_is_proof_enough(
         prompt = tuple(draw.choices(range(1, 257), k=10))
         completion = (7,) if own is None else labels[own]
         others = tuple(label for k, label in enumerate(labels) if k != own)
-        rows.append(Example(domain="d", row=str(name), prompt=prompt, completion=completion, alternatives=others))
+        rows.append(Example.of(domain="d", row=str(name), prompt=prompt, completion=completion, alternatives=others))
     read = tokens_read(monkeypatch)
     whole = branch_nll(scored_module, rows, batch_tokens=1024)
     tokens = sum(read)

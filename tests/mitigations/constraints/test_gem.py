@@ -146,7 +146,7 @@ def test_the_ridge_does_not_know_the_scale() -> None:
 
 EXAMPLES = {
     domain: [
-        Example(
+        Example.of(
             domain=domain, row=str(k), prompt=tuple(range(a + k, a + 3 + 2 * k)), completion=tuple(range(a, a + 1 + k))
         )
         for k in range(6)

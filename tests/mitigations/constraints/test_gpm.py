@@ -118,8 +118,8 @@ def test_the_memory_is_orthonormal_and_holds_the_energy() -> None:
 
 # --- in a language model ----------------------------------------------------------------------------------------------
 
-OLD = [Example(domain="first", row="0", prompt=(5, 9), completion=(70, 8, 0))]
-NEW = [Example(domain="second", row="0", prompt=(30, 31, 32), completion=(90, 91, 0))]
+OLD = [Example.of(domain="first", row="0", prompt=(5, 9), completion=(70, 8, 0))]
+NEW = [Example.of(domain="second", row="0", prompt=(30, 31, 32), completion=(90, 91, 0))]
 MADE: dict[str, Callable[[], Adapter]] = {"lora": lambda: lora(target_modules="all-linear", r=8), "full": Full}
 
 

@@ -19,7 +19,7 @@ from residency.mitigations import OGD
 from residency.mitigations.constraints.ogd import extend_basis, project_out
 from residency.objectives import SFT
 
-OLD = [Example(domain="first", row=str(k), prompt=(5 + k, 9), completion=(70 + k, 8, 0)) for k in range(3)]
+OLD = [Example.of(domain="first", row=str(k), prompt=(5 + k, 9), completion=(70 + k, 8, 0)) for k in range(3)]
 
 
 def test_gram_schmidt() -> None:

@@ -34,7 +34,8 @@ from support.tiny_runs import domains, train
 
 STAGE = Stage(index=0, domain="a", stages=2, seed=0, steps=1, batch_size=1)
 EXAMPLES = [
-    Example(domain="a", row=str(k), prompt=tuple(range(5 + k, 9 + 2 * k)), completion=(40 + k, 50, 0)) for k in range(4)
+    Example.of(domain="a", row=str(k), prompt=tuple(range(5 + k, 9 + 2 * k)), completion=(40 + k, 50, 0))
+    for k in range(4)
 ]
 MADE: dict[str, Callable[[], Adapter]] = {
     "full": Full,

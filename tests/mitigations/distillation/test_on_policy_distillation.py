@@ -24,7 +24,7 @@ from table import ADAPTERS
 
 END = 0
 EXAMPLES = [
-    Example(domain="x", row=str(i), prompt=tuple(range(65 + i, 69 + 2 * i)), completion=(40 + i, 50 + i, 60, END))
+    Example.of(domain="x", row=str(i), prompt=tuple(range(65 + i, 69 + 2 * i)), completion=(40 + i, 50 + i, 60, END))
     for i in range(4)
 ]
 BATCH = len(EXAMPLES)
@@ -106,9 +106,11 @@ def test_loss_and_gradient_written_out(teacher: Any, llama: Path, monkeypatch: p
     a, b = (module.backbone.tokenizer(text).input_ids for text in "ab")
     # The first answer came to an end, the second was cut off.
     ends = [(*answers[0], END), tuple(answers[1])]
-    plain = [Example(domain="x", row=e.row, prompt=e.prompt, completion=y) for e, y in zip(chosen, ends, strict=True)]
+    plain = [
+        Example.of(domain="x", row=e.row, prompt=e.prompt, completion=y) for e, y in zip(chosen, ends, strict=True)
+    ]
     shown = [
-        Example(domain="x", row=e.row, prompt=(*a, *e.completion[:-1], *b, *e.prompt), completion=y)
+        Example.of(domain="x", row=e.row, prompt=(*a, *e.completion[:-1], *b, *e.prompt), completion=y)
         for e, y in zip(chosen, ends, strict=True)
     ]
     teacher_batch = make_batch(shown, layout=module.layout)

@@ -109,7 +109,7 @@ def encode(module: ContinualModule, text: str) -> list[int]:
 
 def rows(module: ContinualModule, completions: Sequence[str], domain: str = "x") -> list[Example]:
     return [
-        Example(
+        Example.of(
             domain=domain, row=str(i), prompt=tuple(encode(module, f"q{i}>")), completion=(*encode(module, text), END)
         )
         for i, text in enumerate(completions)

@@ -24,7 +24,9 @@ from support.tiny_runs import make_module, train
 from table import ADAPTERS
 
 EXAMPLES = [
-    Example(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 60, 0)[i % 2 :])
+    Example.of(
+        domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 60, 0)[i % 2 :]
+    )
     for i in range(5)
 ]
 TERM = "loss/kd/distillation"
@@ -216,7 +218,7 @@ def test_a_small_cache_says_what_it_keeps(llama: Path) -> None:
     tokens = sum(len(e.completion) for e in EXAMPLES)
     assert mitigation.state_bytes() == 8 + tokens * 3 * 8, "no copy of the leaves beside the cache"
     with pytest.raises(UserError, match=r"not in the cache(.|\n)*kd.cache to null"):
-        term(module, [replace(EXAMPLES[0], completion=(1, 2))])
+        term(module, [EXAMPLES[0].answered((1, 2))])
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from residency.mitigations.merging.weight_mixing import mix
 from support.tiny_runs import make_module
 from support.two_stages import ADAPTERS, equal, randn, two_stages
 
-EXAMPLES = [Example(domain="x", row="0", prompt=(5, 6, 7), completion=(40, 50, 0))]
+EXAMPLES = [Example.of(domain="x", row="0", prompt=(5, 6, 7), completion=(40, 50, 0))]
 
 MAKE: dict[float, Callable[[], Mitigation]] = {
     0.0: lambda: WiseFT(alpha=0.0),

@@ -64,7 +64,7 @@ def test_two_quadratics_end_at_the_joint_optimum(
 
 EXAMPLES = {
     domain: [
-        Example(
+        Example.of(
             domain=domain, row=str(k), prompt=tuple(range(a + k, a + 3 + 2 * k)), completion=tuple(range(a, a + 1 + k))
         )
         for k in range(8)
@@ -233,7 +233,7 @@ def test_other_estimates_of_a_language_model(llama: Path) -> None:
     assert len({round(value, 12) for value in norms.values()}) == 4
     assert norms["batch"] < norms["data"]
     single = [
-        replace(e, prompt=e.prompt + e.completion[:k], completion=e.completion[k : k + 1])
+        replace(e, prompt=e.prompt + e.completion[:k]).answered(e.completion[k : k + 1])
         for e in EXAMPLES["first"]
         for k in range(len(e.completion))
     ]
@@ -253,7 +253,7 @@ def test_true_fisher_of_a_labelled_domain(llama: Path) -> None:
     """Σ_c p_c (∂ log p_c)² over the labels, by brute force; free text is refused before it is learned."""
     module = build(llama, "lora", ewc=EWC(fisher="true"))
     labels = [(40, 41), (50,)]
-    dataset = [replace(e, completion=labels[k % 2]) for k, e in enumerate(EXAMPLES["first"])]
+    dataset = [e.answered(labels[k % 2]) for k, e in enumerate(EXAMPLES["first"])]
     stage = Stage(index=0, domain="first", stages=2, seed=0, steps=1, batch_size=8)
     module.begin_stage(stage, dataset)
     ewc = module.mitigations["ewc"]
@@ -262,7 +262,7 @@ def test_true_fisher_of_a_labelled_domain(llama: Path) -> None:
     leaves = module.adapter.trainable(module.model)
     wanted = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     for example in dataset:
-        batch = make_batch([replace(example, completion=label) for label in labels], layout=module.layout)
+        batch = make_batch([example.answered(label) for label in labels], layout=module.layout)
         nll = token_nll(module.forward(batch), batch.targets)
         log_p = (-nll.new_zeros(2).index_add(0, batch.target_example, nll)).log_softmax(0)
         for c in range(2):

@@ -40,7 +40,7 @@ class Readout(nn.Module):
 
     def fisher(self, pairs: Sequence[tuple[int, int]], losses: Callable[[Batch], Tensor], *, size: int) -> Tensor:
         """Of (prompt, completion) pairs in batches of one size."""
-        examples = [Example(domain="d", row=str(i), prompt=(x,), completion=(y,)) for i, (x, y) in enumerate(pairs)]
+        examples = [Example.of(domain="d", row=str(i), prompt=(x,), completion=(y,)) for i, (x, y) in enumerate(pairs)]
         batches = [make_batch(examples[i : i + size], layout="packed") for i in range(0, len(examples), size)]
         return fisher_diagonal(self, {"layer.weight": self.layer.weight}, batches, losses)["layer.weight"]
 
@@ -104,7 +104,7 @@ def softmax_model() -> Readout:
 
 
 def rows(pairs: Sequence[tuple[int, ...]], domain: str = "d") -> list[Example]:
-    return [Example(domain=domain, row=str(i), prompt=(x,), completion=tuple(y)) for i, (x, *y) in enumerate(pairs)]
+    return [Example.of(domain=domain, row=str(i), prompt=(x,), completion=tuple(y)) for i, (x, *y) in enumerate(pairs)]
 
 
 def packed(examples: Sequence[Example]) -> Batch:

@@ -117,7 +117,7 @@ def test_merged_factors_of_domains_that_agree_are_exact() -> None:
 # --- in a language model ----------------------------------------------------------------------------------------------
 
 EXAMPLES = [
-    Example(domain="d", row=str(k), prompt=tuple(range(5 + k, 8 + 2 * k)), completion=tuple(range(5, 6 + k)))
+    Example.of(domain="d", row=str(k), prompt=tuple(range(5 + k, 8 + 2 * k)), completion=tuple(range(5, 6 + k)))
     for k in range(6)
 ]
 

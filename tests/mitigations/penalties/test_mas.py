@@ -23,7 +23,7 @@ from residency.mitigations.penalties.mas import hidden_states, squared_norms
 from residency.objectives import SFT
 
 EXAMPLES = [
-    Example(domain="d", row=str(k), prompt=tuple(range(5 + k, 8 + 2 * k)), completion=tuple(range(5, 6 + k)))
+    Example.of(domain="d", row=str(k), prompt=tuple(range(5 + k, 8 + 2 * k)), completion=tuple(range(5, 6 + k)))
     for k in range(6)
 ]
 
@@ -39,7 +39,7 @@ def test_importance_of_a_linear_map(size: int) -> None:
     def outputs(batch: Batch) -> Tensor:
         return layer(features[batch.input_ids]).flatten(0, 1)[batch.target_at]
 
-    examples = [Example(domain="d", row=str(i), prompt=(i,), completion=(0,)) for i in range(30)]
+    examples = [Example.of(domain="d", row=str(i), prompt=(i,), completion=(0,)) for i in range(30)]
     batches = [make_batch(examples[k : k + size], layout="packed") for k in range(0, 30, size)]
     leaves = {"0.weight": layer.weight}
     found = mean_over_examples(model, leaves, batches, squared_norms(outputs), torch.abs)["0.weight"]

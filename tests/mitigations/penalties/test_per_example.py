@@ -20,7 +20,7 @@ from residency.mitigations.penalties.per_example import ExampleLosses, per_examp
 
 LAYOUTS: list[Layout] = ["packed", "padded"]
 EXAMPLES = [
-    Example(domain="d", row=str(k), prompt=tuple(range(1 + k, 5 + 2 * k)), completion=tuple(range(9, 10 + k)))
+    Example.of(domain="d", row=str(k), prompt=tuple(range(1 + k, 5 + 2 * k)), completion=tuple(range(9, 10 + k)))
     for k in range(4)
 ]
 

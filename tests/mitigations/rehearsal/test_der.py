@@ -24,7 +24,7 @@ from support.tiny_runs import make_module, train
 
 def make_examples(domain: str, rows: int) -> list[Example]:
     return [
-        Example(domain=domain, row=str(i), prompt=(7 * i + 3, 1), completion=(i + 5, *range(i % 3), 0))
+        Example.of(domain=domain, row=str(i), prompt=(7 * i + 3, 1), completion=(i + 5, *range(i % 3), 0))
         for i in range(rows)
     ]
 

@@ -37,7 +37,7 @@ HEAD, TAIL = (50, 51), (60,)
 def make_examples(domain: str, rows: int) -> list[Example]:
     """Prompts head - body of one to four tokens - tail."""
     return [
-        Example(
+        Example.of(
             domain=domain, row=str(i), prompt=(*HEAD, *range(70 + i, 71 + i + i % 4), *TAIL), completion=(i + 1, 2, 0)
         )
         for i in range(rows)
@@ -73,7 +73,7 @@ def test_a_domain_shows_head_and_tail() -> None:
     assert shape == Shape(head=HEAD, tail=TAIL, prompt=7, completion=3)
     single = make_examples("a", 1)
     assert shape_of(single * 2) == Shape(head=(), tail=(), prompt=4, completion=3)
-    nested = [Example(domain="a", row=str(n), prompt=(5,) * n, completion=(1,)) for n in (2, 4)]
+    nested = [Example.of(domain="a", row=str(n), prompt=(5,) * n, completion=(1,)) for n in (2, 4)]
     found = shape_of(nested)
     assert len(found.head) + len(found.tail) == 1, "something of the shortest prompt is its own"
     assert unpack_shapes(pack_shapes({"a": shape, "心": found})) == {"a": shape, "心": found}
@@ -134,7 +134,7 @@ def test_what_is_dropped_is_counted(module: Any, monkeypatch: pytest.MonkeyPatch
     kept = make_examples("a", 5)
     texts = [[], [7] * 30, [81], [81, 60, 3], list(kept[0].prompt[2:]), [82], [83], [84]]
     replay = GenerativeReplay(examples=8, kept=5)
-    long = Example(domain="a", row="long", prompt=(*HEAD, *range(100, 120), *TAIL), completion=(1, 2, 0))
+    long = Example.of(domain="a", row="long", prompt=(*HEAD, *range(100, 120), *TAIL), completion=(1, 2, 0))
     monkeypatch.setattr(
         module, "backbone", Scripted(module.backbone.tokenizer, texts, [[5], [], [6, 7, 8], [9]]), raising=True
     )
@@ -233,7 +233,7 @@ def test_a_model_writes_the_prompts_it_has_learned(llama: Path, tmp_path: Path) 
 def test_continuations_are_drawn_from_the_models_own_distribution(module: Any) -> None:
     """First tokens of 600 draws against the top-k distribution at a temperature; chi-square, 3 degrees of freedom."""
     prompt = make_examples("a", 1)[0].prompt
-    single = Example(domain="a", row="0", prompt=prompt, completion=(1,))
+    single = Example.of(domain="a", row="0", prompt=prompt, completion=(1,))
     with torch.no_grad():
         logits = module.forward(make_batch([single], layout=module.layout))[0]
     top, tokens = logits.topk(4)

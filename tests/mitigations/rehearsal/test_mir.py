@@ -20,7 +20,7 @@ from support.tiny_runs import make_module
 
 
 def make_examples(domain: str, rows: int) -> list[Example]:
-    return [Example(domain=domain, row=str(i), prompt=(7 * i + 3, 1), completion=(i + 5, 9, 0)) for i in range(rows)]
+    return [Example.of(domain=domain, row=str(i), prompt=(7 * i + 3, 1), completion=(i + 5, 9, 0)) for i in range(rows)]
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def make_stage(*, index: int = 1, domain: str = "new", seed: int = 0, steps: int
 
 
 def make_examples(domain: str, rows: int) -> list[Example]:
-    return [Example(domain=domain, row=str(i), prompt=(i, 1), completion=(i + 1, 0)) for i in range(rows)]
+    return [Example.of(domain=domain, row=str(i), prompt=(i, 1), completion=(i + 1, 0)) for i in range(rows)]
 
 
 # --- the reservoir ----------------------------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ def test_full_memory_has_the_gradient_of_joint_training() -> None:
         [],
         make_examples("old", 5),
         [
-            Example(domain='心臓 🫀\n"quoted"', row="ä/1", prompt=(0,), completion=(1,)),
-            Example(domain="", row="\u2028", prompt=tuple(range(300)), completion=(2**31 - 1, 0, 70_000)),
+            Example.of(domain='心臓 🫀\n"quoted"', row="ä/1", prompt=(0,), completion=(1,)),
+            Example.of(domain="", row="\u2028", prompt=tuple(range(300)), completion=(2**31 - 1, 0, 70_000)),
         ],
     ],
     ids=["empty", "plain", "unicode"],
@@ -279,8 +279,10 @@ def test_choices_by_features_ignore_the_order_of_training(policy: Any, module: A
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_features_are_what_the_head_reads(layout: Any, module: Any) -> None:
     """Against transformers' own hidden states, and without a trace in the model."""
-    examples = [Example(domain="a", row=str(i), prompt=(9, 8, i), completion=(i, 7, 0)[: 2 + i % 2]) for i in range(5)]
-    examples[3] = Example(domain="a", row="3", prompt=(4,) * 7, completion=(5, 6))
+    examples = [
+        Example.of(domain="a", row=str(i), prompt=(9, 8, i), completion=(i, 7, 0)[: 2 + i % 2]) for i in range(5)
+    ]
+    examples[3] = Example.of(domain="a", row="3", prompt=(4,) * 7, completion=(5, 6))
     was, module.layout = module.layout, layout
     module.model.eval()
     before = module.forward(make_batch(examples, layout=layout))

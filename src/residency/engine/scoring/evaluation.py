@@ -176,7 +176,7 @@ def _extra(module: ContinualModule, column: str, examples: Sequence[Example]) ->
         RowScore(e.domain, e.row, scorer, float(value), tokens, tokens if scorer in weighed else 1)
         for scorer, values in found.items()
         for e, value in zip(examples, values, strict=True)
-        for tokens in [len(e.completion)]
+        for tokens in [e.targets]
     ]
 
 
@@ -197,7 +197,7 @@ def _likelihoods(
     return {
         e.row: Answer(
             nll=found[e.row][0],
-            tokens=len(e.completion),
+            tokens=e.targets,
             best=found[e.row][1] if e.alternatives else None,
             labels=labels.get(e.row, {}),
             **texts.get(e.row, {}),
@@ -222,6 +222,8 @@ def _generations(
 ) -> dict[str, tuple[str, bool]]:
     """{row: (what the model writes, stripped; whether it ended by itself)}."""
     tokenizer = module.backbone.tokenizer
+    # Of a conversation the last answer is written: everything before it is given.
+    examples = [e.last_turn() for e in examples]
     ordered = sorted(examples, key=lambda e: len(e.prompt))
     texts: dict[str, tuple[str, bool]] = {}
     if not examples:
@@ -253,7 +255,7 @@ def _judged(domain: Domain, examples: Sequence[Example], answers: Mapping[str, A
         able = [e for e in examples if _judges(scorer, answers[e.row])]
         of, own = [rows[e.row] for e in able], [answers[e.row] for e in able]
         judged = zip(able, scorer(of, own), scorer.weights(of, own), strict=True)
-        scores += [RowScore(e.domain, e.row, name, float(v), len(e.completion), int(w)) for e, v, w in judged]
+        scores += [RowScore(e.domain, e.row, name, float(v), e.targets, int(w)) for e, v, w in judged]
     return scores
 
 

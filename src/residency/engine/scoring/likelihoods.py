@@ -20,7 +20,7 @@ EXTRA_TOKENS = 1024  # per pass of `completion_nll`
 
 
 def branch_nll(module: ContinualModule, examples: Sequence[Example], *, batch_tokens: int) -> dict[str, Tensor]:
-    """{row: (1 + alternatives,) summed negative log-likelihood of each branch, in nats, float64}."""
+    """{row: (branches,) summed negative log-likelihood of each branch, in nats, float64}."""
     found: dict[str, Tensor] = {}
     # Rows of one length together: nothing is wasted where batches must be padded.
     for group in by_token_budget(sorted(examples, key=len), tokens=batch_tokens):
@@ -58,7 +58,7 @@ def _first_look(example: Example) -> Example:
     """The example with its labels' first tokens only, if that can save more than reading the prompt again costs."""
     if sum(len(tokens) - 1 for tokens in example.alternatives) <= len(example.prompt):
         return example
-    return replace(example, alternatives=tuple(tokens[:1] for tokens in example.alternatives))
+    return example.competing([tokens[:1] for tokens in example.alternatives])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class _Contest:
 
     def ask(self, labels: Sequence[tuple[int, ...]]) -> Example:
         """The row with labels in place of its completion."""
-        return replace(self.example, completion=labels[0], alternatives=tuple(labels[1:]))
+        return self.example.answered(labels[0], labels[1:])
 
     def lost_to(self, nll: Tensor) -> bool:
         """Whether one of the labels is at least as likely; what is no number is no victory."""
@@ -127,13 +127,13 @@ def _losers(
 
 
 def completion_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
-    """(B,) mean negative log-likelihood of each completion's tokens, in nats."""
-    rows = [replace(e, row=str(i), alternatives=()) for i, e in enumerate(examples)]
+    """(B,) mean negative log-likelihood of each completion's supervised tokens, in nats."""
+    rows = [replace(e.alone(), row=str(i)) for i, e in enumerate(examples)]
     found = torch.zeros(len(rows), dtype=torch.float64)
     with torch.no_grad():
-        scored = [e for e in rows if e.completion]
+        scored = [e for e in rows if e.targets]
         for row, nll in branch_nll(module, scored, batch_tokens=EXTRA_TOKENS).items():
-            found[int(row)] = nll[0] / len(rows[int(row)].completion)
+            found[int(row)] = nll[0] / rows[int(row)].targets
     return found
 
 
@@ -145,8 +145,9 @@ def text_nll(module: ContinualModule, examples: Sequence[Example], *, batch_toke
     """
     tokenizer = module.backbone.tokenizer
     end = tokenizer.eos_token_id
+    examples = [e.last_turn() for e in examples]
     texts = {e.row: e.completion[:-1] if e.completion[-1] == end else e.completion for e in examples}
-    kept = [replace(e, completion=texts[e.row], alternatives=()) for e in examples if texts[e.row]]
+    kept = [e.answered(texts[e.row]) for e in examples if texts[e.row]]
     nll = branch_nll(module, kept, batch_tokens=batch_tokens)
     return {
         e.row: {"text_nll": float(nll[e.row][0]), "text_bytes": len(tokenizer.decode(e.completion).encode())}
@@ -156,9 +157,7 @@ def text_nll(module: ContinualModule, examples: Sequence[Example], *, batch_toke
 
 def prompt_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
     """(B,) mean negative log-likelihood of each prompt's tokens after its first one, in nats; 0 for a single token."""
-    return completion_nll(
-        module, [replace(e, prompt=e.prompt[:1], completion=e.prompt[1:], alternatives=()) for e in examples]
-    )
+    return completion_nll(module, [replace(e, prompt=e.prompt[:1]).answered(e.prompt[1:]) for e in examples])
 
 
 def _branch_nll(module: ContinualModule, group: Sequence[Example]) -> list[Tensor]:
@@ -167,4 +166,4 @@ def _branch_nll(module: ContinualModule, group: Sequence[Example]) -> list[Tenso
     width = int(batch.target_branch.max()) + 1
     table = nll.new_zeros(batch.size * width).index_add(0, batch.target_example * width + batch.target_branch, nll)
     rows = table.view(batch.size, width).cpu()
-    return [row[: 1 + len(example.alternatives)] for row, example in zip(rows, group, strict=True)]
+    return [row[: len(example.branches)] for row, example in zip(rows, group, strict=True)]

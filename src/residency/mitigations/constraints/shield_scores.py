@@ -182,5 +182,6 @@ def own_text(module: StageModule, *, samples: int, tokens: int, seed: int) -> li
     texts = [row[1:] for row in rows.tolist()]
     texts = [text[: text.index(end) + 1] if end in text else text for text in texts]
     return [
-        Example(domain="own text", row=str(i), prompt=(start,), completion=tuple(text)) for i, text in enumerate(texts)
+        Example.of(domain="own text", row=str(i), prompt=(start,), completion=tuple(text))
+        for i, text in enumerate(texts)
     ]

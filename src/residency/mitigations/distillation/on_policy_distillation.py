@@ -174,7 +174,7 @@ class OnPolicyDistillation(Mitigation):
         stage, count = module.stage, max(1, round(self.fraction * len(examples)))
         words = ("on_policy", stage.index, module.global_step)
         order = sorted(examples, key=lambda e: (seed_of(stage.seed, *words, e.domain, e.row), e.row))
-        return order[:count]
+        return [example.last_turn() for example in order[:count]]
 
     def _answer(self, module: StageModule, rows: Sequence[Example]) -> list[Example]:
         """The rows with the student's own answers; one that comes to an end has the end token too."""
@@ -189,7 +189,7 @@ class OnPolicyDistillation(Mitigation):
 
         written = run_as(module, {}, run)
         finished = [tuple(ids) if len(ids) == limit else (*ids, end) for ids in written]
-        return [replace(e, completion=ids, alternatives=()) for e, ids in zip(rows, finished, strict=True)]
+        return [e.answered(ids) for e, ids in zip(rows, finished, strict=True)]
 
     def _weights(self, module: StageModule) -> Tensors | None:
         """The teacher's leaves; the average takes in what the last step made."""

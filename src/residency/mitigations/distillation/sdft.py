@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -150,7 +149,8 @@ class SDFT(Mitigation):
 
     def prepare_dataset(self, module: StageModule, dataset: Sequence[Example], stage: Stage) -> None:
         """Let the model write, and keep what is accepted."""
-        rows = [e for e in learned_examples(dataset, stage.domain) if self._offers(e, stage)]
+        # What is said in several turns has no one completion that could be said in other words.
+        rows = [e for e in learned_examples(dataset, stage.domain) if self._offers(e, stage) and not e.has_turns]
         kept: list[Example] = []
         if rows:
             tokenizer = module.backbone.tokenizer
@@ -158,7 +158,7 @@ class SDFT(Mitigation):
             labels = sorted({text.strip() for text in texts}) if stage.kind == "label" else []
             for example, text, new in zip(rows, texts, self._write(module, rows, stage), strict=True):
                 if new is not None and accepted(new, text, labels=labels):
-                    kept.append(replace(example, completion=_completion(tokenizer, text, new)))
+                    kept.append(example.answered(_completion(tokenizer, text, new)))
         self.state.update(rewrites=pack_examples(kept), counts=torch.tensor([len(rows), len(kept)]))
 
     def transform_dataset(self, dataset: Sequence[Example], stage: Stage) -> Sequence[Example]:

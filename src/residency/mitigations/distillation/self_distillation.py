@@ -193,8 +193,8 @@ class SelfDistillation(Mitigation):
             for position in range(len(dataset)):
                 example = dataset[position]
                 if example not in places:
-                    places[example] = (end, len(example.completion))
-                    end += len(example.completion)
+                    places[example] = (end, example.targets)
+                    end += example.targets
             self._places = (dataset, places)
         return self._places[1]
 

@@ -120,7 +120,7 @@ def true_fisher_diagonal(
     count = 0
     batched: bool | None = None
     for example in examples:
-        rivals = batch([replace(example, completion=label, alternatives=()) for label in labels])
+        rivals = batch([example.answered(label) for label in labels])
         if batched is None:
             batched = supports_batched(model, leaves, rivals, losses)
         with torch.no_grad():
@@ -161,7 +161,7 @@ def sampled_losses(logits: Logits, *, seed: int, stage: int) -> ExampleLosses:
 def _uniform(example: Example, *, seed: int, stage: int) -> Tensor:
     # A row that stands for one token of a longer completion draws as that token.
     words = ("fisher-label", stage, example.domain, example.row, len(example.prompt))
-    return torch.rand(len(example.completion), generator=generator(seed, *words))
+    return torch.rand(example.targets, generator=generator(seed, *words))
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -177,11 +177,11 @@ def _per_example(values: Tensor, batch: Batch) -> Tensor:
 
 
 def one_per_token(examples: Iterable[Example]) -> Iterator[Example]:
-    """Every completion token as an example of its own, with all tokens before it as the prompt."""
+    """Every supervised token as an example of its own, with all tokens before it as the prompt."""
     for example in examples:
-        for k, token in enumerate(example.completion):
+        for k in example.branches[0].supervised:
             prompt = (*example.prompt, *example.completion[:k])
-            yield replace(example, prompt=prompt, completion=(token,), alternatives=())
+            yield replace(example, prompt=prompt).answered((example.completion[k],))
 
 
 def completions(examples: Iterable[Example]) -> list[tuple[int, ...]]:

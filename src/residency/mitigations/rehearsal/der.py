@@ -180,7 +180,7 @@ class DER(Mitigation):
         found: dict[int, tuple[Tensor, Tensor]] = {}
         with evaluating(module):
             for rows, batch in passes(module, examples):
-                lengths = [len(example.completion) for example in batch.examples]
+                lengths = [example.targets for example in batch.examples]
                 values, tokens = top_log_probs(module.forward(batch), self.top_k)
                 found |= zip(rows, zip(values.split(lengths), tokens.split(lengths), strict=True), strict=True)
         return [found[i] for i in range(len(examples))]
@@ -195,7 +195,7 @@ class DER(Mitigation):
             items: list[_Item] = []
             start = 0
             for example in unpack_examples(buffer):
-                own = slice(start, start + len(example.completion))
+                own = slice(start, start + example.targets)
                 items.append((example, (values[own], tokens[own])))
                 start = own.stop
             self._view = buffer, items

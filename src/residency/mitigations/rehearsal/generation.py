@@ -140,6 +140,6 @@ def label(
             cut += len(answer) == length
             completion = (*answer, end)[:length]
             examples.append(
-                Example(domain=domain, row=f"written {len(examples)}", prompt=prompt, completion=completion)
+                Example.of(domain=domain, row=f"written {len(examples)}", prompt=prompt, completion=completion)
             )
     return examples, cut

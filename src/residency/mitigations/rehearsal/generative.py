@@ -103,17 +103,14 @@ class GenerativeReplay(Mitigation):
         if self.prompt_loss == 0:
             return {}
         end = module.backbone.tokenizer.eos_token_id
-        prompts = [
-            replace(e, prompt=_start(module, e.domain), completion=(*e.prompt, end), alternatives=())
-            for e in batch.examples
-        ]
+        prompts = [replace(e, prompt=_start(module, e.domain)).answered((*e.prompt, end)) for e in batch.examples]
         read = make_batch(prompts, layout=module.layout).to(module.device)
         count = batch.normaliser(lambda example: len(example.prompt) + 1)
         return {"prompts": self.prompt_loss * token_nll(module.forward(read), read.targets).sum() / count}
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Keep some examples as shots, and write about all domains so far."""
-        new = learned_examples(module.dataset, stage.domain)
+        new = [example.last_turn() for example in learned_examples(module.dataset, stage.domain)]
         packed, shots = self.state["shapes"], self._packed("shots")
         assert isinstance(packed, Tensor)
         # A stage of old examples alone has taught nothing that could be written about.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from residency.core.errors import UserError
 from residency.core.randomness import choice
-from residency.core.types import Example, Stage
+from residency.core.types import Branch, Example, Stage
 from residency.mitigations.rehearsal.selection import drawn, fair_quotas, reservoir_slot
 
 __all__ = [
@@ -129,7 +129,9 @@ class Mixture(Sequence[Example]):
 
 
 def pack_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Examples as tensors: `tokens` (all ids), `lengths` (n, 2) of prompt and completion, `origin` (UTF-8 JSON).
+    """Examples as tensors: `tokens` (all ids), `lengths` (n, 2) of prompt and branches, `origin` (UTF-8 JSON).
+
+    `origin` names domain and row, and, where an example is more than one wholly supervised completion, its branches.
 
     Raises:
         UserError: One of them comes from another split than `train`: what is kept is trained on.
@@ -141,9 +143,10 @@ def pack_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
                 why="what is kept is trained on, and the scores of that row would measure what was memorised",
                 fix="give mitigations training rows only (data.examples, not data.evaluation_examples)",
             )
-    tokens = [token for e in examples for token in (*e.prompt, *e.completion)]
-    lengths = [[len(e.prompt), len(e.completion)] for e in examples]
-    origin = json.dumps([[e.domain, e.row] for e in examples]).encode()
+    examples = [e.alone() if e.branches[1:] and e.branches[1].role == "label" else e for e in examples]
+    tokens = [token for e in examples for part in (e.prompt, *(b.tokens for b in e.branches)) for token in part]
+    lengths = [[len(e.prompt), len(e) - len(e.prompt)] for e in examples]
+    origin = json.dumps([[e.domain, e.row, *_shape(e)] for e in examples]).encode()
     return {
         "tokens": torch.tensor(tokens, dtype=torch.int32),
         "lengths": torch.tensor(lengths, dtype=torch.int32).reshape(-1, 2),
@@ -156,9 +159,31 @@ def unpack_examples(packed: dict[str, Tensor]) -> list[Example]:
     tokens = packed["tokens"].tolist()
     origin = json.loads(bytes(packed["origin"].tolist()))
     examples, start = [], 0
-    for (prompt, completion), (domain, row) in zip(packed["lengths"].tolist(), origin, strict=True):
-        middle, end = start + prompt, start + prompt + completion
-        ids: dict[str, Any] = {"prompt": tuple(tokens[start:middle]), "completion": tuple(tokens[middle:end])}
-        examples.append(Example(domain=domain, row=row, **ids))
+    for (prompt, rest), (domain, row, *shape) in zip(packed["lengths"].tolist(), origin, strict=True):
+        middle, end = start + prompt, start + prompt + rest
+        branches = _branches(tokens[middle:end], shape or [[rest, [], "completion", 1.0]])
+        examples.append(Example(domain=domain, row=row, prompt=tuple(tokens[start:middle]), branches=branches))
         start = end
     return examples
+
+
+def _shape(example: Example) -> list[Any]:
+    """(length, unsupervised places, role, weight) per branch; nothing for one wholly supervised completion."""
+    if example.branches == (Branch(tokens=example.completion),):
+        return []
+    shapes = []
+    for branch in example.branches:
+        hidden = [k for k, on in enumerate(branch.mask) if not on]
+        shapes.append([len(branch.tokens), hidden, branch.role, branch.weight])
+    return shapes
+
+
+def _branches(tokens: Sequence[int], shapes: Sequence[Sequence[Any]]) -> tuple[Branch, ...]:
+    """The inverse of `_shape`, given the tokens of all branches."""
+    found, start = [], 0
+    for length, hidden, role, weight in shapes:
+        mask = tuple(k not in {*hidden} for k in range(length)) if hidden else ()
+        own = tuple(tokens[start : start + length])
+        found.append(Branch(tokens=own, mask=mask, role=role, weight=weight))
+        start += length
+    return tuple(found)

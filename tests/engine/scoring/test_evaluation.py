@@ -321,9 +321,9 @@ def test_folding_once_for_columns_that_are_large(
     small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     monkeypatch.setattr("residency.engine.scoring.evaluation.MERGE_FROM_TOKENS", sizes[small] + 1)
     foldings = []
-    fold = type(module.adapter).scoring
+    fold = type(module.adapter).folded_for_scoring
     monkeypatch.setattr(
-        type(module.adapter), "scoring", lambda self, model: foldings.append(model) or fold(self, model)
+        type(module.adapter), "folded_for_scoring", lambda self, model: foldings.append(model) or fold(self, model)
     )
 
     def scores(*columns: str) -> dict[Any, float]:

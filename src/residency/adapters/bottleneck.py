@@ -16,7 +16,7 @@ from residency.adapters.base import Adapter
 from residency.adapters.export_format import write_exported
 from residency.backbones.structure import blocks
 from residency.core.errors import UserError
-from residency.core.types import Tensors
+from residency.core.types import Tensors, untyped
 
 __all__ = ["Bottleneck"]
 
@@ -110,7 +110,7 @@ class Bottleneck(Adapter):
         """
         if _bottlenecks(model):
             return model
-        width = int(model.get_input_embeddings().embedding_dim)  # type: ignore[operator]
+        width = int(untyped(model).get_input_embeddings().embedding_dim)
         inner = max(1, width // self.options["reduction"])
         model.requires_grad_(False)
         for sublayer in self._sublayers(model):
@@ -158,12 +158,12 @@ class Bottleneck(Adapter):
         """Bottlenecks off."""
         switches = [module.get_submodule(_NAME) for module in _bottlenecks(model)]
         for switch in switches:
-            switch.enabled = False  # type: ignore[assignment]
+            untyped(switch).enabled = False
         try:
             yield
         finally:
             for switch in switches:
-                switch.enabled = True  # type: ignore[assignment]
+                untyped(switch).enabled = True
 
     def export(self, model: nn.Module, path: Path) -> None:
         """A folder that `residency.adapters.export_format.attach_exported` loads."""

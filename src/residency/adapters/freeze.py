@@ -11,7 +11,7 @@ from torch import nn
 from residency.adapters.base import Adapter
 from residency.backbones.structure import blocks, embeddings, matching, names_of, refuse_quantised
 from residency.core.errors import UserError
-from residency.core.types import Tensors
+from residency.core.types import Tensors, untyped
 
 __all__ = ["Freeze", "bottom_blocks", "frozen_names"]
 
@@ -137,4 +137,4 @@ class Freeze(Adapter):
 
     def export(self, model: nn.Module, path: Path) -> None:
         """A folder that `AutoModelForCausalLM.from_pretrained` loads."""
-        model.save_pretrained(path)  # type: ignore[operator]
+        untyped(model).save_pretrained(path)

@@ -10,7 +10,7 @@ from torch import nn
 
 from residency.adapters.base import Adapter
 from residency.core.errors import UserError
-from residency.core.types import Tensors
+from residency.core.types import Tensors, untyped
 
 __all__ = ["Full"]
 
@@ -55,4 +55,4 @@ class Full(Adapter):
 
     def export(self, model: nn.Module, path: Path) -> None:
         """A folder that `AutoModelForCausalLM.from_pretrained` loads."""
-        model.save_pretrained(path)  # type: ignore[operator]
+        untyped(model).save_pretrained(path)

@@ -32,7 +32,7 @@ from residency.adapters.peft_tools.lora_blocks import (
 )
 from residency.adapters.peft_tools.wrapping import wrap
 from residency.core.tensors import Computed
-from residency.core.types import Stage, Tensors
+from residency.core.types import Stage, Tensors, untyped
 
 __all__ = ["IncLoRA"]
 
@@ -134,7 +134,7 @@ class IncLoRA(Adapter):
             old = {name: pair for name, pair in blocks.items() if name != newest}
             wanted = weights[path] - (delta(model, live, path, old) if old else 0)
             a, b = (live[blocks[newest][factor]] for factor in "AB")
-            scale = float(model.get_submodule(path).scaling[newest])  # type: ignore[index, union-attr]
+            scale = float(untyped(model.get_submodule(path)).scaling[newest])
             new_b, new_a = low_rank_factors(wanted / scale, rank=a.shape[0], a_norm=float(a.norm()))
             lost += float((wanted - scale * (new_b @ new_a)).square().sum())
             total += float(weights[path].square().sum())

@@ -34,7 +34,7 @@ from residency.adapters.peft_tools.lora_blocks import (
 from residency.adapters.peft_tools.wrapping import wrap
 from residency.core.errors import UserError
 from residency.core.tensors import Computed
-from residency.core.types import Stage, Tensors
+from residency.core.types import Stage, Tensors, untyped
 
 __all__ = ["InfLoRA"]
 
@@ -105,7 +105,7 @@ class InfLoRA(Adapter):
             memory = _memory(model.get_submodule(owner))
             rows = directions(covariance, memory, rank=max(rank[path] for path in paths)) / 3**0.5
             for path in paths:
-                a = model.get_submodule(path).lora_A[name].weight  # type: ignore[index, union-attr]
+                a = untyped(model.get_submodule(path)).lora_A[name].weight
                 a.copy_(rows[: rank[path]])
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class InfLoRA(Adapter):
             old = {name: pair for name, pair in blocks.items() if name != newest}
             wanted = weights[path] - (delta(model, live, path, old) if old else 0)
             a, b = (live[blocks[newest][factor]] for factor in "AB")
-            scale = float(model.get_submodule(path).scaling[newest])  # type: ignore[index, union-attr]
+            scale = float(untyped(model.get_submodule(path)).scaling[newest])
             new_b = (wanted / scale) @ torch.linalg.pinv(a.float())
             lost += float((wanted - scale * (new_b @ a.float())).square().sum())
             total += float(weights[path].square().sum())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from residency.adapters.base import Adapter, Observe, copy_state
 from residency.adapters.peft_tools.wrapping import wrap
 from residency.core.tensors import Computed
-from residency.core.types import Stage, Tensors
+from residency.core.types import Stage, Tensors, untyped
 
 __all__ = ["OSF", "project"]
 
@@ -134,11 +134,12 @@ class OSF(Adapter):
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The plain transformers model; `model` is used up."""
-        return model.merge_and_unload(safe_merge=True)  # type: ignore[operator, no-any-return]
+        result: nn.Module = untyped(model).merge_and_unload(safe_merge=True)
+        return result
 
     def export(self, model: nn.Module, path: Path) -> None:
         """A folder that `AutoModelForCausalLM.from_pretrained` loads: an update alone would need the weights before."""
-        plain = model.get_base_model()  # type: ignore[operator]
+        plain = untyped(model).get_base_model()
         tensors = dict(plain.named_parameters())
         final = {n.replace(f".{_BASE}", ".weight"): t.detach() for n, t in tensors.items() if "osf_" not in n}
         for name in _layers(plain):

@@ -20,7 +20,7 @@ from residency.adapters.peft_tools.tuners import capabilities, check_config, kin
 from residency.adapters.peft_tools.wrapping import expected_remarks, is_quantised, wrap
 from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of
-from residency.core.types import Tensors
+from residency.core.types import Tensors, untyped
 
 __all__ = ["Peft", "lora", "low_rank_factors"]
 
@@ -151,7 +151,8 @@ class Peft(Adapter):
         """Adapters off: bit for bit the pretrained (or the quantised) model."""
         if "reference" not in self.provides:
             return super().reference(model)
-        return model.disable_adapter()  # type: ignore[operator, no-any-return]
+        result: AbstractContextManager[Any] = untyped(model).disable_adapter()
+        return result
 
     def folded_for_scoring(self, model: nn.Module) -> AbstractContextManager[Any]:
         """LoRA folded into the weights (`residency.adapters.peft_tools.folding`)."""
@@ -167,13 +168,14 @@ class Peft(Adapter):
             raise missing_capability(self, "mergeable")
         if is_quantised(model):
             model = _on_dequantised_base(model)
-        return model.merge_and_unload(safe_merge=True)  # type: ignore[operator, no-any-return]
+        result: nn.Module = untyped(model).merge_and_unload(safe_merge=True)
+        return result
 
     def export(self, model: nn.Module, path: Path) -> None:
         """A folder that `PeftModel.from_pretrained` loads."""
         if "exportable" not in self.provides:
             raise missing_capability(self, "exportable")
-        model.save_pretrained(path)  # type: ignore[operator]
+        untyped(model).save_pretrained(path)
 
     def _check_averageable(self) -> None:
         if "averageable" not in self.provides:
@@ -189,7 +191,8 @@ def _on_dequantised_base(model: Any) -> nn.Module:
         # transformers leaves these as they were, and PEFT would not let go of IA3's layers.
         base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
         with expected_remarks():
-            return PeftModel.from_pretrained(model.unload(), folder)  # type: ignore[no-any-return]
+            result: nn.Module = PeftModel.from_pretrained(model.unload(), folder)
+            return result
 
 
 def _fitted(
@@ -215,7 +218,7 @@ def _scale(model: nn.Module, name: str) -> float:
     """The factor s of the LoRA layer that holds parameter `name`."""
     marker = next(a for a, _ in _PAIRS if a in name)
     path, rest = name.split(marker)
-    return float(model.get_submodule(path).scaling[rest.split(".")[0]])  # type: ignore[index, union-attr]
+    return float(untyped(model.get_submodule(path)).scaling[rest.split(".")[0]])
 
 
 def lora(**options: Any) -> Peft:

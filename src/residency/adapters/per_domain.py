@@ -19,7 +19,7 @@ from residency.adapters.peft_tools.folding import merged_lora
 from residency.adapters.peft_tools.tuners import capabilities, check_config, kind_of
 from residency.adapters.peft_tools.wrapping import wrap
 from residency.core.errors import UserError
-from residency.core.types import Example, Stage, Tensors
+from residency.core.types import Example, Stage, Tensors, untyped
 from residency.scorers.base import ScoreInfo
 
 __all__ = ["PerDomain", "group_rows", "lowest"]
@@ -140,7 +140,8 @@ class PerDomain(Adapter):
 
     def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
         """All adapters off."""
-        return model.disable_adapter()  # type: ignore[operator, no-any-return]
+        result: AbstractContextManager[Any] = untyped(model).disable_adapter()
+        return result
 
     def route(
         self, model: nn.Module, column: str, examples: Sequence[Example], prompt_nll: PromptNLL
@@ -203,7 +204,7 @@ class PerDomain(Adapter):
     def export(self, model: nn.Module, path: Path) -> None:
         """The newest adapter as a plain PEFT folder, and every adapter in a folder `block-<k>` inside (k from 1)."""
         count = len(_blocks(model))
-        model.save_pretrained(path, selected_adapters=_blocks(model))  # type: ignore[operator]
+        untyped(model).save_pretrained(path, selected_adapters=_blocks(model))
         for index in range(count):
             (path / _block(index)).rename(path / f"block-{index + 1}")
         shutil.copytree(path / f"block-{count}", path, dirs_exist_ok=True)

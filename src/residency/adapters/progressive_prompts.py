@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from residency.adapters.base import Adapter, Observe, PromptNLL, Served, copy_state
 from residency.adapters.domain_names import KEY, read_names, write_names
 from residency.core.errors import UserError
-from residency.core.types import Example, Stage, Tensors
+from residency.core.types import Example, Stage, Tensors, untyped
 
 __all__ = ["ProgressivePrompts", "Prompted", "prepend"]
 
@@ -58,7 +58,8 @@ class Prompted(nn.Module):
     @property
     def embeddings(self) -> nn.Embedding:
         """The backbone's input embeddings."""
-        return self.base_model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+        result: nn.Embedding = untyped(self.base_model).get_input_embeddings()
+        return result
 
     def get_base_model(self) -> nn.Module:
         """The backbone."""
@@ -91,7 +92,8 @@ class Prompted(nn.Module):
         prompts = self.front()
         run: Any = self.base_model.generate
         if not prompts:
-            return run(input_ids=input_ids, attention_mask=attention_mask, **options)  # type: ignore[no-any-return]
+            result: Tensor = run(input_ids=input_ids, attention_mask=attention_mask, **options)
+            return result
         embedded = prepend(prompts, self.embeddings(input_ids))
         new = run(inputs_embeds=embedded, attention_mask=_widened(attention_mask, embedded.shape[1]), **options)
         return torch.cat([input_ids, new], dim=1)
@@ -157,7 +159,7 @@ class ProgressivePrompts(Adapter):
         assert isinstance(model, Prompted)
         if model.reparam is not None:
             model.prompts[-1].copy_(model.front()[-1])
-            for parameter in model.reparam[-1].parameters():  # type: ignore[union-attr]
+            for parameter in untyped(model).reparam[-1].parameters():
                 parameter.zero_()
 
     def domains(self, model: nn.Module) -> list[str]:
@@ -198,7 +200,7 @@ class ProgressivePrompts(Adapter):
         assert isinstance(model, Prompted)
         front = torch.cat([*reversed(model.front())]).detach()
         tuned: Any = get_peft_model(
-            model.base_model,  # type: ignore[arg-type]
+            untyped(model).base_model,
             PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(front)),
         )
         with torch.no_grad():

@@ -32,7 +32,7 @@ from residency.adapters.per_domain import PerDomain
 from residency.backbones.structure import blocks
 from residency.core.errors import UserError
 from residency.core.tensors import Computed
-from residency.core.types import Capability, Example, Stage, Tensors
+from residency.core.types import Capability, Example, Stage, Tensors, untyped
 
 __all__ = ["SinkhornResidual"]
 
@@ -130,7 +130,7 @@ class SinkhornResidual(Adapter):
             return model
         # The inner adapter first: it draws what it would draw alone.
         model = self.inner.attach(model)
-        width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        width = int(untyped(model).config.hidden_size)
         kind, streams, rank, iterations = self.shape.values()
         if streams * rank > width:
             raise UserError(

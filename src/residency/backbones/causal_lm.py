@@ -122,7 +122,8 @@ class CausalLM(Backbone):
         if not self.gradient_checkpointing:
             trim_last_layer(model)
         fuse_layers(model)
-        return model  # type: ignore[no-any-return]
+        result: nn.Module = model
+        return result
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits; the head is computed at the supervised positions only, which is exact."""

@@ -90,4 +90,5 @@ def _read(model: nn.Module, memory: Memory, part: range, prompts: Sequence[Seque
         logits_to_keep=torch.tensor(lengths, device=device).cumsum(0) - 1,
         use_cache=False,
     )
-    return out.logits[0].argmax(-1)  # type: ignore[no-any-return]
+    result: Tensor = out.logits[0].argmax(-1)
+    return result

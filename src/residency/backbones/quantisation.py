@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from residency.core.types import untyped
+
 __all__ = ["Quantisation", "forbid_repacking", "loading_options"]
 
 
@@ -55,4 +57,4 @@ def forbid_repacking(model: nn.Module) -> None:
     # every later training step would lose its gradients (bitsandbytes 0.50, spec/adapters A3).
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            untyped(module).support_avx512bf16_for_cpu = False

@@ -142,7 +142,8 @@ class Remembered:
         position = self._memory.lengths[:, None]
         self._memory.advance()
         out: Any = self.model(input_ids=tokens[:, None], position_ids=position, memory=self._memory, use_cache=False)
-        return out.logits[:, -1]  # type: ignore[no-any-return]
+        result: Tensor = out.logits[:, -1]
+        return result
 
     def keep(self, places: Sequence[int]) -> None:
         """See `Continued`."""
@@ -161,7 +162,8 @@ class Remembered:
             logits_to_keep=torch.tensor(lengths, device=device).cumsum(0) - 1,
             use_cache=False,
         )
-        return out.logits[0]  # type: ignore[no-any-return]
+        result: Tensor = out.logits[0]
+        return result
 
 
 class Anew:

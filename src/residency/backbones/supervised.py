@@ -29,15 +29,18 @@ def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
                 logits_to_keep=batch.target_at,
                 use_cache=False,
             )
-        return out.logits[0]  # type: ignore[no-any-return]
+        result: Tensor = out.logits[0]
+        return result
     width = batch.input_ids.shape[1]
     # Columns count from the end of a row: an adapter may have put virtual tokens in front of it.
     row, column = batch.target_at // width, batch.target_at % width - width
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if not _keeps_logits(model):
-        return model(**inputs).logits[row, column]  # type: ignore[no-any-return]
+        result = model(**inputs).logits[row, column]
+        return result
     columns, at = column.unique(return_inverse=True)
-    return model(**inputs, logits_to_keep=columns).logits[row, at]  # type: ignore[no-any-return]
+    result = model(**inputs, logits_to_keep=columns).logits[row, at]
+    return result
 
 
 def supervised_nll(model: nn.Module, batch: Batch) -> Tensor:

@@ -9,7 +9,8 @@ Shape suffixes used in names and docstrings:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Union
 
@@ -23,6 +24,7 @@ __all__ = [
     "Branch",
     "Capability",
     "Example",
+    "ExampleView",
     "GlobalBatch",
     "Kind",
     "Layout",
@@ -36,6 +38,7 @@ __all__ = [
     "Tensors",
     "segment_tokens",
     "supervised_tokens",
+    "untyped",
 ]
 
 Tensors = Mapping[str, Tensor]
@@ -209,3 +212,19 @@ class Stage:
     steps: int
     batch_size: int
     kind: Kind = "generative"
+
+
+def untyped(value: object) -> Any:
+    """The same object for type checkers that know less of it than we do: a model that PEFT or transformers extends."""
+    return value
+
+
+class ExampleView(Sequence[Example]):
+    """Examples by position, made when they are asked for; not sliced."""
+
+    @abstractmethod
+    def at(self, position: int) -> Example:
+        """The example at a position."""
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.at(position)

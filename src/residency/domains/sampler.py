@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from torch.utils.data import Sampler
 
 from residency.core.randomness import permutation
-from residency.core.types import Example, GlobalBatch, Stage
+from residency.core.types import Example, ExampleView, GlobalBatch, Stage
 
 __all__ = ["StageBatches", "StageExamples", "StepParts", "learned_examples"]
 
 
-class StageExamples(Sequence[Example]):
+class StageExamples(ExampleView):
     """The examples of one stage by position (step * batch size + slot): shuffled epochs, one after another.
 
     Args:
@@ -29,7 +29,7 @@ class StageExamples(Sequence[Example]):
     def __len__(self) -> int:
         return self.stage.steps * self.stage.batch_size
 
-    def __getitem__(self, position: int) -> Example:  # type: ignore[override]
+    def at(self, position: int) -> Example:
         if not 0 <= position < len(self):
             raise IndexError(position)
         epoch, at = divmod(position, self.rows)

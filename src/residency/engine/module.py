@@ -17,7 +17,7 @@ from residency.backbones.base import Backbone
 from residency.backbones.layout import LayoutChoice, choose_layout
 from residency.core.randomness import seed_of
 from residency.core.tensors import snapshot
-from residency.core.types import Batch, Example, Layout, Outputs, Stage, Tensors
+from residency.core.types import Batch, Example, Layout, Outputs, Stage, Tensors, untyped
 from residency.engine.compatibility import check_mitigations
 from residency.engine.folds import metrics_to_log, mixed_weights, write_gradients, write_update
 from residency.engine.fused_optimizer import fuse
@@ -194,7 +194,7 @@ class ContinualModule(LightningModule):
         terms = {"task": outputs.loss, **self._added_terms(batch, outputs)}
         loss = reduce(torch.add, terms.values())
         logged: dict[str, Any] = {f"loss/{name}": value.detach() for name, value in terms.items()}
-        if logs_step(self.global_step + 1, every=self.trainer.log_every_n_steps, last=self.stage.steps):  # type: ignore[attr-defined]
+        if logs_step(self.global_step + 1, every=untyped(self.trainer).log_every_n_steps, last=self.stage.steps):
             logged |= metrics_to_log(self, self.mitigations.values())
         self.log_dict(logged | {"loss": loss.detach()} | dict(outputs.log), batch_size=batch.size)
         return loss

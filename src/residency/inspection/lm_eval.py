@@ -75,9 +75,9 @@ class LmEval(Observer):
 
     def _run(self, snapshot: StageSnapshot, model: nn.Module) -> dict[str, Any]:
         with _quiet(), _own_randomness():
-            from lm_eval import simple_evaluate  # type: ignore[import-untyped,import-not-found]
-            from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped,import-not-found]
-            from lm_eval.tasks import TaskManager  # type: ignore[import-untyped,import-not-found]
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
 
             manager = TaskManager(include_path=self.include_path, include_defaults=self.include_path is None)
             unknown = [task for task in self.tasks if task not in manager.all_tasks]
@@ -146,7 +146,7 @@ def _own_randomness() -> Iterator[None]:
 @contextmanager
 def _quiet(loggers: Sequence[str] = ("lm_eval", "lm-eval", "datasets")) -> Iterator[None]:
     """Hide the harness's advice, progress bars and the deprecations of its own dependencies."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled  # type: ignore[import-untyped,import-not-found]
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     levels = {name: logging.getLogger(name).level for name in loggers}
     bars = is_progress_bar_enabled()

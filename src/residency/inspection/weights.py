@@ -36,12 +36,16 @@ class _Update:
     dense: Tensor | None = None
 
     def drift(self) -> WeightDrift:
-        return dense_drift(self.dense) if self.dense is not None else low_rank_drift(*self.factors)  # type: ignore[misc]
+        if self.dense is not None:
+            return dense_drift(self.dense)
+        assert self.factors is not None
+        return low_rank_drift(*self.factors)
 
     def inner(self, other: _Update) -> float:
         if self.dense is not None and other.dense is not None:
             return float((self.dense.double() * other.dense.double()).sum())
-        return low_rank_inner(self.factors, other.factors)  # type: ignore[arg-type]
+        assert self.factors is not None and other.factors is not None  # noqa: PT018
+        return low_rank_inner(self.factors, other.factors)
 
 
 class WeightDriftByLayer(Observer):
@@ -167,7 +171,8 @@ def _minus(now: Mapping[str, _Update], before: Mapping[str, _Update]) -> dict[st
         elif new.dense is not None and old.dense is not None:
             found[name] = _Update(dense=new.dense.double() - old.dense.to(new.dense.device).double())
         else:
-            (left, right), (old_left, old_right) = new.factors, old.factors  # type: ignore[misc]
+            assert new.factors is not None and old.factors is not None  # noqa: PT018
+            (left, right), (old_left, old_right) = new.factors, old.factors
             old_left, old_right = old_left.to(left), old_right.to(right)
             found[name] = _Update(factors=(torch.cat([left, -old_left], 1), torch.cat([right, old_right], 0)))
     return found

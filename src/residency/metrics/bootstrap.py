@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.stats
 
 from residency.metrics.statistics import FloatArray, Interval
 
@@ -47,15 +48,15 @@ def bootstrap_interval(
     estimates = np.array([np.mean([_mean(x, w) for x, w in seed_groups]) for seed_groups in groups])
     estimate, n = float(estimates.mean()), len(groups)
     bca = n >= _BCA_SEEDS
-    names = {"level": level, "method": "BCa" if bca else "percentile", "n": n}
+    names: dict[str, Any] = {"level": level, "method": "BCa" if bca else "percentile", "n": n}
     if math.isnan(estimate):
-        return Interval(estimate=estimate, low=math.nan, high=math.nan, **names)  # type: ignore[arg-type]
+        return Interval(estimate=estimate, low=math.nan, high=math.nan, **names)
     draws = bootstrap_replicates(scores, weights=weights, replicates=replicates, seed=seed)
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if bca:
         tails = _bca_tails(tails, draws, estimates)
     low, high = (float(q) for q in np.quantile(draws, tails))
-    return Interval(estimate=estimate, low=low, high=high, **names)  # type: ignore[arg-type]
+    return Interval(estimate=estimate, low=low, high=high, **names)
 
 
 def bootstrap_replicates(

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.stats
 
 from residency.metrics.statistics import Interval, t_interval, vector
 

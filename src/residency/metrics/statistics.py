@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.stats
 
 __all__ = [
     "Interval",
@@ -163,9 +164,9 @@ def sign_flip(differences: npt.ArrayLike, *, seed: int = 0) -> SignFlip:
     """
     d = vector(differences, "differences")
     nonzero, exact = int(np.count_nonzero(d)), d.size <= _EXACT
-    result = {"smallest_p": smallest_p(nonzero), "n": d.size, "exact": exact}
+    result: dict[str, Any] = {"smallest_p": smallest_p(nonzero), "n": d.size, "exact": exact}
     if d.size == 0 or np.isnan(d).any():
-        return SignFlip(p=math.nan, **result)  # type: ignore[arg-type]
+        return SignFlip(p=math.nan, **result)
     # Sums of the same numbers in another order differ by rounding, and must still count as equal.
     reached = abs(d.sum()) * (1 - 1e-12) - 1e-12 * np.abs(d).sum()
     if exact:
@@ -177,7 +178,7 @@ def sign_flip(differences: npt.ArrayLike, *, seed: int = 0) -> SignFlip:
     else:
         signs = np.random.default_rng(seed).integers(0, 2, size=(_DRAWS, d.size), dtype=np.int8) * 2 - 1
         p = (1 + int((np.abs(signs @ d) >= reached).sum())) / (1 + _DRAWS)
-    return SignFlip(p=p, **result)  # type: ignore[arg-type]
+    return SignFlip(p=p, **result)
 
 
 def paired_t(differences: npt.ArrayLike) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,13 +45,13 @@ class Mitigation(Callback):
     reduced over ranks from the declaration. Everything else must be derivable from the config.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset()
+    requires: frozenset[Capability] = frozenset()
     """What the adapter must provide; a missing capability is refused at construction."""
 
     alternative: ClassVar[str] = "a mitigation without that requirement, for example configs/mitigation/replay.yaml"
     """What to use where `requires` is not met (completes the sentence "use ...")."""
 
-    first_domain: ClassVar[int] = 1
+    first_domain: int = 1
     """Index of the first stage whose TRAINING it touches or must watch: 1 for what protects earlier domains, 0 for
     what has to see the first one as well. Studies share all stages before it."""
 
@@ -217,7 +218,7 @@ class Mitigation(Callback):
             return
         for key, how in self._reductions.items():
             if how is not None:
-                self.state[key] = _map(self.state[key], lambda t, how=how: _all_reduce(t, how))  # type: ignore[misc]
+                self.state[key] = _map(self.state[key], partial(_all_reduce, how=how))
 
 
 def overrides(mitigation: Mitigation, hook: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -69,7 +69,7 @@ class EarlyStopping(Mitigation):
         min_delta: An improvement is larger than this, in nats per completion token.
     """
 
-    first_domain: ClassVar[int] = 0
+    first_domain: int = 0
 
     def __init__(self, *, every: int = 10, patience: int | None = None, min_delta: float = 0.0) -> None:
         super().__init__()
@@ -93,13 +93,11 @@ class EarlyStopping(Mitigation):
         assert isinstance(tensor, Tensor)
         return Progress.of(tensor)
 
-    def on_train_start(self, trainer: Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
         """A stage that was killed after its patience had run out has nothing left to do."""
         self._end_if_due(trainer, module)
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: StageModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
         """Validate, where a step that is due has just been completed."""
         progress, step = self.progress, trainer.global_step
         due = self.every and step > progress.step and (step % self.every == 0 or step == module.stage.steps)
@@ -112,7 +110,7 @@ class EarlyStopping(Mitigation):
         self._end_if_due(trainer, module)
 
     @torch.no_grad()
-    def on_train_end(self, trainer: Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
         """Go back to the best state, and forget it."""
         best = self.state["best"]
         assert isinstance(best, dict)

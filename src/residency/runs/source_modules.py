@@ -139,8 +139,10 @@ def defined(module: str) -> dict[str, ast.stmt]:
 def _submodule_defining(package: str, symbol: str) -> str | None:
     """The module below a package that defines a class which the package exports by looking for it."""
     file = source_file(package)
-    for path in sorted(file.parent.rglob("*.py")) if file is not None else []:
-        relative = path.relative_to(file.parent).with_suffix("").parts  # type: ignore[union-attr]
+    if file is None:
+        return None
+    for path in sorted(file.parent.rglob("*.py")):
+        relative = path.relative_to(file.parent).with_suffix("").parts
         name = ".".join([package, *(part for part in relative if part != "__init__")])
         if name != package and isinstance(defined(name).get(symbol), ast.ClassDef):
             return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class StageCache:
             entries[column] = self.store.put(
                 "evaluations",
                 keys[column],
-                lambda folder, found=found: write_scores(folder / "scores.parquet", found),  # type: ignore[misc]
+                partial(_write_scores, found),
                 meta={"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), "column": column},
             )
         scores = [s for entry in entries.values() if entry for s in read_scores(entry.path / "scores.parquet")]
@@ -146,6 +147,10 @@ class StageCache:
         options: dict[str, Any] = {"split": settings.split, "settings": settings.evaluation}
         options["layout"] = self.model()["layout"]
         return {name: self.keys.scores(k, name, **options) for name, domain in columns.items() if domain.scorers}
+
+
+def _write_scores(scores: Evaluation, folder: Path) -> None:
+    write_scores(folder / "scores.parquet", scores)
 
 
 def _trim(log: Path, checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from residency.adapters.peft_tools.tuners import check_quantised, kind_of
 from residency.backbones.kernels.lora import fuse_lora
 from residency.core.errors import UserError
+from residency.core.types import untyped
 
 __all__ = ["expected_remarks", "is_quantised", "wrap"]
 
@@ -33,7 +34,8 @@ def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.M
         UserError: The tuner does not fit the model, its layers or its quantisation.
     """
     if isinstance(model, PeftModel):
-        return model  # type: ignore[no-any-return]
+        result: nn.Module = model
+        return result
     if is_quantised(model):
         check_quantised(config)
     # A copy: PEFT writes the base model's name and the resolved targets into the config it is given.
@@ -44,9 +46,10 @@ def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.M
         torch.sparse.check_sparse_tensor_invariants.disable()
     try:
         with expected_remarks():
-            wrapped = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
+            wrapped = get_peft_model(untyped(model), config, adapter_name=name)
         fuse_lora(wrapped)
-        return wrapped  # type: ignore[no-any-return]
+        result = wrapped
+        return result
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
             f"PEFT refuses {type(config).__name__} on {type(model).__name__}: {error}",

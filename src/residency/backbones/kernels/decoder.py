@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from residency.backbones.kernels import lora
+from residency.backbones.kernels.autograd import apply, once_differentiable
 from residency.backbones.kernels.lora import Linear
 from residency.backbones.kernels.norm import normalise, normalise_back
 from residency.backbones.kernels.rotary import turn
@@ -79,7 +79,7 @@ def decoder_layer(x: Tensor, cos: Tensor, sin: Tensor, seen: Seen, parts: Parts)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *trained)):
         middle, _ = _first_half(x, cos, sin, seen, parts)
         return _second_half(middle, parts)[0]
-    y: Tensor = _DecoderLayer.apply(x, cos, sin, seen, parts, *trained)  # type: ignore[no-untyped-call]
+    y: Tensor = apply(_DecoderLayer, x, cos, sin, seen, parts, *trained)
     return y
 
 
@@ -154,7 +154,7 @@ class _DecoderLayer(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         parts: Parts = ctx.parts
         known = 3 * len(parts.linear) + len(parts.norms)

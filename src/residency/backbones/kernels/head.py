@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from residency.backbones.kernels.autograd import apply, once_differentiable
 from residency.backbones.kernels.hooks import watched
+from residency.core.types import untyped
 
 __all__ = ["bare_head", "free_head", "head_nll", "without_head"]
 
@@ -48,7 +49,7 @@ def head_nll(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
     Returns:
         (M,) in nats, float32 (float64 for float64 features).
     """
-    nll: Tensor = _HeadNLL.apply(features, weight, bias, targets)  # type: ignore[no-untyped-call]
+    nll: Tensor = apply(_HeadNLL, features, weight, bias, targets)
     return nll
 
 
@@ -69,7 +70,7 @@ class _HeadNLL(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, bias, targets, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -143,7 +144,7 @@ class _Free:
         self._head = head
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x if _bare.get() else nn.Linear.forward(self._head, x)  # type: ignore[arg-type]
+        return x if _bare.get() else nn.Linear.forward(untyped(self._head), x)
 
 
 def free_head(model: nn.Module) -> bool:
@@ -158,7 +159,7 @@ def free_head(model: nn.Module) -> bool:
     head = _output(model)
     if type(head) is not nn.Linear or head.weight.dtype not in _DTYPES:
         return False
-    head.forward = _Free(head)  # type: ignore[method-assign, assignment]
+    untyped(head).forward = _Free(head)
     if not _is_last(model, head):
         del head.forward
         return False

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from residency.backbones.kernels.autograd import apply, once_differentiable
 from residency.core.types import Batch, segment_tokens
 
 __all__ = ["run_in_lanes", "split"]
@@ -87,7 +87,7 @@ def run_in_lanes(run: Run, batch: Batch, *, lanes: int, leaves: Sequence[Tensor]
     """
     parts = split(batch, lanes)
     if torch.is_grad_enabled() and leaves:
-        joined: Tensor = _Lanes.apply(run, parts, *leaves)  # type: ignore[no-untyped-call]
+        joined: Tensor = apply(_Lanes, run, parts, *leaves)
         return joined
     return _join(_side_by_side([partial(run, part) for part, _ in parts]), [places for _, places in parts])
 
@@ -102,7 +102,7 @@ class _Lanes(torch.autograd.Function):
         return _join([out for _, out in found], ctx.places)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> _Gradients:
         if ctx.edges is None:
             raise RuntimeError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from residency.backbones.kernels.hooks import watched
+from residency.core.types import untyped
 
 __all__ = ["only_at", "trim_last_layer"]
 
@@ -53,9 +54,11 @@ class _Trimmed:
         plain = type(self._part).forward
         positions = _read.get()
         if positions is None or x.dim() != 3 or len(x) != 1 or len(positions) > _WORTH_IT * x.shape[1]:
-            return plain(self._part, x)  # type: ignore[no-any-return]
+            result: Tensor = plain(self._part, x)
+            return result
         if any(map(watched, self._around)) or any(map(watched, self._part.modules())):
-            return plain(self._part, x)  # type: ignore[no-any-return]
+            result = plain(self._part, x)
+            return result
         y: Tensor = plain(self._part, x[:, positions])
         return y.new_zeros(1, x.shape[1], y.shape[2]).index_copy(1, positions, y)
 
@@ -79,7 +82,7 @@ def trim_last_layer(model: nn.Module) -> bool:
     # Whoever has hooked into the layer or into what follows it wants to see all positions.
     inner: Any = model.model
     around = [model, inner, layers, last, *(child for child in inner.children() if child is not layers)]
-    part.forward = _Trimmed(part, around)  # type: ignore[method-assign]
+    untyped(part).forward = _Trimmed(part, around)
     return True
 
 

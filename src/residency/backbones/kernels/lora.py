@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from residency.backbones.kernels.autograd import apply, once_differentiable
 from residency.backbones.kernels.hooks import watched
+from residency.core.types import untyped
 
 __all__ = ["Linear", "as_linear", "backward", "forward", "fuse_lora", "lora_linear"]
 
@@ -124,7 +125,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, thin = ctx.saved_tensors
         layer = Linear(weight, None, a, b, ctx.scale)
@@ -147,7 +148,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     Returns:
         (..., out).
     """
-    y: Tensor = _LoraLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    y: Tensor = apply(_LoraLinear, x, weight, bias, a, b, scale)
     return y
 
 
@@ -166,7 +167,7 @@ def fuse_lora(model: nn.Module) -> int:
     layers = [module for module in model.modules() if type(module) is Linear]
     for layer in layers:
         if type(layer.base_layer) is nn.Linear:
-            layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+            untyped(layer).forward = MethodType(_forward, layer)
     return len(layers)
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from residency.backbones.kernels.autograd import apply, once_differentiable
+from residency.core.types import untyped
 
 __all__ = ["fuse_norms", "is_plain_norm", "normalise", "normalise_back", "rms_norm"]
 
@@ -43,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         dx = dw = None
@@ -67,7 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """
     if x.device.type != "cpu":
         return torch.rms_norm(x, weight.shape, weight, epsilon)
-    y: Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    y: Tensor = apply(_RMSNorm, x, weight, epsilon)
     return y
 
 
@@ -90,7 +92,7 @@ def fuse_norms(model: nn.Module) -> int:
         if kind not in known:
             known[kind] = _is_plain(module)
         if known[kind] and module.weight.dtype == torch.float32:
-            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+            untyped(module).forward = MethodType(_forward, module)
             count += 1
     return count
 

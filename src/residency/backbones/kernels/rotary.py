@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from residency.backbones.kernels.autograd import apply, once_differentiable
+from residency.core.types import untyped
 
 __all__ = ["fuse_rotary", "rotate", "turn"]
 
@@ -54,7 +56,7 @@ class _Rotate(torch.autograd.Function):
         return turn(query, cos, sin), turn(key, cos, sin)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dquery: Tensor, dkey: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return turn(dquery, cos, sin, back=True), turn(dkey, cos, sin, back=True), None, None
@@ -72,7 +74,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     Returns:
         Both, in the memory order they came in.
     """
-    turned: tuple[Tensor, Tensor] = _Rotate.apply(query, key, cos.unsqueeze(1), sin.unsqueeze(1))  # type: ignore[no-untyped-call]
+    turned: tuple[Tensor, Tensor] = apply(_Rotate, query, key, cos.unsqueeze(1), sin.unsqueeze(1))
     return turned
 
 
@@ -95,7 +97,7 @@ def fuse_rotary(model: nn.Module) -> int:
             known[forward] = _with_rotation(forward)
         fused = known[forward]
         if fused is not None and "forward" not in vars(module):
-            module.forward = MethodType(fused, module)  # type: ignore[method-assign]
+            untyped(module).forward = MethodType(fused, module)
             count += 1
     return count
 

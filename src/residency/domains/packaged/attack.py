@@ -58,7 +58,8 @@ def _rows(folder: Path) -> Iterator[Row]:
 
 
 def _load(path: Path, key: str) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))[key]  # type: ignore[no-any-return]
+    result: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))[key]
+    return result
 
 
 def _plain(text: str) -> str:

@@ -60,7 +60,7 @@ class GPM(Mitigation):
             embeddings): `frozen`, without which nothing is guaranteed, as they move the inputs themselves; or `free`.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates", "linear"})
+    requires: frozenset[Capability] = frozenset({"fixed_coordinates", "linear"})
     alternative: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
     training_only: ClassVar[frozenset[str]] = frozenset({"rest"})
 

@@ -48,7 +48,7 @@ def dual_weights(gram: np.ndarray, products: np.ndarray, *, margin: float, ridge
         ridge: Q = R Rᵀ + ridge · mean(diag(R Rᵀ)) · I. The authors' ridge is an absolute 1e-3, which on small gradients
             would switch the constraints off; relative to their size it means the same everywhere.
     """
-    from scipy.optimize import nnls  # type: ignore[import-untyped]  # takes long to load
+    from scipy.optimize import nnls  # takes long to load
 
     size = len(gram)
     q = gram + ridge * gram.trace() / size * np.eye(size)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from residency.core.batching import by_token_budget, make_batch
-from residency.core.types import Batch, Example, Tensors
+from residency.core.types import Batch, Example, Tensors, untyped
 from residency.mitigations.contract import StageModule
 
 __all__ = ["LinearMap", "kept_share", "layer_weight", "linear_maps", "passes"]
@@ -85,7 +85,7 @@ def layer_weight(model: nn.Module, layer: str) -> Tensor:
     base = module.get_base_layer()
     weight = dequantize_module_weight(base).detach().float()
     for adapter in module.active_adapters:
-        weight = weight + module.get_delta_weight(adapter).float()  # type: ignore[operator]
+        weight = weight + untyped(module).get_delta_weight(adapter).float()
     return weight.T if _is_transposed(base) else weight
 
 

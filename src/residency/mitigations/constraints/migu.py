@@ -50,7 +50,7 @@ class MIGU(Mitigation):
         threshold: τ, share of the rows of every layer that are not updated in a step, in [0, 1]. 0 = off.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"linear"})
+    requires: frozenset[Capability] = frozenset({"linear"})
     alternative: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
 
     def __init__(self, *, threshold: float = 0.7) -> None:

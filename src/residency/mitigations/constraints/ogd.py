@@ -73,7 +73,7 @@ class OGD(Mitigation):
             ground-truth logits (OGD-GTL). `log_prob`: log p(completion | prompt).
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
+    requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = "configs/mitigation/agem.yaml, or an adapter with persistent coordinates (lora, full)"
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from residency.core.errors import UserError
 from residency.core.randomness import permutation
-from residency.core.types import Capability, Example, Stage, Tensors
+from residency.core.types import Capability, Example, Stage, Tensors, untyped
 from residency.domains.base import Domain
 from residency.mitigations.base import Mitigation
 from residency.mitigations.constraints.linear_maps import LinearMap, kept_share, linear_maps
@@ -88,9 +88,9 @@ class SourceShielding(Mitigation):
         tokens: Longest text that the model writes itself (the paper: 2048).
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"linear"})
+    requires: frozenset[Capability] = frozenset({"linear"})
     alternative: ClassVar[str] = "configs/mitigation/weight_mixing.yaml, or an adapter of linear layers (lora, full)"
-    first_domain: ClassVar[int] = 0
+    first_domain: int = 0
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class SourceShielding(Mitigation):
         if self.ratio == 0 or stage.index > 0:
             return
         places = linear_maps(module.model, module.adapter.trainable(module.model))
-        head: Any = module.model.get_output_embeddings()  # type: ignore[operator]
+        head: Any = untyped(module.model).get_output_embeddings()
         layers = sorted({p.layer for p in places.values() if module.model.get_submodule(p.layer) is not head})
         uses_text = self.score not in ("magnitude", "random")
         examples = self._source(module, stage) if uses_text else []

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class ZClip(Mitigation):
         per_domain: Begin anew, with a warm-up, in every domain.
     """
 
-    first_domain: ClassVar[int] = 0
+    first_domain: int = 0
 
     def __init__(
         self, *, threshold: float = 2.5, decay: float = 0.97, warmup: int = 25, per_domain: bool = False

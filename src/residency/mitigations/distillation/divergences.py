@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from residency.backbones.kernels.autograd import apply
+
 __all__ = ["buckets", "distillation_loss", "generalised_jsd", "top_log_probs"]
 
 # An impossible token: exp is exactly 0, and differences stay finite.
@@ -104,7 +106,7 @@ def distillation_loss(
         Scalar in nats, float32. Its gradient is τ (p_s - p_t) / count with respect to the logits, none for the teacher.
     """
     divisor = len(logits) if count is None else count
-    loss: Tensor = _Distillation.apply(logits, teacher, ids, temperature, divisor)  # type: ignore[no-untyped-call]
+    loss: Tensor = apply(_Distillation, logits, teacher, ids, temperature, divisor)
     return loss
 
 

@@ -55,7 +55,7 @@ class OnPolicyDistillation(Mitigation):
         temperature: Of the student's sampling.
     """
 
-    first_domain: ClassVar[int] = 0
+    first_domain: int = 0
     alternative: ClassVar[str] = "teacher: ema or live, which every adapter can do"
 
     def __init__(
@@ -96,7 +96,7 @@ class OnPolicyDistillation(Mitigation):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         if teacher == "base":
-            self.requires = frozenset({"reference"})  # type: ignore[misc]  # narrowed per instance
+            self.requires = frozenset({"reference"})
         self.add_state("teacher", {})
         self.add_state("step", torch.zeros((), dtype=torch.long))
         self._numbers: dict[str, float] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from residency.backbones.base import Sampling
 from residency.core.errors import UserError
 from residency.core.randomness import seed_of
-from residency.core.types import Example, Stage
+from residency.core.types import Example, ExampleView, Stage
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
@@ -72,7 +72,7 @@ def _normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-class Rewritten(Sequence[Example]):
+class Rewritten(ExampleView):
     """A data set in which some rows have another completion; nothing is read before an example is asked for.
 
     Args:
@@ -87,7 +87,7 @@ class Rewritten(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.current)
 
-    def __getitem__(self, position: int) -> Example:  # type: ignore[override]
+    def at(self, position: int) -> Example:
         example = self.current[position]
         return self.rewrites().get((example.domain, example.row), example)
 
@@ -112,7 +112,7 @@ class SDFT(Mitigation):
         generation_batch: Prompts that are continued together.
     """
 
-    first_domain: ClassVar[int] = 0
+    first_domain: int = 0
     alternative: ClassVar[str] = "rewriter: current, which every adapter can do"
 
     def __init__(
@@ -142,7 +142,7 @@ class SDFT(Mitigation):
         self.temperature = temperature
         self.generation_batch = generation_batch
         if rewriter == "base":
-            self.requires = frozenset({"reference"})  # type: ignore[misc]  # narrowed per instance
+            self.requires = frozenset({"reference"})
         self.add_state("rewrites", pack_examples([]))
         self.add_state("counts", torch.zeros(2, dtype=torch.long))  # offered, accepted
         self._unpacked: tuple[Any, dict[Key, Example]] = (None, {})

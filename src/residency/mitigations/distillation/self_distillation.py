@@ -87,8 +87,8 @@ class SelfDistillation(Mitigation):
         self.batch_tokens = batch_tokens
         if teacher == "base":
             # Both narrowed per instance: this teacher has something to protect from the first step on.
-            self.requires = frozenset({"reference"})  # type: ignore[misc]
-            self.first_domain = 0  # type: ignore[misc]
+            self.requires = frozenset({"reference"})
+            self.first_domain = 0
         self.add_state("teacher", {})
         self.add_state("step", torch.zeros((), dtype=torch.long))
         self.add_state("cached", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -54,7 +54,7 @@ class EMA(Mitigation):
         decay: β in [0, 1): the window is about 1 / (1 - β) steps. With fewer steps it is nearly their mean. 0 = off.
     """
 
-    first_domain: ClassVar[int] = 0
+    first_domain: int = 0
 
     def __init__(self, *, decay: float = 0.999) -> None:
         super().__init__()
@@ -68,9 +68,7 @@ class EMA(Mitigation):
         self.add_state("average", {})
         self.add_state("steps", torch.zeros((), dtype=torch.long))
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: StageModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
         """Take a step in, once its last micro-batch is done."""
         step, average = trainer.global_step, self.state["average"]
         if self.decay == 0 or step == self._steps:
@@ -81,7 +79,7 @@ class EMA(Mitigation):
         self.state["steps"] = torch.tensor(step)
 
     @torch.no_grad()
-    def on_train_end(self, trainer: Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
         """Put the average in the place of the last step, and start anew."""
         average = self.state["average"]
         assert isinstance(average, dict)

@@ -51,7 +51,7 @@ class FisherMerge(Mitigation):
         batch_tokens: Tokens per pass of the estimate; changes memory, not the result.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable", "fixed_coordinates"})
+    requires: frozenset[Capability] = frozenset({"averageable", "fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/weight_mixing.yaml, or an adapter with persistent coordinates (lora, full)"
     )

@@ -60,7 +60,7 @@ class IntruderReduction(Mitigation):
         first: After the first stage too.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable", "low_rank"})
+    requires: frozenset[Capability] = frozenset({"averageable", "low_rank"})
     alternative: ClassVar[str] = "configs/mitigation/wise_ft.yaml, or configs/adapter/lora.yaml"
 
     def __init__(self, *, scale: float = 0.75, top_k: int = 10, threshold: float = 0.5, first: bool = True) -> None:

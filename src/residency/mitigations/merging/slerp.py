@@ -92,7 +92,7 @@ class SLERP(Mitigation):
         first: After the first stage too, where the vector before is zero and the arc a straight line.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
+    requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
     )

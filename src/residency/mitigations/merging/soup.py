@@ -61,8 +61,8 @@ class Soup(Mitigation):
         every: For `steps`: optimizer steps between two states.
     """
 
-    first_domain: ClassVar[int] = 0
-    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
+    first_domain: int = 0
+    requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = "configs/mitigation/ema.yaml, or an adapter whose states can be averaged (lora, full)"
 
     def __init__(
@@ -88,9 +88,7 @@ class Soup(Mitigation):
         self.uses_validation = choose == "greedy" and last != 1
         self.add_state("kept", {})
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: StageModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
         """Keep a state of the running stage; the last one is there when it ends."""
         step, steps = trainer.global_step, module.stage.steps
         if self.over != "steps" or self.last == 1 or step == steps or (steps - step) % self.every:
@@ -98,7 +96,9 @@ class Soup(Mitigation):
         if self.last is not None and (steps - step) // self.every >= self.last:
             return
         state = module.adapter.state(module.model)
-        self.state["kept"] = remember(self.state["kept"], state, index=step, last=None)  # type: ignore[arg-type]
+        kept = self.state["kept"]
+        assert isinstance(kept, dict)
+        self.state["kept"] = remember(kept, state, index=step, last=None)
 
     def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """The soup; for `stages` the state joins those that are kept, for `steps` they are done with."""

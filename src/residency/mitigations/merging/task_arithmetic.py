@@ -43,7 +43,7 @@ class TaskArithmetic(Mitigation):
         first: After the first stage too (then it is λ τ_1).
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
+    requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
     )

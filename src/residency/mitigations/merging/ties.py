@@ -77,7 +77,7 @@ class TIES(Mitigation):
         first: After the first stage too (then it is a trimmed τ_1).
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
+    requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
     )

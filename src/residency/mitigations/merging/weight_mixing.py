@@ -56,7 +56,7 @@ class WeightMixing(Mitigation):
             to forget but the base.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
+    requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
     )

@@ -24,7 +24,7 @@ class WiseFT(Mitigation):
         first: After the first stage too.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"averageable"})
+    requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
     )

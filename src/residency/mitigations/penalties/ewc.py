@@ -58,7 +58,7 @@ class EWC(Mitigation):
         UserError: A value is out of range, or `token` is asked of what has no tokens to square.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
+    requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
     )

@@ -70,7 +70,7 @@ class KroneckerEWC(Mitigation):
         UserError: A value is out of range.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates", "low_rank"})
+    requires: frozenset[Capability] = frozenset({"fixed_coordinates", "low_rank"})
     alternative: ClassVar[str] = "configs/mitigation/ewc.yaml, or plain LoRA (configs/adapter/lora.yaml)"
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
 

@@ -113,7 +113,7 @@ def kronecker_factors(
     outputs: dict[str, Tensor] = {}
     tokens, examples = 0, 0
     for batch in batches:
-        calls = _calls(layers, lambda batch=batch: losses(batch).sum())  # type: ignore[misc]
+        calls = _calls(layers, partial(_summed, losses, batch))
         first: dict[int, str] = {}
         for path, (x, gradient) in calls.items():
             # A layer keeps an Ā of its own from the first batch on, or never.
@@ -125,6 +125,10 @@ def kronecker_factors(
     if examples == 0:
         raise ValueError("Kronecker factors need at least one example, got none")
     return shared, {p: t / tokens for p, t in inputs.items()}, {p: t / examples for p, t in outputs.items()}
+
+
+def _summed(losses: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    return losses(batch).sum()
 
 
 def _calls(layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -77,11 +77,11 @@ class L2SP(Mitigation):
         UserError: A value is out of range.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
+    requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
     )
-    first_domain: ClassVar[int] = 0
+    first_domain: int = 0
 
     def __init__(
         self,

@@ -92,7 +92,7 @@ class MAS(Mitigation):
         UserError: A value is out of range.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
+    requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
     )

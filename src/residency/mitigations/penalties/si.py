@@ -50,11 +50,11 @@ class SI(Mitigation):
         UserError: A value is out of range.
     """
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"fixed_coordinates"})
+    requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
     )
-    first_domain: ClassVar[int] = 0
+    first_domain: int = 0
 
     def __init__(self, *, strength: float = 0.5, xi: float = 1e-3) -> None:
         super().__init__()

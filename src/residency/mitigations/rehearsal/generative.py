@@ -85,7 +85,7 @@ class GenerativeReplay(Mitigation):
         self.prompt_loss = prompt_loss
         if prompt_loss:
             # The first domain's prompts have to be learned, too, if they are to be written later.
-            self.first_domain = 0  # type: ignore[misc]
+            self.first_domain = 0
         self.add_state("shots", pack_examples([]))
         self.add_state("written", pack_examples([]))
         self.add_state("shapes", pack_shapes({}))

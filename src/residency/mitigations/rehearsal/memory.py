@@ -11,7 +11,7 @@ from torch import Tensor
 
 from residency.core.errors import UserError
 from residency.core.randomness import choice
-from residency.core.types import Branch, Example, Stage
+from residency.core.types import Branch, Example, ExampleView, Stage
 from residency.mitigations.rehearsal.selection import drawn, fair_quotas, reservoir_slot
 
 __all__ = [
@@ -84,7 +84,7 @@ def replayed_position(position: int, *, ratio: float, every: int, batch_size: in
     return replayed_slot(step // every * batch_size + slot, ratio)
 
 
-class Mixture(Sequence[Example]):
+class Mixture(ExampleView):
     """A stage's examples with a fixed share of positions taken by old ones; a pure function of the position.
 
     Args:
@@ -116,7 +116,7 @@ class Mixture(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.current)
 
-    def __getitem__(self, position: int) -> Example:  # type: ignore[override]
+    def at(self, position: int) -> Example:
         if not 0 <= position < len(self):
             raise IndexError(position)
         size = self.stage.batch_size

@@ -90,7 +90,7 @@ def kmeans_order(features: Tensor, count: int, *, seed: int) -> list[int]:
         Row numbers: representatives of large clusters first, then rows drawn from the rest where clusters were empty.
     """
     # Loaded when it is needed: importing it would slow every command down.
-    from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped]
+    from scipy.cluster.vq import kmeans2
 
     points = features.double().numpy()
     shuffled = permutation(len(points), seed, "kmeans")

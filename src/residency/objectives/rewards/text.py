@@ -188,8 +188,8 @@ def _inner(argument: Any) -> list[Any]:
 
 def _validator(schema: dict[str, Any]) -> Any:
     try:
-        from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
-        from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import SchemaError
     except ImportError:
         raise UserError(
             "JsonValid with a schema and no jsonschema",

@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.stats
 
 __all__ = ["Basis", "Crossed", "Parts", "crossed", "influence"]
 
@@ -108,11 +108,11 @@ def crossed(scores: npt.ArrayLike, parts: Sequence[Parts] | None = None, *, leve
     by_rows = _over_rows(tables)
     floor = math.nan if by_rows is None else _reach(by_rows, level)
     total, basis = _total(y, tables, by_rows)
-    found = {"estimate": estimate, "seeds": y.size, "rows": rows, "noise_floor": floor, "basis": basis}
+    found: dict[str, Any] = {"estimate": estimate, "seeds": y.size, "rows": rows, "noise_floor": floor, "basis": basis}
     if total is None or math.isnan(estimate):
-        return Crossed(low=math.nan, high=math.nan, p=math.nan, df=math.nan, **found)  # type: ignore[arg-type]
+        return Crossed(low=math.nan, high=math.nan, p=math.nan, df=math.nan, **found)
     half, p = _reach(total, level), _p(estimate, total)
-    return Crossed(low=estimate - half, high=estimate + half, p=p, df=total.df, **found)  # type: ignore[arg-type]
+    return Crossed(low=estimate - half, high=estimate + half, p=p, df=total.df, **found)
 
 
 def _tables(parts: Sequence[Parts]) -> list[FloatArray]:

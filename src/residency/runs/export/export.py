@@ -16,6 +16,7 @@ from residency.core.environment import versions
 from residency.core.errors import UserError
 from residency.core.folders import replace_folder
 from residency.core.tensor_files import write_json
+from residency.core.types import untyped
 from residency.engine.scoring.evaluation import evaluate, means
 from residency.runs.export.model_card import model_card
 from residency.runs.folder import RunFolder
@@ -131,8 +132,11 @@ def merged_model(adapter: Adapter, model: nn.Module, *, dtype: str | None) -> nn
         model = model.float()
     _untie_adapted(model)
     plain = adapter.merge(model)
-    if _tied(plain) and plain.get_input_embeddings().weight is not plain.get_output_embeddings().weight:  # type: ignore[operator]
-        plain.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    if (
+        _tied(plain)
+        and untyped(plain).get_input_embeddings().weight is not untyped(plain).get_output_embeddings().weight
+    ):
+        untyped(plain).config.tie_word_embeddings = False
     return plain.to(own if dtype is None else getattr(torch, dtype))
 
 

@@ -22,6 +22,7 @@ from rich.table import Column
 from rich.text import Text
 
 from residency.core.text import printable
+from residency.core.types import untyped
 
 __all__ = ["StageProgress", "clock_time", "evaluation_progress", "no_terminal"]
 
@@ -61,7 +62,7 @@ class StageProgress(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Silence Lightning's own bar, and this one on all ranks but the first."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in untyped(trainer).callbacks:
             if isinstance(callback, ProgressBar):
                 callback.disable()
         self._line.silent = not trainer.is_global_zero

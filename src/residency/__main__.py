@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import gc
+import os
 import sys
+from contextlib import suppress
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
 
 from residency.core.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
+from residency.core.guard import explain_error
 from residency.core.signals import Stopped, stop_on_signals
+from residency.core.text import for_terminal
 
 __all__ = ["main"]
 
@@ -43,6 +47,7 @@ exit codes: 0 done, 2 you can mend it, 3 some cells failed, 4 a limit is crossed
 signal (the same command goes on)
 """
 
+_TRACEBACK = "RESIDENCY_TRACEBACK"  # set it to see where in the code a refusal arose
 _STREAM_VERBS = ("fit", "validate", "test", "predict", "export")
 
 
@@ -64,29 +69,42 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"residency {version('residency')}")
         return EXIT_DONE
+    # A name that this terminal has no letters for must not end a command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with stop_on_signals():
-            return _dispatch(words)
-    except UserError as error:
-        print(f"residency: {error}", file=sys.stderr)
-        return EXIT_USER
+            code = _dispatch(words)
+            sys.stdout.flush()
+            return code
     except Stopped as stopped:
-        print(f"residency: stopped by {stopped}; what is complete is kept, the same command goes on", file=sys.stderr)
+        return _end(f"stopped by {stopped}; what is complete is kept, the same command goes on", EXIT_SIGNAL)
+    except BrokenPipeError:
+        # Whoever read the output is gone (`| head`), as if by SIGPIPE; what Python still holds must not be flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_SIGNAL
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        told = explain_error(error)
+        if told is None or (os.environ.get(_TRACEBACK) and not isinstance(error, UserError)):
             raise
-        full = UserError(
-            f"no room on the disk{f' for {error.filename}' if error.filename else ''}",
-            why="a file could not be written",
-            fix="free some space and run the same command again: it goes on from the last complete state",
-        )
-        print(f"residency: {full}", file=sys.stderr)
-        return EXIT_USER
+        return _end(str(told), EXIT_USER)
+
+
+def _end(text: str, code: int) -> int:
+    """Say why a command ends, and give its exit code again."""
+    # The terminal may be what is gone.
+    with suppress(OSError, ValueError):
+        print(f"residency: {for_terminal(text)}", file=sys.stderr)
+    return code
 
 
 def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
+    if verb in (*_STREAM_VERBS, "sweep"):
+        from residency.runs.config.imports import take_allow
+
+        rest = take_allow(rest)
     if verb in _STREAM_VERBS:
         return _stream_verb(verb, rest)
     if verb == "sweep":

@@ -56,8 +56,8 @@ def test_fit_writes_the_record(fitted: tuple[Path, Result]) -> None:
     run, result = fitted
     stages = {path.name: {file.name for file in path.iterdir()} for path in (run / "stages").iterdir()}
     assert set(stages) == {"0-base", "1-a", "2-b"}
-    assert stages["0-base"] == {"stage.json", "scores.parquet"}
-    assert stages["1-a"] == stages["2-b"] == {"stage.json", "scores.parquet", "state.safetensors"}
+    assert stages["0-base"] == {"stage.json", "scores.parquet", "history.jsonl"}
+    assert stages["1-a"] == stages["2-b"] == {"stage.json", "scores.parquet", "state.safetensors", "history.jsonl"}
     assert {"config.yaml", "results.json", "history.jsonl", "nll.png", "nll.svg"} <= {p.name for p in run.iterdir()}
     record = read_json(run / "results.json")
     assert (record["schema"], record["status"], record["domains"], record["seed"]) == (1, "done", ["a", "b"], 0)

@@ -37,6 +37,9 @@ def test_record_is_as_the_design_says(finished: tuple[Path, dict[str, Any], Cont
     folder, record, _ = finished
     stored = json.loads((folder / "results.json").read_text())
     assert stored.pop("schema") == 1
+    # What makes the record a seal of the folder: tests/runs/test_damage.py.
+    assert {"history.jsonl", "stages/0-base/stage.json"} <= stored.pop("files").keys()
+    assert len(stored.pop("checksum")) == 64
     assert stored == json.loads(json.dumps(record))
     assert record["domains"] == ["a", "b", "c"]
     assert record["probes"] == ["chat"]
@@ -99,11 +102,16 @@ def test_a_run_in_use_is_refused(llama: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_half_written_is_removed(llama: Path, tmp_path: Path) -> None:
-    stale = tmp_path / "run" / "stages" / "1-a" / ".state.safetensors.123.tmp"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"half")
-    train(tmp_path / "run", llama, tiny_lora(), steps=1, kinds={"a": "generative"})
+    run = tmp_path / "run"
+    stale = run / "stages" / "1-a" / ".state.safetensors.123-0a1b2c3d.tmp"
+    mine = [run / ".bashrc.tmp", run / "sub" / ".editor.swp.tmp", run / "stages" / "1-a" / ".mine.tmp"]
+    RunFolder(run).claim()
+    for file in (stale, *mine):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    train(run, llama, tiny_lora(), steps=1, kinds={"a": "generative"})
     assert not stale.exists()
+    assert all(file.read_bytes() == b"half" for file in mine)
 
 
 class Diverge(Callback):

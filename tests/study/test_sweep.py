@@ -147,7 +147,7 @@ def test_a_plan_can_measure_what_it_will_take(folder: Path, ran: list[str]) -> N
 def test_mistakes_in_one_cell_stop_all_before_the_first(
     keys: dict[str, Any], parts: tuple[str, ...], folder: Path, ran: list[str]
 ) -> None:
-    write_yaml(folder / "bare.yaml", {"class_path": "parts.Bare"})
+    write_yaml(folder / "bare.yaml", {"class_path": "support.components.Bare"})
     study = {"name": "tiny", "base": "base.yaml", "axes": {"x": {"right": {}, "wrong": keys}}}
     write_yaml(folder / "wrong.yaml", study)
     result = sweep(folder, "wrong.yaml", into="wrong")

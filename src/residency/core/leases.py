@@ -26,8 +26,10 @@ EXPIRE_SECONDS = 90.0
 
 
 def _read(path: Path) -> str:
-    with suppress(OSError):
-        return path.read_text(encoding="utf-8").strip()
+    with suppress(OSError, ValueError):
+        # Never a pipe, which would not end.
+        if path.is_file():
+            return path.read_text(encoding="utf-8").strip()
     return ""
 
 
@@ -65,15 +67,24 @@ def owner_is_dead(path: Path, *, expires: float = EXPIRE_SECONDS) -> bool:
         expires: Seconds without heartbeat after which it is, wherever it runs.
     """
     try:
-        age = _now(path.parent) - path.stat().st_mtime
-        owner: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # Of the name itself: where a link leads to says nothing about a lease.
+        age = _now(path.parent) - path.lstat().st_mtime
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
-        owner = {}
+    owner = _owner(path)
     if owner.get("place") == _place() and isinstance(owner.get("pid"), int):
         return _started(owner["pid"]) != owner.get("started")
-    return age > expires
+    # A living owner sets the time of the file system; one that lies ahead of it by minutes was set by somebody else.
+    return abs(age) > expires
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """What a lease says about its owner; nothing where it is no lease (other JSON, a folder, a link that loops)."""
+    try:
+        found = json.loads(_read(path))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _now(folder: Path) -> float:
@@ -119,7 +130,16 @@ def _break(path: Path, expires: float) -> None:
             # Somebody was faster and the lease is a living one again: give it back.
             with suppress(OSError):
                 os.link(grave, path)
+        _remove(grave)
+
+
+def _remove(grave: Path) -> None:
+    """A lease, or what lay in its place; a folder only if nothing is in it."""
+    try:
         grave.unlink(missing_ok=True)
+    except OSError:
+        with suppress(OSError):
+            grave.rmdir()
 
 
 @contextmanager
@@ -154,7 +174,7 @@ def lease(
             yield False
             return
         _break(path, expires)
-        if path.exists():
+        if os.path.lexists(path):
             waiting()
             time.sleep(poll)
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command cleanly: what is complete stays, the same command goes on."""
+"""Ctrl-C, SIGTERM and a closed terminal end a command cleanly: what is complete stays, the same command goes on."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ class Stopped(BaseException):
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Stopped` inside the block; a second one is left to Python."""
+    """Turn SIGINT, SIGTERM and SIGHUP into `Stopped` inside the block; a second one is left to Python.
+
+    A signal that is ignored stays so: `nohup` asks for just that.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, previous[number])
         raise Stopped(signal.Signals(number).name)
 
     previous: dict[int, Any] = {}
-    for watched in (signal.SIGINT, signal.SIGTERM):
-        previous[watched] = signal.signal(watched, stop)
+    for watched in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(watched) is not signal.SIG_IGN:
+            previous[watched] = signal.signal(watched, stop)
     try:
         yield
     finally:

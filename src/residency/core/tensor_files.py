@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "append_line",
     "explained",
     "load_tree",
+    "load_whole_tree",
     "read_json",
     "read_lines",
     "replace_file",
@@ -34,7 +36,8 @@ __all__ = [
     "write_lines",
 ]
 
-_HEADER = "residency"
+# Keys of mappings in a tree never begin with `$` (they are stored as `$items` then).
+_HEADER, _TREE, _SUMS = "residency", "$tree", "$sums"
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -107,12 +110,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All JSON lines of a file, none if it is not there; a last line that a kill cut off is dropped."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    # Only a line feed ends a line: a name may hold what Unicode calls separators.
+    for text in path.read_bytes().split(b"\n"):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
     return lines
 
 
@@ -140,9 +147,9 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"cannot read {path}: {error}",
+            f"cannot read {path}: {' '.join(str(error).split())}",
             why="it is missing, or something else than residency wrote it",
             fix="check the path; if the file is damaged, delete it and run the same command again",
         ) from error
@@ -160,7 +167,8 @@ def save_tree(path: Path, tree: Mapping[str, Any]) -> None:
         UserError: No room on disk.
     """
     tensors: dict[str, torch.Tensor] = {}
-    structure = json.dumps(_encode(tree, "", tensors, set()))
+    encoded = _encode(tree, "", tensors, set())
+    structure = json.dumps({_TREE: encoded, _SUMS: _sums(tensors)})
     header = {_HEADER: _checksum(structure) + structure}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -179,18 +187,57 @@ def load_tree(path: Path) -> dict[str, Any]:
         # A flipped bit in a name or a number is still JSON.
         if checksum and checksum != _checksum(structure):
             raise ValueError("its structure does not fit its checksum")
-        tree: dict[str, Any] = _decode(json.loads(structure), tensors)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        content = json.loads(structure)
+        if _SUMS in content and content[_SUMS] != _sums(tensors):
+            raise ValueError("its tensors do not fit their checksums")
+        # States of versions that kept no checksums of tensors hold the tree alone.
+        tree: dict[str, Any] = _decode(content.get(_TREE, content), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"cannot read the state {path}: {error}",
+            f"cannot read the state {path}: {' '.join(str(error).split())}",
             why="the file is missing, cut off, or was not written by residency",
             fix="delete it and run the same command again: the stage it belongs to is trained anew",
         ) from error
     return tree
 
 
+def load_whole_tree(path: Path, *, on_message: Callable[[str], None]) -> dict[str, Any] | None:
+    """Read a tree back if it is there and whole; one that is damaged is deleted, so that it is made again.
+
+    Args:
+        path: The file.
+        on_message: Called with a sentence about a damaged one.
+
+    Raises:
+        UserError: It is there and cannot be read: whether it is damaged is not known then.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise explained(error, path) from error
+    try:
+        return load_tree(path)
+    except UserError as damage:
+        on_message(f"{damage.got}; it is made again")
+        path.unlink(missing_ok=True)
+        return None
+
+
 def _checksum(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """CRC-32 of every tensor with its type and shape: safetensors itself notices no flipped bit."""
+    sums = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        content = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        sums[name] = f"{content:08x} {tensor.dtype} {tuple(tensor.shape)}"
+    return sums
 
 
 def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor], memories: set[int]) -> Any:

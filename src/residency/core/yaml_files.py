@@ -25,7 +25,7 @@ MAX_NODES = 200_000
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class YamlRefused(ValueError):
+class YamlRefused(yaml.YAMLError, ValueError):
     """A text that is no YAML, or more than a config can be.
 
     Args:
@@ -52,6 +52,8 @@ def check_yaml(text: str) -> None:
     try:
         for event in yaml.parse(text, Loader=_Loader):
             counter.add(event)
+    except YamlRefused:
+        raise
     except yaml.YAMLError as error:
         raise _refused(error) from error
 
@@ -98,7 +100,7 @@ def read_yaml(path: Path, *, what: str) -> Any:
     except (YamlRefused, ValueError) as error:
         problem, line = getattr(error, "problem", None) or " ".join(str(error).split()), getattr(error, "line", None)
         raise UserError(
-            f"{path}{'' if line is None else f', line {line}'} cannot be read as YAML: {problem}",
+            f"{path}{'' if line is None else f', line {line}'} is not YAML that can be read: {problem}",
             why=f"{what} was to be read from it",
             fix="correct that line: usual causes are indentation, a bracket or a quote that is not closed, and tabs",
         ) from error

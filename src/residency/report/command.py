@@ -48,6 +48,7 @@ def report_command(words: list[str]) -> int:
         help="published numbers to print beside, never as a pass mark; may be given several times; `list` lists them",
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="also make a W&B run of the report (offline by default)")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds something else, too")
     options = parser.parse_args(words)
     if "list" in options.reference:
         from residency.metrics.published import names
@@ -70,6 +71,7 @@ def report_command(words: list[str]) -> int:
         scorer=options.scorer,
         baseline=options.baseline,
         wandb_project=options.wandb,
+        overwrite=options.overwrite,
     )
     print(f"report: {page}")
     return EXIT_DONE

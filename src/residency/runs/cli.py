@@ -21,6 +21,7 @@ from residency.engine.trainers import Trainers
 from residency.inspection import Inspection
 from residency.runs.config.class_names import class_names
 from residency.runs.config.explain import ParseFailure, explain
+from residency.runs.config.imports import tell_outside
 from residency.runs.config.instantiate import build_trainer_options, building
 from residency.runs.config.jsonargparse_patch import install
 from residency.runs.config.options import add_export_options, add_run_options, run_folder, run_settings, wandb_settings
@@ -45,6 +46,9 @@ _TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
     "gradient_clip_val": 1.0,
 }
+
+# Words of one call: where the run lies, and what may be written over.
+_NOT_THE_RUN = ("config", "run_dir", "subcommand", "overwrite")
 
 _DESCRIPTIONS = {
     "fit": "Train a stream of domains; after every stage score every domain. The same command goes on after a kill.",
@@ -140,6 +144,9 @@ class ResidencyCLI(LightningCLI):
             self.config = parser.parse_args(expand_presets(args))
         except ParseFailure as refusal:
             raise explain(refusal, args, class_names()) from refusal
+        except SystemExit:
+            tell_outside()  # --print_config ends the process here
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Runs resume from their own folder; Lightning's way would let a checkpoint override the command line."""
@@ -153,6 +160,7 @@ class ResidencyCLI(LightningCLI):
         """Build module and data; Trainers are made stage by stage."""
         with building():
             self.config_init = self.parser.instantiate_classes(self.config)
+        tell_outside()
         self.model = self._get(self.config_init, "model")
         self.datamodule = self._get(self.config_init, "data")
         self.trainers = Trainers(self._trainer_options)
@@ -183,7 +191,7 @@ class ResidencyCLI(LightningCLI):
 
     def fit(self) -> dict[str, Any]:
         """Train the stream."""
-        complete = self.folder.results() is not None
+        before = _written_at(self.folder.path / "results.json")
         record = train_stream(
             module=self.model,
             data=self.datamodule,
@@ -194,7 +202,7 @@ class ResidencyCLI(LightningCLI):
             views=self._views(),
             inspection=Inspection(self.option("inspection")),
         )
-        if complete:
+        if before is not None and before == _written_at(self.folder.path / "results.json"):
             show_complete(self.folder.path)
         return record
 
@@ -251,7 +259,7 @@ class ResidencyCLI(LightningCLI):
         """An option of the subcommand."""
         return self._get(self.config_init, name)
 
-    @property
+    @cached_property
     def folder(self) -> RunFolder:
         """The run's folder."""
         return run_folder(self.option)
@@ -269,7 +277,7 @@ class ResidencyCLI(LightningCLI):
             self.config, skip_link_targets=False, skip_unset=False, skip_validation=True, format="yaml"
         )
         plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))[self._verb]
-        return {key: value for key, value in plain.items() if key not in ("config", "run_dir", "subcommand")}
+        return {key: value for key, value in plain.items() if key not in _NOT_THE_RUN}
 
     def _views(self) -> list[View]:
         return [ConsoleView(folder=self.folder.path), self.tracker(), LoggerView()]
@@ -277,6 +285,11 @@ class ResidencyCLI(LightningCLI):
     def tracker(self) -> Tracker:
         """The run on W&B."""
         return Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
+
+
+def _written_at(path: Path) -> int | None:
+    """When a file was written, in nanoseconds; `None` if there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def parse(args: list[str]) -> ResidencyCLI:

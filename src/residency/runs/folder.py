@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import yaml
 from filelock import FileLock, Timeout
 
+from residency.core.digests import Damaged, check_files, digest_file, digest_files, seal, unseal
 from residency.core.errors import UserError
+from residency.core.markers import claim, owns
 from residency.core.tensor_files import (
     load_tree,
     read_json,
@@ -22,50 +24,76 @@ from residency.core.tensor_files import (
     write_json,
     write_lines,
 )
-from residency.engine.scoring.evaluation import Evaluation, RowScore, means
+from residency.core.text import safe_name
+from residency.engine.scoring.evaluation import Evaluation, means
+from residency.runs.kept_config import RUN, config_digest, differences, kept_config
+from residency.runs.run_history import HISTORY, RunHistory
+from residency.runs.score_files import write_scores
+from residency.runs.whole_run import KEYS
 
-__all__ = ["RunFolder", "read_scores", "write_scores"]
+__all__ = ["RunFolder"]
 
 SCHEMA = 1
-# Scores whose means were over tokens when the files did not say so.
-_WEIGHED_BY_TOKENS = ("nll", "nll_routed", "nll_newest")
-# What may differ between the call that started a run and the one that goes on with it.
-_FREE_KEYS = ("run_dir", "name", "store", "wandb", "checkpoint_every_n_steps", "progress")
+# Temporary names that `replace_file` and `link_or_copy` give, and nobody else.
+_TEMPORARY = re.compile(r"\..+\.(\d+-)?[0-9a-f]{8}\.tmp")
+_STATE, _SCORES, _RECORD = "state.safetensors", "scores.parquet", "stage.json"
 
 
 class RunFolder:
     """Paths, atomic writes and the order of completion of one run.
 
     A stage is trained when `state.safetensors` is there, complete when `stage.json` is; a run is complete when
-    `results.json` is. Each is written last, whole, or not at all.
+    `results.json` is. Each is written last, whole, or not at all, and holds the digests of what it completes:
+
+        stage.json      of state.safetensors, scores.parquet and history.jsonl (the stage's own lines) beside it
+        results.json    of config.yaml, history.jsonl and every stage.json
+
+    They are compared when the folder is used again. What is damaged counts as missing, and is told.
 
     Args:
         path: The folder; made when first written to.
+        overwrite: Use the folder even if something else lies in it.
+        on_message: Called with a sentence about what was damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, overwrite: bool = False, on_message: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.path = path
+        self.overwrite = overwrite
+        self.on_message = on_message
+        self.log = RunHistory(path)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Only one process writes a run.
+    def claim(self) -> None:
+        """Make the folder, or see that it is one of a run.
 
         Raises:
-            UserError: Another living process does, or the folder cannot be made.
+            UserError: Something else lies there, or it cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            claim(self.path, RUN, overwrite=self.overwrite)
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be made: {error.strerror}",
                 why="the files of a run need a folder",
                 fix="choose another --run_dir",
             ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process writes a run.
+
+        Raises:
+            UserError: Another living process does, or the folder is not a run's.
+        """
+        self.claim()
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 # Nobody else writes here now, so these are what a killed process left half written.
-                for stale in self.path.rglob(".*.tmp"):
-                    stale.unlink(missing_ok=True)
+                for folder in (self.path, *self._stages()):
+                    for stale in folder.iterdir() if folder.is_dir() else ():
+                        if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
+                            stale.unlink(missing_ok=True)
                 yield
         except Timeout as error:
             raise UserError(
@@ -76,8 +104,11 @@ class RunFolder:
 
     def stage(self, k: int, domain: str) -> Path:
         """Folder of the k-th stage (0 = before training); the name is safe whatever the domain is called."""
-        safe = re.sub(r"[^A-Za-z0-9_-]+", "_", domain)[:60].strip("_") or "domain"
-        return self.path / "stages" / f"{k}-{safe}"
+        return self.path / "stages" / f"{k}-{safe_name(domain)}"
+
+    def _stages(self) -> list[Path]:
+        home = self.path / "stages"
+        return sorted(home.iterdir()) if home.is_dir() else []
 
     # -- config ---------------------------------------------------------------------------------------------------
 
@@ -87,118 +118,183 @@ class RunFolder:
         Raises:
             UserError: The folder belongs to a run with another config.
         """
+        self.claim()
         path = self.path / "config.yaml"
-        if path.is_file() and self._begun():
-            old = yaml.safe_load(path.read_text(encoding="utf-8"))
-            different = sorted(_differences(_fixed(old), _fixed(config)))
-            if different:
-                raise UserError(
-                    f"{self.path} holds a run with another config; different: {', '.join(different[:6])}",
-                    why="its stages were trained with those values and cannot be mixed with new ones",
-                    fix="choose another --run_dir (or --name), or go on with "
-                    f"`residency fit --config {path} --run_dir {self.path}`",
-                )
-            return
+        if self._begun():
+            if self._compare_config(config):
+                return
+            self._check_trained_with(config)
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         replace_file(path, lambda temporary: _write(temporary, text))
 
+    def _compare_config(self, config: Mapping[str, Any]) -> bool:
+        """Whether the config that is there says the same; a damaged one says nothing."""
+        path = self.path / "config.yaml"
+        old = kept_config(path) if path.is_file() else {}
+        if not old:
+            self.on_message(f"{path} is missing or damaged; it is written again")
+            return False
+        if different := differences(old, config):
+            raise UserError(
+                f"{self.path} holds a run with another config; different: {', '.join(different[:6])}",
+                why="its stages were trained with those values and cannot be mixed with new ones",
+                fix="choose another --run_dir (or --name), or go on with "
+                f"`residency fit --config {path} --run_dir {self.path}`",
+            )
+        return True
+
+    def _check_trained_with(self, config: Mapping[str, Any]) -> None:
+        """Compare a config with what the stages say that they were trained with."""
+        for folder in self._stages():
+            found = self._record(folder) or {}
+            if found.get("config", config_digest(config)) != config_digest(config):
+                raise UserError(
+                    f"{self.path} has lost its config.yaml, and {folder.name} was trained with another config",
+                    why="its stages cannot be mixed with new ones",
+                    fix="choose another --run_dir, or give the config that began the run",
+                )
+
     def _begun(self) -> bool:
         """Whether anything depends on the config: a mistake found before the first score leaves nothing behind."""
-        return any(file.suffix != ".tmp" for file in (self.path / "stages").glob("*/*"))
+        return any(file.suffix != ".tmp" for folder in self._stages() if folder.is_dir() for file in folder.iterdir())
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
     def save_state(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Write what the stage left behind: weights, mitigations' state, costs."""
-        save_tree(folder / "state.safetensors", state)
+        save_tree(folder / _STATE, state)
 
     def load_state(self, folder: Path) -> dict[str, Any]:
         """Read it back."""
-        return load_tree(folder / "state.safetensors")
+        return load_tree(folder / _STATE)
 
-    def complete_stage(self, folder: Path, scores: Evaluation, facts: Mapping[str, Any]) -> None:
-        """Write the scores of every example, then the record that marks the stage complete."""
-        write_scores(folder / "scores.parquet", scores)
-        write_json(folder / "stage.json", {**facts, "means": means(scores)})
+    def complete_stage(
+        self, folder: Path, scores: Evaluation, facts: Mapping[str, Any], *, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the scores of every example and the stage's history, then the record that marks the stage complete.
+
+        Args:
+            folder: Of the stage.
+            scores: Of every row of every column.
+            facts: What else the record holds.
+            config: The resolved config; the record keeps its digest.
+        """
+        write_scores(folder / _SCORES, scores)
+        write_lines(folder / HISTORY, [line for line in self.history() if line["stage"] == facts["stage"]])
+        record = {**facts, "means": means(scores)}
+        record |= {} if config is None else {"config": config_digest(config)}
+        files = digest_files(folder, (_STATE, _SCORES, HISTORY))
+        write_json(folder / _RECORD, seal({**record, "files": files}))
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
-    def completed(self, folder: Path) -> dict[str, Any] | None:
-        """The record of a complete stage, or `None`."""
-        path = folder / "stage.json"
-        return read_json(path) if path.is_file() else None
+    def completed(self, folder: Path, *, mend: bool = True) -> dict[str, Any] | None:
+        """The record of a complete stage whose files are what was written; else `None`.
 
-    def scores(self, folder: Path) -> Evaluation:
-        """The per-example scores of a stage."""
-        return read_scores(folder / "scores.parquet")
+        Args:
+            folder: Of the stage.
+            mend: Take a lost history from that of the run, and delete a state that is damaged, so that the stage is
+                trained anew; `False` = only look.
+
+        Raises:
+            UserError: A file cannot be read; nothing is known about it then, and nothing is done.
+        """
+        record = self._record(folder)
+        if record is None:
+            return None
+        files = record.get("files", {})
+        try:
+            check_files(folder, {name: file for name, file in files.items() if name != HISTORY})
+            if HISTORY in files:
+                self._check_history(folder, int(record["stage"]), files[HISTORY], mend=mend)
+        except Damaged as damage:
+            if mend:
+                self.on_message(f"{folder}: {damage}; it is made again")
+                if _STATE in str(damage) or HISTORY in str(damage):
+                    (folder / _STATE).unlink(missing_ok=True)
+            return None
+        return record
+
+    def _record(self, folder: Path) -> dict[str, Any] | None:
+        path = folder / _RECORD
+        if not path.is_file():
+            return None
+        try:
+            return unseal(json.loads(path.read_bytes()), name=_RECORD, required=False, keys=("stage", "means"))
+        except (ValueError, RecursionError) as damage:
+            self.on_message(f"{path} is damaged and is made again ({' '.join(str(damage).split())})")
+            return None
+
+    def _check_history(self, folder: Path, stage: int, file: Mapping[str, Any], *, mend: bool) -> None:
+        """The stage's own lines; lost ones are taken from the run's history, if those are the same."""
+        try:
+            check_files(folder, {HISTORY: file})
+        except Damaged:
+            if not mend:
+                raise
+            lines = [line for line in read_lines(self.log.path) if line.get("stage") == stage]
+            write_lines(folder / HISTORY, lines)
+            if digest_file(folder / HISTORY) != file:
+                raise
+            self.on_message(f"{folder / HISTORY} was damaged and has been taken from {self.log.path}")
 
     # -- history --------------------------------------------------------------------------------------------------
 
-    @property
-    def history_path(self) -> Path:
-        """`history.jsonl`."""
-        return self.path / "history.jsonl"
-
     def history(self) -> list[dict[str, Any]]:
         """All logged steps; a last line that a kill cut off is dropped."""
-        return read_lines(self.history_path)
-
-    def trim_history(self, *, stage: int, step: int) -> None:
-        """Forget the steps after a point from which training starts again."""
-        lines = self.history()
-        kept = [line for line in lines if (line["stage"], line["step"]) <= (stage, step)]
-        if lines != kept or self.history_path.is_file():
-            write_lines(self.history_path, kept)
-
-    def add_history(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Put a stage's lines at the end, all or none."""
-        write_lines(self.history_path, [*self.history(), *lines])
+        return self.log.lines()
 
     # -- results --------------------------------------------------------------------------------------------------
 
     def results(self) -> dict[str, Any] | None:
-        """The finished record, or `None`."""
+        """The finished record, or `None`; one that does not fit its checksum counts as missing.
+
+        Raises:
+            UserError: It cannot be read.
+        """
         path = self.path / "results.json"
-        return read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            content = path.read_bytes()
+        except OSError:
+            read_json(path)
+            raise
+        try:
+            return unseal(json.loads(content), name=path.name, required=False, keys=KEYS)
+        except (ValueError, RecursionError) as damage:
+            self.on_message(f"{path} is damaged and is made again ({' '.join(str(damage).split())})")
+            return None
 
-    def complete(self, record: Mapping[str, Any]) -> None:
-        """Write the record that marks the run complete."""
-        write_json(self.path / "results.json", {"schema": SCHEMA, **record})
+    def complete_record(self, config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """The record of a complete run whose every file is what was written; else `None`. Nothing is written.
 
+        Args:
+            config: What the run was to be made with; `None` is not compared.
 
-def write_scores(path: Path, scores: Evaluation) -> None:
-    """Write the score of every row as Parquet, atomically."""
-    fields = {
-        "column": pl.String,
-        "row": pl.String,
-        "scorer": pl.String,
-        "value": pl.Float64,
-        "tokens": pl.Int64,
-        "weight": pl.Int64,
-    }
-    frame = pl.DataFrame({f: [getattr(s, f) for s in scores] for f in fields}, schema=fields)
-    replace_file(path, lambda temporary: frame.write_parquet(temporary))
+        Raises:
+            UserError: The run was made with another config, or a file cannot be read.
+        """
+        record = self.results() if owns(self.path, RUN) else None
+        if record is None:
+            return None
+        if config is not None:
+            self._compare_config(config)
+        files = record.get("files", {})
+        try:
+            check_files(self.path, files)
+            stages = [(self.path / name).parent for name in files if name.endswith(_RECORD)]
+            return record if all(self.completed(stage, mend=False) for stage in stages) else None
+        except Damaged as damage:
+            self.on_message(f"{self.path}: {damage}; it is made again")
+            return None
 
-
-def read_scores(path: Path) -> Evaluation:
-    """Read them back, in order; files from before scores had weights are read as what they were."""
-    frame = pl.read_parquet(path)
-    if "weight" not in frame.columns:
-        weighed = pl.col("scorer").is_in(_WEIGHED_BY_TOKENS)
-        frame = frame.with_columns(weight=pl.when(weighed).then(pl.col("tokens")).otherwise(1))
-    return [RowScore(**row) for row in frame.iter_rows(named=True)]
+    def complete(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the record that marks the run complete; it, with the digests of what it completes."""
+        names = ["config.yaml", HISTORY, *(f"stages/{folder.name}/{_RECORD}" for folder in self._stages())]
+        content = {"schema": SCHEMA, **record, "files": digest_files(self.path, names)}
+        write_json(self.path / "results.json", seal(content))
+        return content
 
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _FREE_KEYS}
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(k for k in new if k not in old)]:
-            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    elif old != new:
-        yield prefix

@@ -74,7 +74,11 @@ def score_saved(
     module.to(device)
     scores: Evaluation = evaluate(module, data, split=split, settings=settings.evaluation)
     found = {"stage": chosen, "split": split, "means": means(scores)}
-    write_json(folder.path / f"scores-{split}-{chosen}.json", found)
+    try:
+        write_json(folder.path / f"scores-{split}-{chosen}.json", found)
+    except UserError as error:
+        # They are printed all the same: somebody else's run may not be writable.
+        folder.on_message(f"the scores are not kept: {error.got}")
     return found
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from residency.core.environment import peak_memory_bytes
-from residency.core.tensor_files import append_line, load_tree, read_lines, save_tree, write_lines
+from residency.core.tensor_files import append_line, load_tree, load_whole_tree, read_lines, save_tree, write_lines
 from residency.engine.scoring.evaluation import Evaluation
 from residency.engine.stage import training_state
-from residency.runs.folder import read_scores, write_scores
 from residency.runs.keys import RunKeys
+from residency.runs.score_files import read_scores, write_scores
 from residency.runs.stage_runner import StageRunner
 from residency.runs.store.store import Entry, Store
 
@@ -84,7 +84,7 @@ class StageCache:
         work = self.store.work(keys.trained)
         log = work / "history.jsonl"
         work.mkdir(parents=True, exist_ok=True)
-        _trim(log, work / "checkpoint.safetensors")
+        _trim(log, work / "checkpoint.safetensors", self.store.on_message)
         info = runner.info(self.model(), resumed=k - 1)
         facts = runner.train(k, work=work, write=lambda line: append_line(log, line), info=info)
         held = {name: runner.module.mitigations[name].state_bytes() for name in keys.watched}
@@ -153,8 +153,9 @@ def _write_scores(scores: Evaluation, folder: Path) -> None:
     write_scores(folder / "scores.parquet", scores)
 
 
-def _trim(log: Path, checkpoint: Path) -> None:
-    """Forget the lines after the checkpoint: their steps are run again."""
-    step = int(load_tree(checkpoint)["global_step"]) if checkpoint.is_file() else 0
+def _trim(log: Path, checkpoint: Path, on_message: Callable[[str], None]) -> None:
+    """Forget the lines after the checkpoint: their steps are run again. Without a whole one all are."""
+    tree = load_whole_tree(checkpoint, on_message=on_message)
+    step = int(tree["global_step"]) if tree is not None else 0
     kept = [line for line in read_lines(log) if line["step"] <= step]
     write_lines(log, kept)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from residency.core.environment import peak_memory_bytes
-from residency.core.tensor_files import append_line, load_tree
+from residency.core.tensor_files import append_line, load_whole_tree
 from residency.core.types import Tensors
 from residency.domains.stream_data import StreamData
 from residency.engine.compatibility import check_validation
@@ -20,6 +22,7 @@ from residency.runs.folder import RunFolder
 from residency.runs.keys import RunKeys
 from residency.runs.results import build_record
 from residency.runs.settings import StreamSettings, check_stream
+from residency.runs.shown_views import finish_views, show_again
 from residency.runs.stage_cache import StageCache
 from residency.runs.stage_runner import StageRunner, plan_stages
 from residency.runs.store.store import Store, link_or_copy
@@ -57,10 +60,14 @@ def train_stream(
     Raises:
         UserError: What the user can mend; nothing half written stays.
     """
+    if (done := folder.complete_record(config)) is not None:
+        show_again(folder, views, done)
+        return done
     with folder.locked():
         if config is not None:
             folder.keep_config(config)
-        if (done := folder.results()) is not None:
+        if (done := folder.complete_record(config)) is not None:
+            # Somebody else has finished it in the meantime.
             return done
         check_stream(data)
         check_devices(data, trainers, module.adapter)
@@ -68,7 +75,7 @@ def train_stream(
         runner = _stage_runner(module, data, trainers, settings, views)
         runner.inspection = inspection or Inspection()
         stage_cache = _stage_cache(runner, config) if settings.store is not None and config is not None else None
-        run = _Run(runner, folder, stage_cache)
+        run = _Run(runner, folder, stage_cache, config)
         try:
             return run.execute()
         except BaseException as error:
@@ -127,10 +134,18 @@ class _Run:
         runner: Trains and scores.
         folder: Of the run.
         stage_cache: Where stages are shared; `None` = the run's folder is all there is.
+        config: The resolved config, whose digest the records of the stages keep.
     """
 
-    def __init__(self, runner: StageRunner, folder: RunFolder, stage_cache: StageCache | None) -> None:
+    def __init__(
+        self,
+        runner: StageRunner,
+        folder: RunFolder,
+        stage_cache: StageCache | None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.runner = runner
+        self.config = config
         self.views = runner.views
         self.folder = folder
         self.stage_cache = stage_cache
@@ -140,25 +155,43 @@ class _Run:
 
     def execute(self) -> dict[str, Any]:
         """All stages that are not complete, then the record."""
-        for folder in self.folders:
-            record = self.folder.completed(folder)
-            if record is None:
-                break
-            self.records.append(record)
+        found = [self._completed(k) for k in range(len(self.folders))]
+        self.records = list(takewhile(lambda record: record is not None, found))  # type: ignore[arg-type]
         info = self.info
-        history = self._trim_history()
+        history = self._start_history([folder for folder, record in zip(self.folders, found, strict=True) if record])
         for view in self.views:
             view.start(info, history, [record["means"] for record in self.records])
         for k in range(len(self.records), len(self.folders)):
-            facts = self._state(k) if k and not self.runner.settings.frozen else _untrained(k, self.stages)
-            scores, more = self._scores(0 if self.runner.settings.frozen else k)
-            facts = {**facts, **more}
-            self._complete(k, scores, facts | self._look(k, facts))
+            if (whole := found[k]) is not None:
+                self._show(k, whole)
+            else:
+                self._make(k)
+        self.folder.log.order()
         record = build_record(module=self.runner.module, data=self.runner.data, info=info, stages=self.records)
-        self.folder.complete(record)
-        for view in self.views:
-            view.finish(record)
+        finish_views(self.folder, self.views, self.folder.complete(record))
         return record
+
+    def _completed(self, k: int) -> dict[str, Any] | None:
+        record = self.folder.completed(self.folders[k])
+        trained = k and not self.runner.settings.frozen
+        if record is not None and trained and not (self.folders[k] / "state.safetensors").is_file():
+            self.folder.on_message(f"{self.folders[k]} has no state; the stage is made again")
+            return None
+        return record
+
+    def _make(self, k: int) -> None:
+        facts = self._state(k) if k and not self.runner.settings.frozen else _untrained(k, self.stages)
+        scores, more = self._scores(0 if self.runner.settings.frozen else k)
+        facts = {**facts, **more}
+        self._complete(k, scores, facts | self._look(k, facts))
+
+    def _show(self, k: int, record: dict[str, Any]) -> None:
+        """A stage that was complete already, after one that was not."""
+        self.records.append(record)
+        for view in self.views:
+            for line in self.folder.log.of_stage(self.folders[k]):
+                view.step(line)
+            view.row(k, record["means"])
 
     @cached_property
     def info(self) -> RunInfo:
@@ -166,18 +199,17 @@ class _Run:
         facts = self.runner.model_facts() if self.stage_cache is None else self.stage_cache.model()
         return self.runner.info(facts, resumed=max(0, len(self.records) - 1))
 
-    def _trim_history(self) -> list[dict[str, Any]]:
-        """Drop lines of steps that will be run again."""
+    def _start_history(self, complete: Sequence[Path]) -> list[dict[str, Any]]:
+        """Drop lines of steps that will be run again; those that views have not shown yet are left out, too."""
         k = len(self.records)
         step = 0
         if 0 < k <= len(self.stages) and self.stage_cache is None:
-            folder = self.folders[k]
-            if (folder / "state.safetensors").is_file():
+            folder, told = self.folders[k], self.folder.on_message
+            if load_whole_tree(folder / "state.safetensors", on_message=told) is not None:
                 step = self.stages[k - 1].steps
-            elif (folder / "checkpoint.safetensors").is_file():
-                step = int(load_tree(folder / "checkpoint.safetensors")["global_step"])
-        self.folder.trim_history(stage=k, step=step)
-        return self.folder.history()
+            elif (tree := load_whole_tree(folder / "checkpoint.safetensors", on_message=told)) is not None:
+                step = int(tree["global_step"])
+        return [line for line in self.folder.log.start(complete, stage=k, step=step) if line["stage"] <= k]
 
     # -- states -------------------------------------------------------------------------------------------------
 
@@ -189,8 +221,7 @@ class _Run:
         trained_here = self.runner.trained_here == k
         lines = self.stage_cache.history(k)
         link_or_copy(entry.path / "state.safetensors", self.folders[k] / "state.safetensors")
-        self.folder.trim_history(stage=k, step=0)
-        self.folder.add_history(lines)
+        self.folder.log.put(k, lines)
         for line in [] if trained_here else lines:
             for view in self.views:
                 view.step(line)
@@ -198,8 +229,10 @@ class _Run:
 
     def _own_state(self, k: int) -> dict[str, Any]:
         folder = self.folders[k]
-        if (folder / "state.safetensors").is_file():
-            return dict(self._load(k)["facts"])
+        if (tree := load_whole_tree(folder / "state.safetensors", on_message=self.folder.on_message)) is not None:
+            return dict(tree["facts"])
+        if k != len(self.records) or not (folder / "checkpoint.safetensors").is_file():
+            self.folder.log.put(k, [])
         self.runner.restore(k - 1, self._load)
         facts = self.runner.train(k, work=folder, write=self._write_line, info=self.info)
         tree = self.runner.finish(k, facts)
@@ -210,7 +243,7 @@ class _Run:
         return self.folder.load_state(self.folders[k])
 
     def _write_line(self, line: Mapping[str, Any]) -> None:
-        append_line(self.folder.history_path, line)
+        append_line(self.folder.log.path, line)
 
     # -- scores and record --------------------------------------------------------------------------------------
 
@@ -237,7 +270,7 @@ class _Run:
         return runner.inspection.after_stage(runner.module, runner.data, **where)  # type: ignore[arg-type]
 
     def _complete(self, k: int, scores: Evaluation, facts: Mapping[str, Any]) -> None:
-        self.folder.complete_stage(self.folders[k], scores, facts)
+        self.folder.complete_stage(self.folders[k], scores, facts, config=self.config)
         self.records.append({**facts, "means": means(scores)})
         for view in self.views:
             view.row(k, self.records[-1]["means"])

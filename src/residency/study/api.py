@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from residency.core.errors import UserError
+from residency.core.parquet_files import ParquetRefused, read_parquet
 from residency.core.tensor_files import read_json
 from residency.runs.folder import RunFolder
 
@@ -148,11 +149,22 @@ def load_run(path: str | Path) -> Run:
         )
     names = ["base", *record["domains"]]
     frames = [
-        pl.read_parquet(folder.stage(k, name) / "scores.parquet").insert_column(0, pl.lit(k).alias("stage"))
+        _scores(folder.stage(k, name) / "scores.parquet").insert_column(0, pl.lit(k).alias("stage"))
         for k, name in enumerate(names)
     ]
     history = pl.DataFrame(folder.history(), infer_schema_length=None)
     return Run(path=Path(path), record=record, history=history, scores=pl.concat(frames))
+
+
+def _scores(path: Path) -> pl.DataFrame:
+    try:
+        return read_parquet(path)
+    except ParquetRefused as error:
+        raise UserError(
+            str(error),
+            why="the file is damaged, or was not written by residency",
+            fix="run the command that made the run again: what is damaged is made anew",
+        ) from error
 
 
 def load_study(path: str | Path) -> StudyRuns:

@@ -16,6 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from residency.core.errors import EXIT_DONE, UserError
+from residency.core.markers import FolderKind, claim
+from residency.core.tensor_files import read_json
+from residency.core.yaml_files import read_yaml
 from residency.study.planning.cpu_sharing import (
     Cores,
     at_once,
@@ -26,12 +29,25 @@ from residency.study.planning.cpu_sharing import (
     usable_cores,
 )
 from residency.study.planning.study_file import Study, load_study
+from residency.study.repeat import keep_finished, show_again
 
 if TYPE_CHECKING:
     from residency.study.executors.base import Executor
     from residency.study.views.events import Watcher
 
-__all__ = ["sweep", "sweep_command"]
+__all__ = ["STUDY", "sweep", "sweep_command"]
+
+
+def _made_before_markers(path: Path) -> bool:
+    """Whether a folder holds a plan of `residency sweep`."""
+    try:
+        plan = read_json(path / "plan.json")
+    except UserError:
+        return False
+    return isinstance(plan, dict) and {"study", "cells", "counts"} <= plan.keys()
+
+
+STUDY = FolderKind(name="study", option="--study_dir", proof=_made_before_markers)
 
 
 def sweep_command(words: list[str]) -> int:
@@ -58,6 +74,7 @@ def sweep_command(words: list[str]) -> int:
         "--executor", choices=("local", "ray"), help="where stages run; default what the study says, else this machine"
     )
     parser.add_argument("--emit-wandb", type=Path, metavar="FILE", help="only write a W&B sweep file of the study")
+    parser.add_argument("--overwrite", action="store_true", help="use a folder, or a FILE, that holds something else")
     options = parser.parse_args(words)
     for name in ("workers", "threads"):
         if (given := getattr(options, name)) is not None and given < 1:
@@ -76,6 +93,7 @@ def sweep_command(words: list[str]) -> int:
         threads=options.threads,
         where=options.executor,
         emit_wandb=options.emit_wandb,
+        overwrite=options.overwrite,
     )
 
 
@@ -93,6 +111,7 @@ def sweep(
     console: Console | None = None,
     executor: Callable[[Path], Executor] | None = None,
     watchers: Sequence[Watcher] | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Run a study.
 
@@ -110,6 +129,7 @@ def sweep(
         console: Where to print.
         executor: Makes the executor, given a folder for logs, instead of `where`.
         watchers: What shows the running study; a live screen, or plain lines where there is no terminal, by default.
+        overwrite: Use a folder of the study, or a sweep file, in whose place something else lies.
 
     Returns:
         Exit code.
@@ -118,12 +138,14 @@ def sweep(
         UserError: The study, a preset or a resolved cell is wrong; nothing has run then.
     """
     console = console or Console()
+    if executor is None and not (dry_run or emit_wandb) and _show_again(path, study_dir, store, threads, console):
+        return EXIT_DONE
     study = load_study(path)
     folder = (study_dir or Path("studies") / study.name).resolve()
     place = (store or (Path(study.store) if study.store else folder / "store")).resolve()
     kind = where or study.executor
     if emit_wandb is not None:
-        return _emit(study, path, emit_wandb, place, console)
+        return _emit(study, path, emit_wandb, place, console, overwrite=overwrite)
     cores = _cores(study, folder, kind, workers, threads)
     _set_threads(cores.threads)
     console.print(f"stages at once: {cores.workers}, threads of each: {cores.threads} ({cores.why})", highlight=False)
@@ -136,12 +158,27 @@ def sweep(
     make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, cores.workers, cores.threads))
     # A new study has something to run: its workers import what they need while this process does.
     early = executor is None and kind == "local" and not (folder / "plan.json").exists()
-    with _only_sweep(folder), _started(make, folder / "logs", early=early) as start:
+    with _only_sweep(folder, overwrite=overwrite), _started(make, folder / "logs", early=early) as start:
         from residency.study.runner import StudyRunner
 
         keep_cores(folder, cores)
         views = watchers if watchers is not None else [_view(path, study_dir, console)]
-        return StudyRunner(study, **parts).sweep(start, views)
+        runner = StudyRunner(study, **parts)
+        code = runner.sweep(start, views)
+        if runner.finished is not None:
+            keep_finished(path, folder, **runner.finished, store=str(place), threads=cores.threads)
+        return code
+
+
+def _show_again(path: Path, study_dir: Path | None, store: Path | None, threads: int | None, console: Console) -> bool:
+    """Show a study that is finished and unchanged, before anything large is imported."""
+    content = read_yaml(path, what="the study")
+    name = content.get("name") if isinstance(content, dict) else None
+    if study_dir is None and not isinstance(name, str):
+        return False
+    folder = (study_dir or Path("studies") / str(name)).resolve()
+    options = {"store": None if store is None else str(store.resolve()), "threads": threads}
+    return show_again(path, folder, options, console)
 
 
 @contextmanager
@@ -157,12 +194,12 @@ def _started(make: Callable[[Path], Executor], logs: Path, *, early: bool) -> It
         executor.close()
 
 
-def _emit(study: Study, source: Path, path: Path, store: Path, console: Console) -> int:
+def _emit(study: Study, source: Path, path: Path, store: Path, console: Console, *, overwrite: bool) -> int:
     from residency.study.planning.prepare import cells_of
     from residency.study.planning.resolve import Resolver
     from residency.study.wandb_sweep import write_wandb_sweep
 
-    write_wandb_sweep(study, cells_of(study, Resolver(study, store)), source=source, path=path)
+    write_wandb_sweep(study, cells_of(study, Resolver(study, store)), source=source, path=path, overwrite=overwrite)
     console.print(f"W&B sweep: {escape(str(path))}; start it with `wandb sweep {escape(str(path))}`", highlight=False)
     return EXIT_DONE
 
@@ -182,11 +219,10 @@ def _set_threads(threads: int) -> None:
 
 
 @contextmanager
-def _only_sweep(folder: Path) -> Iterator[None]:
+def _only_sweep(folder: Path, *, overwrite: bool) -> Iterator[None]:
     """One sweep per study; any number of them per store."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = not any(folder.iterdir())
+        fresh = claim(folder, STUDY, overwrite=overwrite)
         with FileLock(folder / ".lock", timeout=0):
             try:
                 yield
@@ -194,7 +230,8 @@ def _only_sweep(folder: Path) -> Iterator[None]:
                 # A mistake that is found before anything runs leaves nothing behind.
                 if fresh and not (folder / "plan.json").exists():
                     with suppress(OSError):
-                        (folder / ".lock").unlink(missing_ok=True)
+                        for name in (".lock", STUDY.marker):
+                            (folder / name).unlink(missing_ok=True)
                         forget_cores(folder)
                         shutil.rmtree(folder / "logs", ignore_errors=True)
                         folder.rmdir()

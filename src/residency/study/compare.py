@@ -9,8 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from residency.core.text import for_terminal
 from residency.study.planning.cells import Cell
 from residency.study.planning.study_file import Study
+from residency.study.repeat import show_files, show_tables
 from residency.study.schedule import Failure
 
 __all__ = ["compare", "failed_record"]
@@ -22,7 +24,9 @@ def failed_record(cell: Cell, failure: Failure) -> dict[str, Any]:
     return {"cell": cell.id, "status": status, "axes": dict(cell.axes), "seed": cell.seed, "scores": {}, "summary": {}}
 
 
-def compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], console: Console) -> None:
+def compare(
+    study: Study, folder: Path, records: Sequence[Mapping[str, Any]], console: Console
+) -> dict[str, Any] | None:
     """Print the tables, save the heat maps, write the report.
 
     Args:
@@ -30,24 +34,29 @@ def compare(study: Study, folder: Path, records: Sequence[Mapping[str, Any]], co
         folder: Of the study.
         records: Of the cells of the axes; references are not compared with a baseline.
         console: Where to print.
+
+    Returns:
+        {"scorer", "baseline", "pictures", "page"}: what `show_files` shows again; `None` if a view was not made.
     """
     from residency.report import build
     from residency.runs.views.heatmap import comparison, save
-    from residency.runs.views.tables import comparison_table, score_table, verdict
 
     finished = [record for record in records if record["status"] == "done"]
-    for record in finished:
-        console.print(score_table(record, study.scorer))
-    if not finished:
-        return
     baseline = study.baseline or next(iter(next(iter(study.axes.values()), {"none": {}})))
-    console.print(comparison_table(records, study.scorer, baseline=baseline))
-    console.print(verdict(records, study.scorer, baseline=baseline))
-    for picture in save(comparison(finished, study.scorer), folder / "report" / study.scorer):
-        console.print(f"  heat maps: {escape(str(picture))}")
-    console.print(f"  records: {escape(str(folder / 'cells'))}/<cell>/results.json")
+    if not finished:
+        return None
+    show_tables(records, scorer=study.scorer, baseline=baseline, console=console)
+    # A view that cannot be drawn or written must not look like a study that failed.
     try:
+        pictures = [str(path) for path in save(comparison(finished, study.scorer), folder / "report" / study.scorer)]
         page = str(build(folder))
-    except Exception as error:  # a picture that cannot be drawn must not look like a study that failed
-        page = f"not built ({type(error).__name__}); the records are complete: residency report {folder} says why"
-    console.print(f"  report: {escape(page)}")
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        console.print(
+            f"  report: not built ({type(error).__name__}: {escape(for_terminal(said))}); the records are", end=""
+        )
+        console.print(f" complete: residency report {escape(for_terminal(folder))} --output FOLDER makes it again")
+        return None
+    made = {"scorer": study.scorer, "baseline": baseline, "pictures": pictures, "page": page}
+    show_files(folder, made, console)
+    return made

@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER
+from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER, UserError
 from residency.study.compare import compare, failed_record
 from residency.study.executors.base import Executor
+from residency.study.planning.cells import Cell
 from residency.study.planning.estimate import Estimate, describe, estimate
 from residency.study.planning.measure import measure
 from residency.study.planning.prepare import Prepared, prepare
@@ -45,6 +46,8 @@ class StudyRunner:
         self.store = store
         self.console = console
         self.workers = workers
+        self.finished: dict[str, Any] | None = None
+        """What `study.repeat.keep_finished` keeps once all cells are complete."""
 
     def check(self, *, measured: bool = False) -> None:
         """Plan and show; nothing is written.
@@ -109,6 +112,17 @@ class StudyRunner:
     def _prepared(self, found: Found) -> Prepared:
         return prepare(self.study, folder=self.folder, store=self.store, found=found)
 
+    @staticmethod
+    def _record(prepared: Prepared, cell: Cell) -> dict[str, Any]:
+        record = prepared.run(cell).results()
+        if record is None:
+            raise UserError(
+                f"the record of the cell {cell.id} is missing or damaged",
+                why="it was complete a moment ago",
+                fix="run the same command again: what is damaged is made again",
+            )
+        return record
+
     def _say(self, text: str) -> None:
         self.console.print(escape(text), highlight=False)
 
@@ -129,13 +143,15 @@ class StudyRunner:
         return found
 
     def _report(self, prepared: Prepared, failures: Mapping[str, Failure]) -> int:
+        compared = [cell for cell in prepared.cells if cell.reference is None]
         records: list[dict[str, Any]] = [
-            prepared.run(cell).results() or failed_record(cell, failures[cell.id])
-            for cell in prepared.cells
-            if cell.reference is None
+            failed_record(cell, failures[cell.id]) if cell.id in failures else self._record(prepared, cell)
+            for cell in compared
         ]
-        compare(prepared.study, prepared.folder, records, self.console)
+        made = compare(prepared.study, prepared.folder, records, self.console)
         if not failures:
+            names = {"cells": [cell.id for cell in prepared.cells], "compared": [cell.id for cell in compared]}
+            self.finished = None if made is None else {**made, **names, "name": self.study.name}
             return EXIT_DONE
         self.console.print(f"{len(failures)} of {len(prepared.cells)} cells failed: {escape(', '.join(failures))}")
         told = dict.fromkeys(f"{failure.title}: {failure.message}" for failure in failures.values())

@@ -32,7 +32,9 @@ _HEAD = """\
 """
 
 
-def write_wandb_sweep(study: Study, cells: Sequence[Cell], *, source: Path, path: Path) -> None:
+def write_wandb_sweep(
+    study: Study, cells: Sequence[Cell], *, source: Path, path: Path, overwrite: bool = False
+) -> None:
     """Write the file.
 
     Args:
@@ -40,10 +42,17 @@ def write_wandb_sweep(study: Study, cells: Sequence[Cell], *, source: Path, path
         cells: Its cells; references are left to `residency sweep`.
         source: The study file.
         path: Where to write.
+        overwrite: Replace a file that is no sweep file of residency.
 
     Raises:
-        UserError: The study cannot be a W&B sweep.
+        UserError: The study cannot be a W&B sweep, or something else lies at `path`.
     """
+    if path.exists() and not overwrite and not _is_ours(path):
+        raise UserError(
+            f"--emit-wandb {path} is there, and no sweep file of residency",
+            why="it would be lost",
+            fix="choose another name, or add --overwrite to replace it",
+        )
     content = wandb_sweep(study, cells, source=source)
     head = _HEAD.format(command=f"residency sweep {source} --emit-wandb {path}", file=path)
     text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -123,6 +132,13 @@ def _parameter(parameter: Parameter) -> dict[str, Any]:
 def _word(choice: Any) -> Any:
     """A choice as the command line reads it; an agent would write None and the repr of a list."""
     return choice if isinstance(choice, str | int | float) and choice is not None else json.dumps(choice)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.read_bytes()[:200].decode(errors="replace").startswith("# residency sweep ")
+    except OSError:
+        return False
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -23,6 +24,14 @@ from support.cli import call
 CONTENT = bytes(range(256)) * 64
 
 
+def key(name: str) -> str:
+    """A key as the store has them."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+KEY = key("key")
+
+
 def write(folder: Path) -> None:
     (folder / "state.safetensors").write_bytes(CONTENT)
     (folder / "history.jsonl").write_text("{}\n")
@@ -32,20 +41,20 @@ def write(folder: Path) -> None:
 def store(tmp_path: Path) -> Store:
     """A store with one entry, which tells what it sets aside."""
     told: list[str] = []
-    store = Store(tmp_path / "store", told=told.append)
-    store.put("trained", "key", write, meta={"facts": {"steps": 3}})
+    store = Store(tmp_path / "store", on_message=told.append)
+    store.put("trained", KEY, write, meta={"facts": {"steps": 3}})
     return store
 
 
 def test_an_entry_comes_back(store: Store) -> None:
-    entry = store.find("trained", "key")
+    entry = store.find("trained", KEY)
     assert entry is not None
     assert (entry.path / "state.safetensors").read_bytes() == CONTENT
     assert entry.meta == {"facts": {"steps": 3}}
     assert entry.size == len(CONTENT) + 3
-    assert store.has("trained", "key")
-    assert not store.has("trained", "other")
-    assert store.find("finished", "key") is None
+    assert store.has("trained", KEY)
+    assert not store.has("trained", key("other"))
+    assert store.find("finished", KEY) is None
     assert not list((store.path / "tmp").iterdir())
 
 
@@ -67,26 +76,26 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("file", ["state.safetensors", "history.jsonl", "entry.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_set_aside_and_made_anew(damage: str, file: str, store: Store) -> None:
-    DAMAGE[damage](store.place("trained", "key") / file)
-    assert store.find("trained", "key") is None
-    assert not store.has("trained", "key")
+    DAMAGE[damage](store.entry_path("trained", KEY) / file)
+    assert store.find("trained", KEY) is None
+    assert not store.has("trained", KEY)
     aside = list((store.path / "aside").iterdir())
     assert len(aside) == 1
     assert (aside[0] / "reason.txt").read_text().strip()
-    store.put("trained", "key", write, meta={})
-    assert store.find("trained", "key") is not None
+    store.put("trained", KEY, write, meta={})
+    assert store.find("trained", KEY) is not None
 
 
 def test_a_record_that_was_edited_is_not_believed(store: Store) -> None:
-    path = store.place("trained", "key") / "entry.json"
+    path = store.entry_path("trained", KEY) / "entry.json"
     record = json.loads(path.read_text())
     record["meta"]["facts"]["steps"] = 4
     path.write_text(json.dumps(record))
-    assert store.find("trained", "key") is None
+    assert store.find("trained", KEY) is None
 
 
 def test_the_faster_writer_wins_and_the_slower_one_agrees(store: Store) -> None:
-    again = store.put("trained", "key", write, meta={"slower": True})
+    again = store.put("trained", KEY, write, meta={"slower": True})
     assert again.meta == {"facts": {"steps": 3}}
     assert not list((store.path / "tmp").iterdir())
 
@@ -117,8 +126,8 @@ def test_a_writer_that_fails_leaves_nothing(store: Store) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        store.put("trained", "other", fails, meta={})
-    assert not store.has("trained", "other")
+        store.put("trained", key("other"), fails, meta={})
+    assert not store.has("trained", key("other"))
     assert not list((store.path / "tmp").iterdir())
 
 
@@ -155,7 +164,7 @@ def _fill(folder: Path, size: int) -> None:
 
 
 def test_a_file_system_without_links(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = store.place("trained", "key") / "state.safetensors", tmp_path / "run" / "state.safetensors"
+    source, target = store.entry_path("trained", KEY) / "state.safetensors", tmp_path / "run" / "state.safetensors"
     link_or_copy(source, target)
     assert target.stat().st_ino == source.stat().st_ino
 
@@ -179,7 +188,7 @@ def test_ls_tells_sizes(store: Store) -> None:
 
 def test_verify_finds_damage(store: Store) -> None:
     assert call("store", "verify", store.path).code == 0
-    flip(store.place("trained", "key") / "state.safetensors")
+    flip(store.entry_path("trained", KEY) / "state.safetensors")
     result = call("store", "verify", store.path)
     assert result.code == 3
     assert "1 were damaged" in result.out
@@ -187,26 +196,32 @@ def test_verify_finds_damage(store: Store) -> None:
 
 
 def test_gc_removes_what_is_left_over_and_keeps_entries(store: Store) -> None:
-    store.put("trained", "broken", write, meta={})
-    store.quarantine("trained", "broken", reason="test")
-    store.work("key").mkdir(parents=True)
-    store.work("running").mkdir(parents=True)
+    store.put("trained", key("broken"), write, meta={})
+    store.quarantine("trained", key("broken"), reason="test")
+    store.work(KEY).mkdir(parents=True)
+    store.work(key("running")).mkdir(parents=True)
     assert call("store", "gc", store.path).code == 0
     assert not list((store.path / "aside").iterdir())
-    assert [place.name for place in (store.path / "work").iterdir()] == ["running"]
-    assert store.find("trained", "key") is not None
+    assert [place.name for place in (store.path / "work").iterdir()] == [key("running")]
+    assert store.find("trained", KEY) is not None
 
 
 def test_gc_by_age_and_by_size(store: Store) -> None:
-    for n, key in enumerate(["old", "middle", "new"]):
-        store.put("finished", key, write, meta={})
-        record = store.place("finished", key) / "entry.json"
+    names = [key("old"), key("middle"), key("new")]
+    for n, name in enumerate(names):
+        store.put("finished", name, write, meta={})
+        record = store.entry_path("finished", name) / "entry.json"
         os.utime(record, (time.time() - (3 - n) * 86400,) * 2)
-    assert call("store", "gc", store.path, "--unused", "2.5").code == 0
-    assert [store.has("finished", key) for key in ("old", "middle", "new")] == [False, True, True]
-    assert call("store", "gc", store.path, "--max-size", "36K").code == 0
-    assert [store.has("finished", key) for key in ("middle", "new")] == [False, True]
-    assert store.has("trained", "key"), "what was used last stays"
+    refused = call("store", "gc", store.path, "--unused", "2.5")
+    assert refused.code == 2
+    assert "1 complete entries" in refused.err
+    assert "--yes" in refused.err
+    assert all(store.has("finished", name) for name in names)
+    assert call("store", "gc", store.path, "--unused", "2.5", "--yes").code == 0
+    assert [store.has("finished", name) for name in names] == [False, True, True]
+    assert call("store", "gc", store.path, "--max-size", "36K", "--yes").code == 0
+    assert [store.has("finished", name) for name in names[1:]] == [False, True]
+    assert store.has("trained", KEY), "what was used last stays"
     assert call("store", "gc", store.path, "--max-size", "many").code == 2
 
 

@@ -18,7 +18,16 @@ from residency.report.advice.advice import Advice, advise
 from residency.report.advice.case import called
 from residency.report.charts.figures import figures_of
 from residency.report.charts.theme import Figure, config
-from residency.report.page.files import as_json, data_address, draw, place, save_figure, save_table, viewer_code
+from residency.report.page.files import (
+    as_json,
+    claim_report,
+    data_address,
+    draw,
+    place,
+    save_figure,
+    save_table,
+    viewer_code,
+)
 from residency.report.page.glossary import WORDS
 from residency.report.page.matrix_viewer import viewer_data
 from residency.report.records.arms import Arm, arms_of
@@ -66,6 +75,7 @@ def build(
     scorer: str | None = None,
     baseline: str | None = None,
     wandb_project: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a report: `index.html`, self-contained, with `tables/` and `figures/` beside it.
 
@@ -76,6 +86,7 @@ def build(
         scorer: What the comparison is about; the study's by default.
         baseline: What methods are compared with; the study's by default.
         wandb_project: Make one W&B run of the report in this project; `None` = none.
+        overwrite: Write into a folder that holds something else, too.
 
     Returns:
         The page.
@@ -88,6 +99,7 @@ def build(
     beside = published(references)
     report = Report.of(records)
     folder = Path(output) if output is not None else records.home
+    claim_report(folder, overwrite=overwrite)
     drawn = {figure.id: draw(figure) for figure in report.figures if figure.chart is not None}
     for figure in report.figures:
         if figure.id in drawn:

@@ -15,10 +15,23 @@ import altair as alt
 import polars as pl
 
 from residency.core.errors import UserError
+from residency.core.markers import FolderKind, claim
 from residency.report.charts.theme import Figure, config
 from residency.runs.views.tables import finite, printable
 
-__all__ = ["Drawn", "as_json", "data_address", "draw", "latex", "place", "save_figure", "save_table", "viewer_code"]
+__all__ = [
+    "REPORT",
+    "Drawn",
+    "as_json",
+    "claim_report",
+    "data_address",
+    "draw",
+    "latex",
+    "place",
+    "save_figure",
+    "save_table",
+    "viewer_code",
+]
 
 GRAMMAR = alt.SCHEMA_VERSION.rpartition(".")[0]
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -26,6 +39,34 @@ _TEX |= {char: f"\\{char}" for char in "&%$#_{}"}
 _TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "→": r"$\rightarrow$", "±": r"$\pm$"}
 Drawn = str
 _PRINTED = 400  # rows of a table in LaTeX
+
+
+def _made_before_markers(path: Path) -> bool:
+    """Whether a folder holds a page of `residency report`, or only the heat maps that a study puts beside it."""
+    page = path / "index.html"
+    if page.is_file():
+        with page.open("rb") as handle:
+            return b'<meta name="generator" content="residency' in handle.read(4000)
+    return all(child.suffix in (".png", ".svg") and child.is_file() for child in path.iterdir())
+
+
+REPORT = FolderKind(name="report", option="--output", proof=_made_before_markers)
+
+
+def claim_report(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder of a report, or see that it is one.
+
+    Raises:
+        UserError: Something else lies there, or it cannot be written.
+    """
+    try:
+        claim(folder, REPORT, overwrite=overwrite)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}",
+            why="the report and its files are written there",
+            fix="choose another folder with --output",
+        ) from error
 
 
 def place(path: Path, content: bytes | str) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
 
 from residency.core.errors import UserError
+from residency.core.parquet_files import ParquetRefused, read_parquet
+from residency.core.yaml_files import parse_yaml
 from residency.runs.views.flat_config import flat_config
 from residency.runs.views.tables import Record, printable
 
@@ -20,7 +21,6 @@ __all__ = ["Entry", "Records", "read_material"]
 
 # What of a config tells two runs apart that belong to no study, in the order of interest.
 _TELLING = ("mitigation", "adapter", "objective", "stream", "backbone")
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class Entry:
     def config(self) -> dict[str, Any]:
         """The resolved config; empty if there is none."""
         try:
-            content = yaml.load((self.folder / "config.yaml").read_text(encoding="utf-8"), Loader=_Loader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            content = parse_yaml((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -60,17 +60,18 @@ class Entry:
         """The per-example scores after a stage (0 = before training): column, row, scorer, value, tokens."""
         found = sorted((self.folder / "stages").glob(f"{stage}-*/scores.parquet"))
         try:
-            return pl.read_parquet(found[0]) if found else None
-        except (OSError, pl.exceptions.PolarsError):
+            return read_parquet(found[0]) if found else None
+        except (OSError, ParquetRefused):
             return None
 
     def history(self) -> list[dict[str, Any]]:
         """The logged steps; what a kill cut off is left out."""
         lines: list[dict[str, Any]] = []
         try:
-            for text in (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines():
+            # Only a line feed ends a line: a name may hold what Unicode calls separators.
+            for text in (self.folder / "history.jsonl").read_bytes().split(b"\n"):
                 lines.append(json.loads(text))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
         return lines
 
@@ -160,7 +161,7 @@ def read_material(paths: Sequence[str | Path], *, scorer: str | None = None, bas
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"cannot read {path}: {error}",
             why="a report is made from this file",

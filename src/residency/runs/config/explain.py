@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib import import_module
 
 from residency.core.errors import UserError
+from residency.runs.config.imports import import_named
 from residency.runs.config.sources import ConfigEntry, written
 
 __all__ = ["UNION", "ParseFailure", "explain"]
@@ -201,10 +201,8 @@ def _wrong_class(case: _Case, match: re.Match[str], place: int) -> UserError:
 def _siblings(name: str) -> set[str]:
     """Full paths of the classes beside a name."""
     package = name.rpartition(".")[0]
-    try:
-        found = vars(import_module(package)) if package else {}
-    except (ImportError, ValueError):
-        return set()
+    module = import_named(package)
+    found = vars(module) if module is not None else {}
     return {f"{package}.{other}" for other, value in found.items() if isinstance(value, type)}
 
 

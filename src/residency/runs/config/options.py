@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from residency.core.errors import UserError
+from residency.core.text import for_terminal
 from residency.engine.scoring.evaluation import EvaluationSettings
 from residency.inspection import Observer
 from residency.runs.folder import RunFolder
@@ -25,6 +27,11 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     """Add name, folder, checkpoints, store, place in a study, evaluation and W&B."""
     parser.add_argument("--name", type=str, default="run", help="Name of the run; its folder is runs/<name>.")
     parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run instead of runs/<name>.")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Use a run folder in which something else lies (fit); replace an earlier export (export).",
+    )
     parser.add_argument(
         "--checkpoint_every_n_steps",
         type=int,
@@ -72,7 +79,6 @@ def add_export_options(parser: LightningArgumentParser) -> None:
         help="Of merged weights; default the backbone's own.",
     )
     parser.add_argument("--output", type=str | None, default=None, help="Folder to write; default RUN/export/<stage>.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export.")
 
 
 def run_folder(option: Option) -> RunFolder:
@@ -88,7 +94,15 @@ def run_folder(option: Option) -> RunFolder:
             why="runs/<name> must be one folder in runs",
             fix="give a name without slashes, or the folder itself with --run_dir",
         )
-    return RunFolder(Path(folder or Path("runs") / name))
+    told: set[str] = set()
+
+    def tell(text: str) -> None:
+        if text not in told:
+            print(f"residency: {for_terminal(text)}", file=sys.stderr)
+        told.add(text)
+
+    path = Path(folder or Path("runs") / name)
+    return RunFolder(path, overwrite=bool(option("overwrite")), on_message=tell)
 
 
 def run_settings(option: Option) -> StreamSettings:

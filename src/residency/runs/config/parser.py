@@ -11,13 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ArgumentError, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from residency.core.errors import UserError
+from residency.core.yaml_files import YamlRefused, parse_yaml, read_yaml
 from residency.runs.config.explain import ParseFailure
-from residency.runs.config.sources import read_yaml
 
 __all__ = ["ResidencyParser", "expand_presets"]
 
@@ -80,10 +79,19 @@ def expand_presets(words: Sequence[str]) -> list[str]:
     return [_expanded(word) for word in joined]
 
 
+def _list(text: str, key: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except YamlRefused as error:
+        raise UserError(
+            f"--{key.lstrip('-')}={text}", why=f"it is no list: {error}", fix="write it as [a, b]"
+        ) from error
+
+
 def _expanded(word: str) -> str:
     key, _, value = word.partition("=")
     if _SCORERS.fullmatch(key) and value.startswith("["):
-        return f"{key}={json.dumps([_scorer(one, key) for one in yaml.safe_load(value)])}"
+        return f"{key}={json.dumps([_scorer(one, key) for one in _list(value, key)])}"
     if not (_NAMED_PART.fullmatch(key) and value.endswith((".yaml", ".yml", ".json"))):
         return word
     content = read_yaml(Path(value), what=key)

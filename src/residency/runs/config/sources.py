@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from residency.core.errors import UserError
+from residency.core.yaml_files import YamlRefused, parse_yaml, read_yaml
 
-__all__ = ["ConfigEntry", "check_configs", "pairs", "read_yaml", "written"]
+__all__ = ["ConfigEntry", "check_configs", "pairs", "written"]
 
 _CONFIG_OPTIONS = ("--config", "-c")
 
@@ -42,34 +41,6 @@ def pairs(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         if word.startswith("-"):
             option, equals, value = word.partition("=")
             yield option, value if equals else None if after is None or after.startswith("--") else after
-
-
-def read_yaml(path: Path, *, what: str) -> Any:
-    """The content of a YAML file.
-
-    Args:
-        path: The file.
-        what: What it should hold, for the message.
-
-    Raises:
-        UserError: It cannot be read, or is not YAML; the line is named.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}",
-            why=f"{what} was to be read from it",
-            fix="give an existing YAML file; paths are relative to the folder you start from, and inside a file to it",
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}{line} is not YAML: {problem or ' '.join(str(error).split())}",
-            why=f"{what} was to be read from it",
-            fix="correct that line: usual causes are indentation, a bracket or a quote that is not closed, and tabs",
-        ) from error
 
 
 def check_configs(words: Sequence[str]) -> None:
@@ -108,18 +79,32 @@ def written(words: Sequence[str]) -> list[ConfigEntry]:
 def _inline(value: str) -> dict[str, Any] | None:
     """Keys and values that are given in place of a file or a class."""
     try:
-        content = yaml.safe_load(value) if value.lstrip().startswith("{") else None
-    except yaml.YAMLError:
+        content = parse_yaml(value) if value.lstrip().startswith("{") else None
+    except YamlRefused:
         return None
     return content if isinstance(content, dict) else None
 
 
-def _flat(value: Any, key: str, place: str, folder: Path) -> Iterator[ConfigEntry]:
+def _flat(value: Any, key: str, place: str, folder: Path, within: tuple[Path, ...] = ()) -> Iterator[ConfigEntry]:
     if isinstance(value, dict):
         for name, part in value.items():
-            yield from _flat(part, f"{key}.{name}" if key else str(name), place, folder)
-    elif isinstance(value, str) and value.endswith((".yaml", ".yml")) and (folder / value).is_file():
+            yield from _flat(part, f"{key}.{name}" if key else str(name), place, folder, within)
+    elif isinstance(value, str) and value.endswith((".yaml", ".yml")) and _is_file(folder / value):
         preset = folder / value
-        yield from _flat(read_yaml(preset, what=key), key, str(preset), preset.parent)
+        if (real := preset.resolve()) in within:
+            raise UserError(
+                f"{preset} names itself: {' -> '.join(file.name for file in (*within, real))}",
+                why="reading it would have no end",
+                fix="put the content itself where the name of the file stands",
+            )
+        yield from _flat(read_yaml(preset, what=key), key, str(preset), preset.parent, (*within, real))
     if key:
         yield ConfigEntry(key, value, place)
+
+
+def _is_file(path: Path) -> bool:
+    """Also of what can be no path: then it is a text."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

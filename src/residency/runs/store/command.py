@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, UserError
-from residency.core.leases import owner_is_dead
-from residency.runs.store.store import KINDS, RECORD, EntryKind, Store
+from residency.core.markers import owns
+from residency.core.text import for_terminal
+from residency.runs.store.collect import Item, leftovers, remove, size_of, unneeded
+from residency.runs.store.store import KINDS, STORE, Store
 
 __all__ = ["store_command"]
 
-_DAY = 86400.0
+_MIB = 2**20
 
 
 def store_command(words: list[str]) -> int:
@@ -43,108 +44,113 @@ def store_command(words: list[str]) -> int:
     gc = verbs.choices["gc"]
     gc.add_argument("--unused", type=float, metavar="DAYS", help="remove entries that were not used for so many days")
     gc.add_argument("--max-size", metavar="SIZE", help="remove entries until the store is not larger: 500M, 20G")
+    gc.add_argument("--yes", action="store_true", help="remove complete entries, which would have to be made again")
     options = parser.parse_args(words)
-    if not options.store.is_dir():
-        raise UserError(
-            f"no store in {options.store}",
-            why="there is no such folder",
-            fix="give the folder that `residency sweep` names, by default studies/<name>/store",
-        )
-    console, store = Console(), Store(options.store, on_message=lambda text: Console().print(text, highlight=False))
+    _check_store(options.store)
+    console = Console()
+    store = Store(options.store, on_message=lambda text: _say(console, text))
     if options.verb == "ls":
         return _list(store, console)
     if options.verb == "verify":
         return _verify(store, console)
-    return _collect(store, console, unused=options.unused, limit=_size(options.max_size))
+    unused, limit = _days(options.unused), _size(options.max_size)
+    return _collect(store, console, unused=unused, limit=limit, sure=options.yes)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(for_terminal(text), markup=False, highlight=False)
+
+
+def _check_store(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(
+            f"no store in {path}",
+            why="there is no such folder",
+            fix="give the folder that `residency sweep` names, by default studies/<name>/store",
+        )
+    if not owns(path, STORE):
+        raise UserError(
+            f"{path} is no store (no {STORE.marker} in it)",
+            why="its files belong to something else, and would be moved or deleted",
+            fix="give the folder that `residency sweep` names, by default studies/<name>/store",
+        )
 
 
 def _list(store: Store, console: Console) -> int:
-    table = Table(title=str(store.path))
+    table = Table(title=for_terminal(store.path))
     for column, side in (("kind", "left"), ("entries", "right"), ("MiB", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     total = 0
     for kind in KINDS:
-        sizes = [_bytes(store.entry_path(kind, key)) for key, _ in store.entries(kind)]
+        sizes = [size_of(store.entry_path(kind, key))[0] for key in store.keys(kind)]
         total += sum(sizes)
-        table.add_row(kind, str(len(sizes)), f"{sum(sizes) / 2**20:.1f}")
+        table.add_row(kind, str(len(sizes)), f"{sum(sizes) / _MIB:.1f}")
     for name in ("work", "aside"):
-        places = _children(store.path / name)
-        size = sum(_bytes(place) for place in places)
+        folder = store.path / name
+        places = sorted(folder.iterdir()) if folder.is_dir() else []
+        size = sum(size_of(place)[0] for place in places)
         total += size
-        table.add_row(name, str(len(places)), f"{size / 2**20:.1f}")
+        table.add_row(name, str(len(places)), f"{size / _MIB:.1f}")
     table.add_section()
-    table.add_row("all", "", f"{total / 2**20:.1f}")
+    table.add_row("all", "", f"{total / _MIB:.1f}")
     console.print(table)
     return EXIT_DONE
 
 
 def _verify(store: Store, console: Console) -> int:
     good = bad = 0
+    unread = []
     for kind in KINDS:
-        for key in [key for key, _ in store.entries(kind)]:
-            if store.find(kind, key) is None:
-                bad += 1
-            else:
-                good += 1
+        for key in store.keys(kind):
+            try:
+                bad, good = (bad + 1, good) if store.find(kind, key) is None else (bad, good + 1)
+            except UserError as error:
+                unread.append(f"{kind}/{key[:12]}: {error.got}")
     console.print(f"{good} entries are what was written, {bad} were damaged and have been set aside")
-    return EXIT_SOME_FAILED if bad else EXIT_DONE
+    for line in unread:
+        _say(console, f"not checked, and left where it is: {line}")
+    return EXIT_SOME_FAILED if bad or unread else EXIT_DONE
 
 
-def _collect(store: Store, console: Console, *, unused: float | None, limit: int | None) -> int:
-    freed = sum(_remove(place) for place in _leftovers(store))
-    used = [(_last_use(store, kind, key), kind, key) for kind in KINDS for key, _ in store.entries(kind)]
-    total = sum(_bytes(store.entry_path(kind, key)) for _, kind, key in used)
-    count = 0
-    for when, kind, key in sorted(used):
-        old = unused is not None and time.time() - when > unused * _DAY
-        if old or (limit is not None and total > limit):
-            size = _remove(store.entry_path(kind, key))
-            total, freed, count = total - size, freed + size, count + 1
+def _collect(store: Store, console: Console, *, unused: float | None, limit: int | None, sure: bool) -> int:
+    left, entries = list(leftovers(store)), unneeded(store, unused=unused, limit=limit)
+    for line in _described([*left, *entries]):
+        console.print(line, highlight=False)
+    if entries and not sure:
+        raise UserError(
+            f"{len(entries)} complete entries would be removed from {store.path} (listed above); nothing has been",
+            why="what they hold would have to be trained or scored again when it is asked for",
+            fix="add --yes to remove them",
+        )
+    freed, failed = remove(store, [*left, *entries])
+    for text in failed:
+        _say(console, f"not removed: {text}")
+    stays = sum(size_of(store.entry_path(kind, key))[0] for kind in KINDS for key in store.keys(kind))
     console.print(
-        f"{freed / 2**20:.1f} MiB freed ({count} entries and what was left over); {total / 2**20:.1f} MiB stay. "
+        f"{freed / _MIB:.1f} MiB freed ({len(entries)} entries and what was left over); {stays / _MIB:.1f} MiB stay. "
         "Complete cells keep their own files."
     )
-    return EXIT_DONE
+    return EXIT_SOME_FAILED if failed else EXIT_DONE
 
 
-def _leftovers(store: Store) -> Iterator[Path]:
-    """What nobody will ask for again: half-written entries and leases of the dead, damaged entries, finished work."""
-    yield from _children(store.path / "aside")
-    for lease in _children(store.path / "leases"):
-        if owner_is_dead(lease):
-            yield lease
-    held = {lease.name for lease in _children(store.path / "leases")}
-    for work in _children(store.path / "work"):
-        if f"trained-{work.name}" not in held and store.has("trained", work.name):
-            yield work
-    for half in _children(store.path / "tmp"):
-        with suppress(OSError):
-            if time.time() - half.stat().st_mtime > _DAY:
-                yield half
+def _described(items: Sequence[Item]) -> list[str]:
+    """What goes, by kind, with number and size."""
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[item.what].append(item)
+    return [
+        f"  {what}: {len(own)}, {sum(item.size for item in own) / _MIB:.1f} MiB" for what, own in sorted(groups.items())
+    ]
 
 
-def _last_use(store: Store, kind: EntryKind, key: str) -> float:
-    with suppress(OSError):
-        return (store.entry_path(kind, key) / RECORD).stat().st_mtime
-    return 0.0
-
-
-def _children(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _bytes(place: Path) -> int:
-    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
-def _remove(place: Path) -> int:
-    size = _bytes(place)
-    if place.is_dir():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)
-    return size
+def _days(days: float | None) -> float | None:
+    if days is not None and not (math.isfinite(days) and days >= 0):
+        raise UserError(
+            f"--unused {days}",
+            why="it counts days since an entry was last used",
+            fix="give 0 (all entries) or a positive number, for example --unused 30",
+        )
+    return days
 
 
 def _size(text: str | None) -> int | None:

@@ -46,6 +46,13 @@ class RunInfo:
 class View:
     """The null view; every method may be overridden."""
 
+    keeps = False
+    """Whether it leaves something behind that is made again when it is missing."""
+
+    def is_there(self) -> bool:
+        """Whether what it has left behind is still there; asked of a run that it has shown to its end."""
+        return True
+
     def start(self, info: RunInfo, history: list[dict[str, Any]], rows: list[Mapping[str, Any]]) -> None:
         """A run begins or goes on; `history` and `rows` hold what an earlier call has done."""
 

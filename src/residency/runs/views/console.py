@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from residency.core.text import for_terminal
 from residency.core.types import Stage
 from residency.runs.views.base import RunInfo, View
 from residency.runs.views.heatmap import heat_map, save
@@ -29,9 +30,15 @@ class ConsoleView(View):
         console: Where to print; standard output by default.
     """
 
+    keeps = True
+
     def __init__(self, *, folder: Path, console: Console | None = None) -> None:
         self.folder = folder
         self.console = console or Console()
+
+    def is_there(self) -> bool:
+        """Whether the heat map is."""
+        return all((self.folder / f"nll.{ending}").is_file() for ending in ("png", "svg"))
 
     def start(self, info: RunInfo, history: list[dict[str, Any]], rows: list[Mapping[str, Any]]) -> None:
         """One line on what runs."""
@@ -58,18 +65,19 @@ class ConsoleView(View):
         """Matrix, heat map, pointer."""
         self.console.print(score_table(record, "nll"))
         for path in save(heat_map(record, "nll"), self.folder / "nll"):
-            self.console.print(f"  heat map: {escape(str(path))}")
+            self.console.print(f"  heat map: {escape(for_terminal(path))}")
         cost = record["cost"]
         self.console.print(
             f"  {cost['train_seconds']:.0f} s training at {cost['tokens_per_second'] or 0:.0f} tokens/s, "
             f"{cost['evaluation_seconds']:.0f} s scoring, peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
-        self.console.print(f"  record: {escape(str(self.folder / 'results.json'))}")
+        self.console.print(f"  record: {escape(for_terminal(self.folder / 'results.json'))}")
 
 
 def show_complete(folder: Path, console: Console | None = None) -> None:
     """Say that there was nothing to do."""
-    (console or Console()).print(f"complete, nothing to train; record: {escape(str(folder / 'results.json'))}")
+    record = escape(for_terminal(folder / "results.json"))
+    (console or Console()).print(f"complete, nothing to train; record: {record}")
 
 
 def show_scores(found: Mapping[str, Any], console: Console | None = None) -> None:
@@ -90,7 +98,7 @@ def show_predictions(rows: Sequence[Mapping[str, str]], console: Console | None 
     for title in ("prompt", "reference", "written"):
         table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(row[key]) for key in ("prompt", "completion", "written")))
+        table.add_row(*(escape(for_terminal(row[key])) for key in ("prompt", "completion", "written")))
     (console or Console()).print(table)
 
 
@@ -107,4 +115,6 @@ def show_export(found: Mapping[str, Any], console: Console | None = None) -> Non
                 shown = f"{change:+.1e}" if change else "0"
                 table.add_row(scorer, escape(printable(column)), f"{old:.4f}", f"{old + change:.4f}", shown)
         console.print(table)
-    console.print(f"stage {found['stage']} ({escape(printable(found['domain']))}): {escape(found['path'])}")
+    console.print(
+        f"stage {found['stage']} ({escape(printable(found['domain']))}): {escape(for_terminal(found['path']))}"
+    )

@@ -22,6 +22,8 @@ class Tracker(View):
         config: The resolved config.
     """
 
+    keeps = True
+
     def __init__(self, *, settings: WandbSettings, folder: Path, config: Mapping[str, Any]) -> None:
         self.settings = settings
         self.folder = folder

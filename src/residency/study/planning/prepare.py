@@ -14,6 +14,7 @@ from residency.runs.config.sources import written
 from residency.runs.folder import RunFolder
 from residency.runs.keys import digest
 from residency.runs.store.store import Store
+from residency.runs.whole_run import whole_record
 from residency.study.planning.cells import Cell, combinations, make_cell, plan_cells, safe_ids
 from residency.study.planning.estimate import Counts, count_stages
 from residency.study.planning.references import plan_references
@@ -110,7 +111,7 @@ def prepare(
     entries, missing = [], []
     for cell in cells:
         said = _said(cell)
-        complete = (folder / "cells" / cell.id / "results.json").is_file()
+        complete = whole_record(folder / "cells" / cell.id) is not None
         entry = known.get(cell.id)
         if not complete or entry is None or entry.get("written") != said:
             resolved = resolver.resolve(cell)

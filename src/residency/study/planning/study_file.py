@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from residency.core.errors import UserError
-from residency.runs.config.sources import read_yaml
+from residency.core.yaml_files import read_yaml
 from residency.study.planning.search_space import Search, check_search, make_search
 
 __all__ = ["Budget", "Study", "load_study"]

@@ -1,0 +1,71 @@
+"""The config that a run folder keeps: whose folder it is, and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from residency.core.markers import FolderKind
+from residency.core.yaml_files import YamlRefused, parse_yaml
+
+__all__ = ["RUN", "config_digest", "differences", "kept_config"]
+
+# What may differ between the call that started a run and the one that goes on with it.
+_FREE_KEYS = ("run_dir", "name", "store", "wandb", "checkpoint_every_n_steps", "progress")
+_OWN_KEYS = {"model", "data", "trainer", "seed_everything"}
+
+
+def _made_before_markers(path: Path) -> bool:
+    """Whether a folder holds what `residency fit` has always written: a resolved config, and stages or results."""
+    try:
+        config = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    known = isinstance(config, dict) and config.keys() >= _OWN_KEYS
+    return known and ((path / "stages").is_dir() or (path / "results.json").is_file() or not _others(path))
+
+
+def _others(path: Path) -> list[str]:
+    return [child.name for child in path.iterdir() if child.name not in ("config.yaml", ".lock", "run.json")]
+
+
+RUN = FolderKind(name="run", option="--run_dir", proof=_made_before_markers)
+
+
+def kept_config(path: Path) -> dict[str, Any]:
+    """The config in a file; `{}` if the file is damaged.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        old = parse_yaml(path.read_bytes().decode())
+    except (YamlRefused, UnicodeDecodeError):
+        return {}
+    return old if isinstance(old, dict) else {}
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of what of a config must not change while a run is made."""
+    text = json.dumps(_fixed(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Keys, with dots, whose values differ and must not."""
+    return sorted(_differences(_fixed(old), _fixed(new)))
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _FREE_KEYS}
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(k for k in new if k not in old)]:
+            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif old != new:
+        yield prefix

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from residency.adapters.algebra.gauge import nearest_gauge
 from residency.adapters.algebra.low_rank import low_rank_factors
 from residency.adapters.algebra.orthogonality import Orthogonality, overlap, squared_cosine
 from residency.adapters.base import Adapter, Observe
@@ -138,6 +139,7 @@ class IncLoRA(Adapter):
             new_b, new_a = low_rank_factors(wanted / scale, rank=a.shape[0], a_norm=float(a.norm()))
             lost += float((wanted - scale * (new_b @ new_a)).square().sum())
             total += float(weights[path].square().sum())
+            new_b, new_a = nearest_gauge(new_b, new_a, like=(b, a))
             a.copy_(new_a)
             b.copy_(new_b)
         return {"truncation": (lost / total) ** 0.5 if total else 0.0}

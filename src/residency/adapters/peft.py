@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
 
+from residency.adapters.algebra.gauge import nearest_gauge
 from residency.adapters.algebra.low_rank import low_rank_factors, product_factors
 from residency.adapters.base import Adapter, LowRankLayer, OptimizerFactory, missing_capability
 from residency.adapters.peft_tools.folding import merged_lora
@@ -96,6 +97,7 @@ class Peft(Adapter):
         """Set the factors to the best approximation of each update at the adapter's rank (Eckart and Young 1936).
 
         A multiple of one state's update is exact: c s B A is c B and A, which is what scaling the adapter by c does.
+        All others are written in the gauge nearest to the live factors, which mitigations may have remembered.
 
         Returns:
             `truncation`: norm of what the rank cannot hold over the norm of all updates.
@@ -113,8 +115,9 @@ class Peft(Adapter):
             if fitted is None:
                 b.zero_()
                 continue
-            b.copy_(fitted[0])
-            a.copy_(fitted[1])
+            near_b, near_a = fitted[:2] if _is_one_state(weights, name, a) else nearest_gauge(*fitted[:2], like=(b, a))
+            b.copy_(near_b)
+            a.copy_(near_a)
             lost += scale**2 * fitted[2]
             total += scale**2 * fitted[3]
         return {"truncation": (lost / total) ** 0.5 if total else 0.0}
@@ -205,6 +208,12 @@ def _fitted(
     wanted = weights[name] / scale
     b, a = low_rank_factors(wanted, rank=rank, a_norm=a_norm)
     return b, a, float((wanted - b @ a).square().sum()), float(wanted.square().sum())
+
+
+def _is_one_state(weights: Tensors, name: str, a: torch.Tensor) -> bool:
+    """Whether an update is one product of the right rank: a multiple of a state, whose own factors are taken."""
+    terms = [(left, right) for c, left, right in terms_of(weights, name) or () if c and left.any() and right.any()]
+    return len(terms) == 1 and terms[0][1].shape == a.shape
 
 
 def _pairs(state: Tensors) -> list[tuple[str, str]]:

@@ -11,7 +11,20 @@ from torch import Tensor
 
 from residency.core.types import Tensors
 
-__all__ = ["Computed", "Products", "Term", "size_in_bytes", "snapshot", "swapped", "terms_of", "weighted_sum", "wide"]
+__all__ = [
+    "Computed",
+    "Products",
+    "Term",
+    "remembered",
+    "size_in_bytes",
+    "snapshot",
+    "swapped",
+    "terms_of",
+    "weighted_sum",
+    "wide",
+]
+
+_HALF = (torch.float16, torch.bfloat16)
 
 Term = tuple[float, Tensor, Tensor]
 """(c, L, R): the product c L R with L (out, r) and R (r, in)."""
@@ -108,6 +121,12 @@ def weighted_sum(parts: Sequence[tuple[float, Tensors]]) -> Tensors:
     return Products(like, compute, terms)
 
 
+def remembered(tensors: Tensors) -> dict[str, Tensor]:
+    """Detached copies, half precision in float32: what is kept and added to must not be rounded to what trains."""
+    kept = snapshot(tensors)
+    return {name: tensor.float() if tensor.dtype in _HALF else tensor for name, tensor in kept.items()}
+
+
 def snapshot(tensors: Tensors) -> dict[str, Tensor]:
     """Detached copies that later steps do not change."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -125,7 +144,7 @@ def swapped(leaves: Tensors, values: Tensors) -> Iterator[None]:
     own = {name: leaves[name].data for name in values}
     try:
         for name, value in values.items():
-            leaves[name].data = value
+            leaves[name].data = value.to(leaves[name].dtype)
         yield
     finally:
         for name, data in own.items():

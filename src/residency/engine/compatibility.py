@@ -8,6 +8,7 @@ from residency.adapters.base import Adapter
 from residency.core.errors import UserError
 from residency.domains.stream_data import StreamData
 from residency.mitigations.base import Mitigation, overrides
+from residency.mitigations.composition import check_pairs
 
 __all__ = ["check_mitigations", "check_steps", "check_validation"]
 
@@ -16,8 +17,10 @@ def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -
     """Every mitigation's requirements against what the adapter provides.
 
     Raises:
-        UserError: Naming mitigation, missing capability, adapter, and what to use instead.
+        UserError: Naming mitigation, missing capability, adapter, and what to use instead; or two mitigations that
+            exclude each other.
     """
+    check_pairs(mitigations)
     for name, mitigation in mitigations.items():
         missing = sorted(mitigation.requires - adapter.provides)
         if missing:

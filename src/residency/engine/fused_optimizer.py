@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from residency.core.types import untyped
-
 __all__ = ["fuse"]
 
 _FUSED = (Adagrad, Adam, AdamW, SGD)
@@ -38,5 +36,4 @@ def fuse(optimizer: Optimizer) -> Optimizer:
         return optimizer
     for group in (optimizer.defaults, *optimizer.param_groups):
         group["fused"] = True
-    untyped(optimizer)._step_supports_amp_scaling = True
     return optimizer

@@ -87,6 +87,10 @@ class ContinualModule(LightningModule):
             mitigation.name = name
         check_mitigations(self.adapter, self.mitigations)
         self._active = {h: [m for m in self.mitigations.values() if overrides(m, h)] for h in HOOKS}
+        # Sorted by kind, so that the order of the config does not decide which of two guarantees holds.
+        self._active["transform_gradients"].sort(key=lambda m: m.gradient_order)
+        self._active["transform_update"].sort(key=lambda m: m.update_order)
+        self._active["transform_dataset"].sort(key=lambda m: m.rehearsal() is not None)
         self._adapts_update = changes(adapter, "transform_update")
         # Only the adapter's tensors are stored and restored; the backbone comes from its own files.
         self.strict_loading = False
@@ -149,13 +153,23 @@ class ContinualModule(LightningModule):
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
         self.dataset = examples
-        for name, mitigation in self.mitigations.items():
+        # Those that rewrite rows come before those that put others in their place, whose shares then add.
+        for mitigation in sorted(self.mitigations.values(), key=lambda m: m.rehearsal() is not None):
+            name = mitigation.name
             if mitigation in self._active["prepare_dataset"] and name not in stored:
                 mitigation.prepare_dataset(self, self.dataset, stage)
             if mitigation in self._active["transform_dataset"]:
                 self.dataset = mitigation.transform_dataset(self.dataset, stage)
         self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
         self._adapter_stage(self.adapter.begin_stage, "begin")
+
+    def frozen_inputs(self) -> dict[str, list[Tensor]]:
+        """Input directions that mitigations keep out of the updates of a matrix, by the path of its owner."""
+        found: dict[str, list[Tensor]] = {}
+        for mitigation in self.mitigations.values():
+            for owner, directions in mitigation.frozen_inputs(self).items():
+                found.setdefault(owner, []).append(directions)
+        return found
 
     def _adapter_stage(self, call: Callable[[nn.Module, Stage, Observe], None], moment: str) -> None:
         """One of the adapter's stage hooks, with random numbers of its own."""

@@ -108,7 +108,11 @@ class Trainers:
         options.setdefault("enable_model_summary", False)
         options.setdefault("log_every_n_steps", 1)
         with quiet_lightning():
-            return Trainer(**options)
+            trainer = Trainer(**options)
+        # A batch holds token ids, positions and counts, which no precision converts; Lightning would look into it and
+        # refuse a frozen dataclass.
+        trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        return trainer
 
 
 class quiet_lightning:

@@ -15,9 +15,15 @@ from residency.core.tensors import size_in_bytes
 from residency.core.types import Batch, Capability, Example, Outputs, Stage, Tensors
 from residency.mitigations.contract import StageModule
 
-__all__ = ["HOOKS", "Mitigation", "Reduction", "State", "overrides"]
+__all__ = ["HOOKS", "Guarantee", "Mitigation", "Reduction", "State", "overrides"]
 
 Reduction = Literal["mean", "sum", "max"]
+Guarantee = Literal[
+    "coordinates", "slots", "rows", "columns", "inputs", "directions", "gradient", "last step", "end of stage"
+]
+"""What a mitigation promises and must not lose to another one: the meaning of remembered coordinates; its share of a
+batch; output rows, input columns, input directions or directions over all parameters that no update touches; the side
+of a gradient; which state of a stage is its last; what the weights after a stage are."""
 State = Tensor | dict[str, Tensor]
 
 HOOKS = (
@@ -50,6 +56,15 @@ class Mitigation(Callback):
 
     alternative: ClassVar[str] = "a mitigation without that requirement, for example configs/mitigation/replay.yaml"
     """What to use where `requires` is not met (completes the sentence "use ...")."""
+
+    holds: ClassVar[frozenset[Guarantee]] = frozenset()
+    """What it promises and must not lose to another mitigation, see `residency.mitigations.composition`."""
+
+    gradient_order: ClassVar[int] = 0
+    """Place among all `transform_gradients`, whatever the order in the config: 0 adds, 1 projects, 2 clips."""
+
+    update_order: ClassVar[int] = 0
+    """Place among all `transform_update`: 0 adds, 1 masks rows, 2 masks columns, 3 projects, 4 only looks."""
 
     first_domain: int = 1
     """Index of the first stage whose TRAINING it touches or must watch: 1 for what protects earlier domains, 0 for
@@ -163,6 +178,18 @@ class Mitigation(Callback):
         projected, how much of a teacher was kept. Logged as `<mitigation>/<name>`, beside `loss/<mitigation>/<term>`.
 
         Called in the forward pass of logged steps only, after `loss_terms`; changes nothing.
+        """
+        return {}
+
+    # -- what other mitigations ask ---------------------------------------------------------------------------------
+
+    def rehearsal(self) -> tuple[float, int] | None:
+        """(share of the slots, in every how many-th batch) that it fills with old examples; `None` = it fills none."""
+        return None
+
+    def frozen_inputs(self, module: StageModule) -> Mapping[str, Tensor]:
+        """Orthonormal directions (in, k) of the inputs of a matrix, by the path of its owner, that its updates have no
+        part in; a bool mask (in,) where they are input features themselves.
         """
         return {}
 

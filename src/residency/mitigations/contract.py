@@ -6,7 +6,7 @@ nothing of the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -56,6 +56,9 @@ class StageModule(Protocol):
     @property
     def trained_forward(self) -> Forward:
         """What the objective gets in a training step."""
+
+    def frozen_inputs(self) -> Mapping[str, Sequence[Tensor]]:
+        """Input directions that mitigations keep out of the updates of a matrix, by the path of its owner."""
 
     def validation(self) -> Sequence[Example]:
         """Validation rows of the stage's own domain."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.validation import validation_nll
 
@@ -69,6 +69,7 @@ class EarlyStopping(Mitigation):
         min_delta: An improvement is larger than this, in nats per completion token.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"last step"})
     first_domain: int = 0
 
     def __init__(self, *, every: int = 10, patience: int | None = None, min_delta: float = 0.0) -> None:

@@ -7,12 +7,17 @@ A memory holds an orthonormal basis of either the directions that are in use (fe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Memory", "directions", "energy_threshold", "project", "remember"]
+__all__ = ["Memory", "directions", "energy_threshold", "project", "remember", "without"]
+
+
+# Sine of the angle below which a direction counts as lying in a subspace, for bases in float32.
+_OVERLAP = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,34 @@ def project(matrix: Tensor, memory: Memory | None) -> Tensor:
     basis = memory.basis.to(matrix.dtype)
     inside = basis @ (basis.T @ matrix)
     return inside if memory.free else matrix - inside
+
+
+def without(memory: Memory, frozen: Sequence[Tensor]) -> Memory:
+    """A memory for matrices that have no part in some directions F already, such that they keep none.
+
+    One projection onto the intersection: M's part outside of F is made orthonormal, so that what is removed from a
+    matrix outside of F lies outside of F. (Projecting by M itself would put a part back into F.)
+
+    Args:
+        memory: M, what is in use, or its complement.
+        frozen: Each a bool mask (in,) of input features or orthonormal columns (in, k).
+    """
+    for part in frozen:
+        mask = part.dtype == torch.bool
+        basis = memory.basis.double()
+        outside = (part[:, None] if mask else part).to(basis.dtype)
+        inside = basis * outside if mask else outside @ (outside.T @ basis)
+        if memory.free:
+            # Combinations of the free directions that have no part in F.
+            _, size, axes = torch.linalg.svd(inside, full_matrices=True)
+            basis = basis @ axes[int((size > _OVERLAP).sum()) :].T
+        else:
+            left, size, _ = torch.linalg.svd(basis - inside, full_matrices=False)
+            basis = left[:, size > _OVERLAP]
+        if mask:
+            basis = torch.where(part[:, None], 0.0, basis)  # exactly, as nothing of a frozen feature may move
+        memory = Memory(basis.to(memory.basis.dtype), memory.free)
+    return memory
 
 
 def directions(covariance: Tensor, memory: Memory | None, *, rank: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from residency.core.tensors import Term
+from residency.core.tensors import Term, wide
 
 __all__ = ["low_rank_factors", "product_factors"]
 
@@ -55,16 +55,16 @@ def product_factors(terms: Sequence[Term], *, rank: int, a_norm: float) -> tuple
     Returns:
         B (out, r), A (r, in), the squared norm of what is lost, and that of the sum; `None` if the sum is zero.
     """
-    parts = [(c * left.float(), right.float()) for c, left, right in terms if c and left.any() and right.any()]
+    parts = [(c * wide(left), wide(right)) for c, left, right in terms if c and left.any() and right.any()]
     if not parts:
         return None
     if len(parts) == 1 and parts[0][0].shape[1] == rank:
-        b, a = parts[0]
+        b, a = (factor.float() for factor in parts[0])
         return b, a, 0.0, float(((b.T @ b) * (a @ a.T)).sum())
     q_left, t_left = torch.linalg.qr(torch.cat([left for left, _ in parts], 1))
     q_right, t_right = torch.linalg.qr(torch.cat([right for _, right in parts]).T)
     u, s, vh = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
-    b, a = _in_gauge(q_left @ u, s, vh @ q_right.T, rank=rank, a_norm=a_norm)
+    b, a = (f.float() for f in _in_gauge(q_left @ u, s, vh @ q_right.T, rank=rank, a_norm=a_norm))
     return b, a, float(s[rank:].square().sum()), float(s.square().sum())
 
 

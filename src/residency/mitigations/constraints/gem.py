@@ -24,7 +24,7 @@ from residency.core.errors import UserError
 from residency.core.randomness import permutation
 from residency.core.types import Example, Stage, Tensors
 from residency.domains.sampler import learned_examples
-from residency.mitigations.base import Mitigation, State
+from residency.mitigations.base import Guarantee, Mitigation, State
 from residency.mitigations.constraints.gradient_projection import project_agem, project_gem, reference_gradient
 from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.memory import into_reservoir, pack_examples, unpack_examples
@@ -45,6 +45,8 @@ class AGEM(Mitigation):
         batch_tokens: Tokens per pass; changes memory, not the result.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"gradient"})
+    gradient_order: ClassVar[int] = 1
     training_only: ClassVar[frozenset[str]] = frozenset({"strength", "samples", "batch_tokens"})
 
     def __init__(
@@ -103,6 +105,8 @@ class GEM(Mitigation):
         batch_tokens: Tokens per pass; changes memory, not the result.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"gradient"})
+    gradient_order: ClassVar[int] = 1
     training_only: ClassVar[frozenset[str]] = frozenset({"strength", "margin", "ridge", "samples", "batch_tokens"})
 
     def __init__(

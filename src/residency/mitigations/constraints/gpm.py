@@ -18,18 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from residency.adapters.algebra.covariance import input_covariances
-from residency.adapters.algebra.dual_gpm import Memory, project, remember
+from residency.adapters.algebra.dual_gpm import Memory, project, remember, without
 from residency.core.errors import UserError
 from residency.core.randomness import permutation
 from residency.core.types import Capability, Stage, Tensors
 from residency.domains.sampler import learned_examples
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.constraints.linear_maps import LinearMap, kept_share, linear_maps, passes
 from residency.mitigations.contract import StageModule
 
@@ -60,6 +60,8 @@ class GPM(Mitigation):
             embeddings): `frozen`, without which nothing is guaranteed, as they move the inputs themselves; or `free`.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"inputs", "coordinates"})
+    update_order: ClassVar[int] = 3
     requires: frozenset[Capability] = frozenset({"fixed_coordinates", "linear"})
     alternative: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
     training_only: ClassVar[frozenset[str]] = frozenset({"rest"})
@@ -86,6 +88,7 @@ class GPM(Mitigation):
         self.add_state("basis", {})
         self.add_state("free", {})
         self.add_state("kept", torch.ones(()))
+        self._reduced: tuple[Any, dict[str, Memory]] = (None, {})
 
     def transform_update(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Project every matrix; nothing in the first domain."""
@@ -93,6 +96,7 @@ class GPM(Mitigation):
         if not memories:
             return after
         places = linear_maps(module.model, after)
+        memories = self._outside_of_others(module, memories)
 
         def final(name: str) -> Tensor:
             if (place := places.get(name)) is None:
@@ -135,6 +139,14 @@ class GPM(Mitigation):
         kept = self.state["kept"]
         assert isinstance(kept, Tensor)
         return {"used": sum(shares) / len(shares) if shares else 0.0, "kept": float(kept)}
+
+    def _outside_of_others(self, module: StageModule, memories: dict[str, Memory]) -> dict[str, Memory]:
+        """The memories such that projecting keeps what other mitigations have frozen; constant within a stage."""
+        key = (module.stage.index, self.state["basis"])
+        if self._reduced[0] is None or self._reduced[0][0] != key[0] or self._reduced[0][1] is not key[1]:
+            frozen = module.frozen_inputs()
+            self._reduced = (key, {path: without(m, frozen.get(path, ())) for path, m in memories.items()})
+        return self._reduced[1]
 
     def memories(self) -> dict[str, Memory]:
         """What is remembered, by the path of the module that multiplies."""

@@ -16,8 +16,15 @@ __all__ = ["dual_weights", "inner", "project_agem", "project_gem", "reference_gr
 
 
 def inner(first: Tensors, second: Tensors) -> Tensor:
-    """Inner product of two flat vectors that are kept as named tensors; a scalar."""
-    return torch.stack([torch.dot(first[n].flatten(), second[n].flatten()) for n in first]).sum()
+    """Inner product of two flat vectors that are kept as named tensors; a scalar, at least float32.
+
+    A sum of squares above 65504 is infinite in float16, and the projection NaN.
+    """
+    return torch.stack([torch.dot(_single(first[n]), _single(second[n])) for n in first]).sum()
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()).flatten()
 
 
 def project_agem(gradient: Tensors, reference: Tensors, *, strength: float = 1.0) -> Tensors:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from residency.adapters.algebra.covariance import tokens_of
 from residency.core.errors import UserError
 from residency.core.types import Batch, Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.constraints.linear_maps import kept_share, linear_maps
 from residency.mitigations.contract import StageModule
 
@@ -50,6 +50,8 @@ class MIGU(Mitigation):
         threshold: τ, share of the rows of every layer that are not updated in a step, in [0, 1]. 0 = off.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"rows"})
+    update_order: ClassVar[int] = 1
     requires: frozenset[Capability] = frozenset({"linear"})
     alternative: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
 

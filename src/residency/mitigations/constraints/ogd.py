@@ -23,7 +23,7 @@ from residency.core.losses import token_nll
 from residency.core.randomness import permutation
 from residency.core.types import Capability, Example, Stage, Tensors
 from residency.domains.sampler import learned_examples
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.constraints.linear_maps import kept_share
 from residency.mitigations.contract import StageModule
 
@@ -73,6 +73,8 @@ class OGD(Mitigation):
             ground-truth logits (OGD-GTL). `log_prob`: log p(completion | prompt).
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"directions", "coordinates"})
+    update_order: ClassVar[int] = 3
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = "configs/mitigation/agem.yaml, or an adapter with persistent coordinates (lora, full)"
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})

@@ -27,7 +27,7 @@ from residency.core.errors import UserError
 from residency.core.randomness import permutation
 from residency.core.types import Capability, Example, Stage, Tensors, untyped
 from residency.domains.base import Domain
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.constraints.linear_maps import LinearMap, kept_share, linear_maps
 from residency.mitigations.constraints.shield_scores import Score, frozen_columns, own_text, score_layers
 from residency.mitigations.contract import StageModule
@@ -63,15 +63,20 @@ def shield_factors(
     columns = a[:, frozen]
     if not b.any() or columns.norm() <= _ZERO * a.norm():
         return torch.where(frozen, torch.zeros_like(a), new_a), new_b
-    # Directions of the r-dimensional space that frozen columns occupy: B must go on mapping them to the same.
-    energy, axes = torch.linalg.eigh(columns.double() @ columns.double().T)
-    span = axes[:, energy > _ZERO**2 * energy.max()]
+    span = occupied(columns)
     if span.shape[1] == len(a):
         final_b = b
     else:
         step = (new_b - b).double()
         final_b = b + (step - (step @ span) @ span.T).to(b.dtype)
     return torch.where(frozen, a, new_a), final_b
+
+
+def occupied(columns: Tensor) -> Tensor:
+    """(r, k) orthonormal directions that frozen columns (r, n) of A occupy: B must go on mapping them to the same."""
+    energy, axes = torch.linalg.eigh(columns.double() @ columns.double().T)
+    span: Tensor = axes[:, energy > _ZERO**2 * energy.max()]
+    return span
 
 
 class SourceShielding(Mitigation):
@@ -88,6 +93,8 @@ class SourceShielding(Mitigation):
         tokens: Longest text that the model writes itself (the paper: 2048).
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"columns"})
+    update_order: ClassVar[int] = 2
     requires: frozenset[Capability] = frozenset({"linear"})
     alternative: ClassVar[str] = "configs/mitigation/weight_mixing.yaml, or an adapter of linear layers (lora, full)"
     first_domain: int = 0
@@ -139,6 +146,21 @@ class SourceShielding(Mitigation):
                 final |= _shielded(name, place, before, after, mask)
         self.state["kept"] = kept_share(before, after, final)
         return final
+
+    def frozen_inputs(self, module: StageModule) -> Mapping[str, Tensor]:
+        """The frozen columns; of a B whose A is not 0 there, the directions that they occupy."""
+        found: dict[str, Tensor] = {}
+        masks, leaves = self._frozen(), module.adapter.trainable(module.model)
+        for name, place in (linear_maps(module.model, leaves) if masks else {}).items():
+            if (mask := masks.get(place.layer)) is None:
+                continue
+            if place.kind != "B":
+                found[place.owner] = mask
+            elif (a := leaves.get(name.replace(".lora_B.", ".lora_A."))) is not None:
+                columns = a.detach()[:, mask]
+                if columns.norm() > _ZERO * a.detach().norm():
+                    found[place.owner] = occupied(columns)
+        return found
 
     def touches_training(self, index: int) -> bool:
         """Not at ratio 0."""

@@ -69,6 +69,7 @@ class ZClip(Mitigation):
     """
 
     first_domain: int = 0
+    gradient_order: ClassVar[int] = 2
 
     def __init__(
         self, *, threshold: float = 2.5, decay: float = 0.97, warmup: int = 25, per_domain: bool = False

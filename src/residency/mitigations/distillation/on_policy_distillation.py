@@ -19,7 +19,7 @@ from residency.backbones.base import Sampling
 from residency.core.batching import make_batch, own_places
 from residency.core.errors import UserError
 from residency.core.randomness import seed_of
-from residency.core.tensors import snapshot
+from residency.core.tensors import remembered
 from residency.core.types import Batch, Example, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
@@ -105,7 +105,7 @@ class OnPolicyDistillation(Mitigation):
     def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """The average starts where the stage does."""
         if self.touches_training(stage.index) and self.teacher == "ema":
-            self.state["teacher"] = snapshot(module.adapter.trainable(module.model))
+            self.state["teacher"] = remembered(module.adapter.trainable(module.model))
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """The next stage has an average of its own."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.errors import UserError
-from residency.core.tensors import snapshot
+from residency.core.tensors import remembered, snapshot
 from residency.core.types import Batch, Example, Outputs, Stage, Tensors, supervised_tokens
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
@@ -102,7 +102,8 @@ class SelfDistillation(Mitigation):
         if self.cache is not None:
             self.state["cached"] = self._teach(module, self.cache)
         elif self.teacher != "base":
-            self.state["teacher"] = snapshot(module.adapter.trainable(module.model))
+            leaves = module.adapter.trainable(module.model)
+            self.state["teacher"] = remembered(leaves) if self.teacher == "ema" else snapshot(leaves)
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """The next stage has another teacher."""

@@ -51,4 +51,4 @@ def teacher_logits(module: StageModule, batch: Batch, weights: Tensors | None) -
 @torch.no_grad()
 def follow(teacher: Tensors, leaves: Tensors, *, rate: float) -> dict[str, Tensor]:
     """One step of an exponential moving average: (1 - rate) teacher + rate leaves, name by name."""
-    return {name: torch.lerp(value, leaves[name].detach(), rate) for name, value in teacher.items()}
+    return {name: torch.lerp(value, leaves[name].detach().to(value.dtype), rate) for name, value in teacher.items()}

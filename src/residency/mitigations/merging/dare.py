@@ -11,7 +11,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.randomness import generator, seed_of
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import check_last, merged_vectors, stage_weights, unless_first
 from residency.mitigations.merging.task_arithmetic import task_arithmetic
@@ -67,6 +67,7 @@ class DARE(Mitigation):
         first: After the first stage too.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"

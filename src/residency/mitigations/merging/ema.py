@@ -11,7 +11,7 @@ from torch import Tensor
 
 from residency.core.errors import UserError
 from residency.core.types import Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 
 __all__ = ["EMA", "ema_step", "ema_weight"]
@@ -54,6 +54,7 @@ class EMA(Mitigation):
         decay: β in [0, 1): the window is about 1 / (1 - β) steps. With fewer steps it is nearly their mean. 0 = off.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"last step"})
     first_domain: int = 0
 
     def __init__(self, *, decay: float = 0.999) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.errors import UserError
 from residency.core.randomness import permutation
-from residency.core.tensors import snapshot
+from residency.core.tensors import remembered, snapshot
 from residency.core.types import Capability, Tensors
 from residency.domains.sampler import learned_examples
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import data_losses, fisher_diagonal
 from residency.mitigations.penalties.quadratic import add_quadratics
@@ -42,8 +42,8 @@ class FisherMerge(Mitigation):
 
     The mode of the product of one Laplace approximation per domain, in the coordinates that train: for LoRA these are
     the factors A and B of the one adapter that all stages go on with, as for EWC, and not the updates B A, whose
-    Fisher information would be as large as the backbone. It merges what the stages have trained; put it before other
-    mixing.
+    Fisher information would be as large as the backbone. Fisher information is estimated at, and the merge
+    made of, the weights that the mixing before it gives.
 
     Args:
         past: Factor on the Fisher information of all earlier stages, >= 0. 0 = off, 1 = all count alike.
@@ -51,6 +51,7 @@ class FisherMerge(Mitigation):
         batch_tokens: Tokens per pass of the estimate; changes memory, not the result.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable", "fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/weight_mixing.yaml, or an adapter with persistent coordinates (lora, full)"
@@ -78,7 +79,9 @@ class FisherMerge(Mitigation):
         assert isinstance(precision, dict)
         assert isinstance(merged, dict)
         leaves = module.adapter.trainable(module.model)
-        fisher, tuned = self._fisher(module), snapshot(leaves)
+        # What the mixers before this one made of the stage, as factors near the trained ones; of nothing, bit for bit.
+        module.adapter.load_weights(module.model, after)
+        fisher, tuned = self._fisher(module), remembered(leaves)
         if not precision:
             self.state.update(precision=fisher, merged=tuned)
             return after

@@ -16,7 +16,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import unless_first
 
@@ -60,6 +60,7 @@ class IntruderReduction(Mitigation):
         first: After the first stage too.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable", "low_rank"})
     alternative: ClassVar[str] = "configs/mitigation/wise_ft.yaml, or configs/adapter/lora.yaml"
 

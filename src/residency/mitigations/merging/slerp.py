@@ -11,7 +11,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of, wide
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import unless_first
 
@@ -92,6 +92,7 @@ class SLERP(Mitigation):
         first: After the first stage too, where the vector before is zero and the arc a straight line.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"

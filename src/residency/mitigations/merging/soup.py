@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot, weighted_sum
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import check_last, kept_states, remember, stage_weights
 from residency.mitigations.validation import validation_nll
@@ -61,6 +61,7 @@ class Soup(Mitigation):
         every: For `steps`: optimizer steps between two states.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     first_domain: int = 0
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = "configs/mitigation/ema.yaml, or an adapter whose states can be averaged (lora, full)"

@@ -47,12 +47,14 @@ def kept_states(kept: Tensors) -> list[dict[str, Tensor]]:
 def stage_weights(mitigation: Mitigation, module: StageModule, after: Tensors, *, last: int | None) -> list[Tensors]:
     """The states of earlier stages in the adapter's averaging space, oldest first, and `after`.
 
-    The state of the running stage joins `mitigation.state["kept"]`, as training left it.
+    What `after` is becomes the model's state and joins `mitigation.state["kept"]`: what the mixers before this one made
+    of the stage; as training left it, bit for bit, where there are none.
     """
     kept = mitigation.state["kept"]
     assert isinstance(kept, dict)
     adapter, model = module.adapter, module.model
     found = [adapter.weights(model, state) for state in kept_states(kept)]
+    adapter.load_weights(model, after)
     mitigation.state["kept"] = remember(kept, adapter.state(model), index=module.stage.index, last=last)
     return [*found, after]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from residency.core.errors import UserError
 from residency.core.tensors import weighted_sum
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import check_last, stage_weights, unless_first
 
@@ -43,6 +43,7 @@ class TaskArithmetic(Mitigation):
         first: After the first stage too (then it is λ τ_1).
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"

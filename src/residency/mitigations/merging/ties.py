@@ -12,7 +12,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.tensors import wide
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import check_last, merged_vectors, stage_weights, unless_first
 
@@ -77,6 +77,7 @@ class TIES(Mitigation):
         first: After the first stage too (then it is a trimmed τ_1).
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"

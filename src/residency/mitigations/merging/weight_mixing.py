@@ -11,7 +11,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 
 __all__ = ["WeightMixing", "mix"]
@@ -56,6 +56,7 @@ class WeightMixing(Mitigation):
             to forget but the base.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from residency.core.errors import UserError
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.merging.states import unless_first
 from residency.mitigations.merging.weight_mixing import mix
@@ -24,6 +24,7 @@ class WiseFT(Mitigation):
         first: After the first stage too.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"

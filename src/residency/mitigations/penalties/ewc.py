@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from residency.core.errors import UserError
-from residency.core.tensors import snapshot
+from residency.core.tensors import remembered
 from residency.core.types import Batch, Capability, Example, Outputs, Stage, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import (
     batch_fisher_diagonal,
@@ -58,6 +58,7 @@ class EWC(Mitigation):
         UserError: A value is out of range, or `token` is asked of what has no tokens to square.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"coordinates"})
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
@@ -121,7 +122,7 @@ class EWC(Mitigation):
         """Estimate F at the final weights of the domain and add its quadratic."""
         examples = sample_examples(module, stage, count=self.fisher_samples)
         fisher = self._estimate(module, stage, examples)
-        anchor = snapshot(module.adapter.trainable(module.model))
+        anchor = remembered(module.adapter.trainable(module.model))
         precision, old_anchor, constant = (self.state[key] for key in ("precision", "anchor", "constant"))
         assert isinstance(precision, dict)
         assert isinstance(old_anchor, dict)

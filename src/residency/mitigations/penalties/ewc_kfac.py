@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from residency.core.errors import UserError
-from residency.core.tensors import size_in_bytes
+from residency.core.tensors import remembered, size_in_bytes
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
@@ -140,7 +140,7 @@ class KroneckerEWC(Mitigation):
             old = (self._of("inputs", 0), self._of("outputs", 0), weights[0])
             inputs, outputs, weight = merge_factors(old, (inputs, outputs), decay=self.decay)
             index, weights = 0, []
-        anchor = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+        anchor = remembered(leaves)
         for key, found in (("inputs", inputs), ("outputs", outputs), ("anchor", anchor)):
             kept = self.state[key]
             assert isinstance(kept, dict)

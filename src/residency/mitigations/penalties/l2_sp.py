@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from residency.core.errors import UserError
-from residency.core.tensors import snapshot
+from residency.core.tensors import remembered
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.kronecker import low_rank_pulls
 from residency.mitigations.penalties.quadratic import add_pulls
@@ -77,6 +77,7 @@ class L2SP(Mitigation):
         UserError: A value is out of range.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"coordinates"})
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
@@ -111,7 +112,7 @@ class L2SP(Mitigation):
     def on_domain_start(self, module: StageModule, stage: Stage) -> None:
         """Remember the starting point."""
         if stage.index == 0 or self.anchor == "previous":
-            self.state["anchor"] = snapshot(module.adapter.trainable(module.model))
+            self.state["anchor"] = remembered(module.adapter.trainable(module.model))
 
     def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """The penalty's value, for the log; nothing if the pull is no part of the loss."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from residency.core.errors import UserError
-from residency.core.tensors import snapshot
+from residency.core.tensors import remembered
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import mean_over_examples
 from residency.mitigations.penalties.per_example import ExampleLosses
@@ -92,6 +92,7 @@ class MAS(Mitigation):
         UserError: A value is out of range.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"coordinates"})
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
@@ -141,7 +142,7 @@ class MAS(Mitigation):
         old = self.state["precision"]
         assert isinstance(old, dict)
         total = {name: old[name] + new for name, new in found.items()} if old else found
-        self.state.update(precision=total, anchor=snapshot(leaves))
+        self.state.update(precision=total, anchor=remembered(leaves))
 
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""

@@ -74,7 +74,7 @@ def add_quadratics(
     added, at = second
     total = {name: precision[name] + added[name] for name in added}
     share = {name: torch.where(total[name] > 0, added[name] / total[name], torch.ones_like(at[name])) for name in added}
-    centre = {name: torch.lerp(anchor[name], at[name], share[name]) for name in added}
+    centre = {name: torch.lerp(anchor[name], at[name], share[name].to(at[name].dtype)) for name in added}
     rest = sum((precision[n] * share[n] * (anchor[n] - at[n]).square()).sum() for n in added)
     return total, centre, constant + rest
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from residency.core.errors import UserError
-from residency.core.tensors import snapshot
+from residency.core.tensors import remembered
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.quadratic import penalty_numbers, penalty_term, pulled_gradients
 
@@ -50,6 +50,8 @@ class SI(Mitigation):
         UserError: A value is out of range.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"coordinates"})
+    update_order: ClassVar[int] = 4
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (
         "configs/mitigation/replay.yaml, or an adapter with persistent coordinates (lora, full)"
@@ -76,7 +78,7 @@ class SI(Mitigation):
         """The path of a domain begins."""
         if self.strength == 0:
             return
-        start = snapshot(module.adapter.trainable(module.model))
+        start = remembered(module.adapter.trainable(module.model))
         zeros = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in start.items()}
         self.state.update(start=start, path=zeros)
 
@@ -85,7 +87,7 @@ class SI(Mitigation):
         if self.strength == 0:
             return
         leaves = pl_module.adapter.trainable(pl_module.model)
-        self._gradients = snapshot({n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None})
+        self._gradients = remembered({n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None})
 
     def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """The penalty's value, for the log; nothing before the first domain is finished."""
@@ -116,7 +118,7 @@ class SI(Mitigation):
         """Turn the path into importances, and forget it."""
         if self.strength == 0:
             return
-        leaves = snapshot(module.adapter.trainable(module.model))
+        leaves = remembered(module.adapter.trainable(module.model))
         found = path_importance(self._named("path"), self._named("start"), leaves, xi=self.xi)
         old = self._named("precision")
         total = {name: old[name] + new for name, new in found.items()} if old else found

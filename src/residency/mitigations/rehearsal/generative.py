@@ -20,7 +20,7 @@ from residency.core.losses import token_nll
 from residency.core.randomness import permutation, seed_of
 from residency.core.types import Batch, Example, Outputs, Stage
 from residency.domains.sampler import learned_examples
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.generation import (
     close,
@@ -31,7 +31,7 @@ from residency.mitigations.rehearsal.generation import (
     shape_of,
     unpack_shapes,
 )
-from residency.mitigations.rehearsal.memory import Mixture, pack_examples, unpack_examples
+from residency.mitigations.rehearsal.memory import Source, mixed_in, pack_examples, unpack_examples
 from residency.mitigations.rehearsal.model_views import mean_hidden
 from residency.mitigations.rehearsal.selection import fair_quotas, kmeans_order
 
@@ -58,6 +58,7 @@ class GenerativeReplay(Mitigation):
             name takes the place of the shots. 0 = none.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
     training_only: ClassVar[frozenset[str]] = frozenset({"ratio"})
 
     def __init__(
@@ -96,7 +97,8 @@ class GenerativeReplay(Mitigation):
         written = self.written()
         if not written or self.ratio == 0:
             return dataset
-        return Mixture(current=dataset, memory=written, ratio=self.ratio, stage=stage)
+        source = Source(name=self.name, memory=written, ratio=self.ratio)
+        return mixed_in(dataset, source, stage=stage)
 
     def loss_terms(self, module: StageModule, batch: Batch, outputs: Outputs) -> Mapping[str, Tensor]:
         """With `prompt_loss`, the mean negative log-likelihood of the batch's prompts as `prompts`."""
@@ -168,6 +170,10 @@ class GenerativeReplay(Mitigation):
         asked, accepted, cut = counts.tolist()
         rates = {"accept_rate": accepted / asked, "cut": cut / max(accepted, 1)} if asked else {}
         return {**rates, "examples": len(self.written()), "bytes": self.state_bytes()}
+
+    def rehearsal(self) -> tuple[float, int] | None:
+        """Its share of the slots, in every how many-th batch."""
+        return (self.ratio, 1) if self.ratio > 0 else None
 
     def touches_training(self, index: int) -> bool:
         """Not at ratio 0 without a loss of prompts."""

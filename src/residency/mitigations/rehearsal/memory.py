@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,11 +17,14 @@ from residency.mitigations.rehearsal.selection import drawn, fair_quotas, reserv
 
 __all__ = [
     "Mixture",
+    "Source",
     "fair_memory",
     "into_reservoir",
+    "mixed_in",
     "pack_examples",
     "replayed_position",
     "replayed_slot",
+    "source_of",
     "unpack_examples",
 ]
 
@@ -78,54 +82,100 @@ def replayed_slot(position: int, ratio: float) -> bool:
 
 def replayed_position(position: int, *, ratio: float, every: int, batch_size: int) -> bool:
     """`replayed_slot` in every k-th batch alone: the batches in between hold nothing old, and are not counted."""
+    place = _counted(position, every=every, batch_size=batch_size)
+    return place is not None and replayed_slot(place, ratio)
+
+
+def _counted(position: int, *, every: int, batch_size: int) -> int | None:
+    """The place of a position among those of every k-th batch; `None` in the batches in between."""
     step, slot = divmod(position, batch_size)
-    if (step + 1) % every:
-        return False
-    return replayed_slot(step // every * batch_size + slot, ratio)
+    return None if (step + 1) % every else step // every * batch_size + slot
 
 
-class Mixture(ExampleView):
-    """A stage's examples with a fixed share of positions taken by old ones; a pure function of the position.
+def source_of(place: int, ratios: Sequence[float]) -> int | None:
+    """Which of several rehearsals has a place: each its own ratio of any long run, to within one.
 
     Args:
-        current: The stage's own examples by position.
+        place: Counted over the batches that hold old examples.
+        ratios: ρ_i > 0, their sum at most 1.
+
+    Returns:
+        Its number, or `None` where the place is that of a new example.
+    """
+    total = sum(ratios)
+    if not replayed_slot(place, total):
+        return None
+    k = int((place + 1) * total + 1e-9) - 1  # of the rehearsed places, this is the k-th
+    for i in range(len(ratios) - 1, 0, -1):
+        share = ratios[i] / sum(ratios[: i + 1])
+        before = int((k + 1) * share + 1e-9)
+        if replayed_slot(k, share):
+            return i
+        k -= before
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One rehearsal of a mixture.
+
+    Args:
+        name: Of the mitigation; its draws are its own.
         memory: Old examples, at least one.
-        ratio: Share of positions that are replaced.
-        stage: For the seed, the position in the stream and the batch size.
-        every: Replace in every k-th batch only.
+        ratio: Share of positions that it takes.
         sums: Running sums of the weights with which old examples are drawn; `None` = all alike.
     """
 
-    def __init__(
-        self,
-        *,
-        current: Sequence[Example],
-        memory: Sequence[Example],
-        ratio: float,
-        stage: Stage,
-        every: int = 1,
-        sums: Sequence[float] | None = None,
-    ) -> None:
+    name: str
+    memory: Sequence[Example]
+    ratio: float
+    sums: Sequence[float] | None = None
+
+    def draw(self, stage: Stage, position: int) -> Example:
+        """The old example at a position."""
+        words = ("replay", self.name, stage.index, position)
+        if self.sums is None:
+            return self.memory[choice(len(self.memory), stage.seed, *words)]
+        return self.memory[drawn(self.sums, stage.seed, *words)]
+
+
+class Mixture(ExampleView):
+    """A stage's examples with fixed shares of positions taken by old ones; a pure function of the position.
+
+    Args:
+        current: The stage's own examples by position.
+        sources: What takes their place. Ratios add: no source takes a place that another one has.
+        stage: For the seed, the position in the stream and the batch size.
+        every: Replace in every k-th batch only.
+    """
+
+    def __init__(self, *, current: Sequence[Example], sources: Sequence[Source], stage: Stage, every: int = 1) -> None:
         self.current = current
-        self.memory = memory
-        self.ratio = ratio
+        self.sources = tuple(sources)
         self.stage = stage
         self.every = every
-        self.sums = sums
 
     def __len__(self) -> int:
         return len(self.current)
 
+    def source(self, position: int) -> Source | None:
+        """Whose a position is; `None` = a new example's."""
+        place = _counted(position, every=self.every, batch_size=self.stage.batch_size)
+        chosen = None if place is None else source_of(place, [source.ratio for source in self.sources])
+        return None if chosen is None else self.sources[chosen]
+
     def at(self, position: int) -> Example:
         if not 0 <= position < len(self):
             raise IndexError(position)
-        size = self.stage.batch_size
-        if not replayed_position(position, ratio=self.ratio, every=self.every, batch_size=size):
-            return self.current[position]
-        words = ("replay", self.stage.index, position)
-        if self.sums is None:
-            return self.memory[choice(len(self.memory), self.stage.seed, *words)]
-        return self.memory[drawn(self.sums, self.stage.seed, *words)]
+        source = self.source(position)
+        return self.current[position] if source is None else source.draw(self.stage, position)
+
+
+def mixed_in(current: Sequence[Example], source: Source, *, stage: Stage, every: int = 1) -> Mixture:
+    """A data set with one more rehearsal; where it is a mixture already, their ratios add."""
+    if isinstance(current, Mixture):
+        return Mixture(current=current.current, sources=(*current.sources, source), stage=stage, every=every)
+    return Mixture(current=current, sources=(source,), stage=stage, every=every)
 
 
 def pack_examples(examples: Sequence[Example]) -> dict[str, Tensor]:

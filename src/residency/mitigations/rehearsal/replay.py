@@ -13,9 +13,17 @@ from residency.core.errors import UserError
 from residency.core.randomness import permutation, seed_of
 from residency.core.types import Batch, Example, Stage
 from residency.domains.sampler import learned_examples
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.rehearsal.memory import Mixture, fair_memory, into_reservoir, pack_examples, unpack_examples
+from residency.mitigations.rehearsal.memory import (
+    Mixture,
+    Source,
+    fair_memory,
+    into_reservoir,
+    mixed_in,
+    pack_examples,
+    unpack_examples,
+)
 from residency.mitigations.rehearsal.mir import interference, most_interfered
 from residency.mitigations.rehearsal.model_views import example_nll, mean_hidden
 from residency.mitigations.rehearsal.selection import cumulative, herding_order, kmeans_order
@@ -49,6 +57,7 @@ class Replay(Mitigation):
         virtual_step: Of `mir`: length of the trial step, root mean square per parameter.
     """
 
+    holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
     training_only: ClassVar[frozenset[str]] = frozenset({"ratio", "every", "exponent", "candidates", "virtual_step"})
 
     def __init__(
@@ -91,8 +100,8 @@ class Replay(Mitigation):
             losses = self.state["losses"]
             assert isinstance(losses, Tensor)
             sums = cumulative(losses.tolist(), exponent=self.exponent)
-        schedule: dict[str, Any] = {"ratio": self.ratio, "every": self.every, "stage": stage}
-        return Mixture(current=dataset, memory=memory, sums=sums, **schedule)
+        source = Source(name=self.name, memory=memory, ratio=self.ratio, sums=sums)
+        return mixed_in(dataset, source, stage=stage, every=self.every)
 
     def transform_batch(self, module: StageModule, batch: Batch) -> Batch:
         """With `mir`: put the most interfered candidates in the old examples' places. A step without old or without
@@ -113,9 +122,7 @@ class Replay(Mitigation):
     def _retrieve(self, module: StageModule, examples: tuple[Example, ...]) -> tuple[Example, ...]:
         """The examples of a global batch with the old ones replaced."""
         memory, stage = self.memory(), module.stage
-        kept = {(e.domain, e.row) for e in memory}
-        old = [i for i, e in enumerate(examples) if (e.domain, e.row) in kept]
-        new = [e for e in examples if (e.domain, e.row) not in kept]
+        old, new = self._old_and_new(module, examples)
         if not old or not new:
             return examples
         order = permutation(len(memory), stage.seed, "mir", self.name, stage.index, module.global_step)
@@ -125,6 +132,17 @@ class Replay(Mitigation):
         for slot, best in zip(old, most_interfered(rise, len(old)), strict=True):
             chosen[slot] = pool[best]
         return tuple(chosen)
+
+    def _old_and_new(self, module: StageModule, examples: Sequence[Example]) -> tuple[list[int], list[Example]]:
+        """Its own slots of a global batch, and the examples that no rehearsal has put there."""
+        if isinstance(mixture := module.dataset, Mixture):
+            first = module.global_step * len(examples)
+            sources = [mixture.source(first + slot) for slot in range(len(examples))]
+            old = [i for i, source in enumerate(sources) if source is not None and source.name == self.name]
+            return old, [e for e, source in zip(examples, sources, strict=True) if source is None]
+        kept = {(e.domain, e.row) for e in self.memory()}
+        old = [i for i, e in enumerate(examples) if (e.domain, e.row) in kept]
+        return old, [e for e in examples if (e.domain, e.row) not in kept]
 
     def on_domain_end(self, module: Any, stage: Stage) -> None:
         """Offer every example the domain was learned from to the memory."""
@@ -157,6 +175,10 @@ class Replay(Mitigation):
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """What the memory holds: `examples`, and `bytes` of all state."""
         return {"examples": len(self.memory()), "bytes": self.state_bytes()}
+
+    def rehearsal(self) -> tuple[float, int] | None:
+        """Its share of the slots, in every how many-th batch."""
+        return (self.ratio, self.every) if self.ratio > 0 else None
 
     def touches_training(self, index: int) -> bool:
         """Not at ratio 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from residency.domains.stream_data import StreamData
 from residency.mitigations import Replay
 from residency.mitigations.rehearsal.memory import (
     Mixture,
+    Source,
     into_reservoir,
     pack_examples,
     replayed_position,
@@ -118,11 +120,16 @@ def test_every_batch_is_the_plain_schedule() -> None:
         assert [replayed_position(p, ratio=ratio, every=1, batch_size=8) for p in range(200)] == plain
 
 
+def mixture(current: Sequence[Example], memory: Sequence[Example], ratio: float, *, seed: int = 0) -> Mixture:
+    """Of one source."""
+    return Mixture(current=current, sources=[Source(name="x", memory=memory, ratio=ratio)], stage=make_stage(seed=seed))
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_a_mixture_is_a_function_of_the_position(ratio: float) -> None:
     """Read in any order, again, or by another object: the same example; the others are the stage's own."""
     current, memory = make_examples("new", 80), make_examples("old", 9)
-    first, second = (Mixture(current=current, memory=memory, ratio=ratio, stage=make_stage()) for _ in range(2))
+    first, second = (mixture(current, memory, ratio) for _ in range(2))
     found = [first[i] for i in range(len(first))]
     assert [second[i] for i in reversed(range(80))] == found[::-1]
     assert [first[i] for i in range(80)] == found
@@ -131,15 +138,14 @@ def test_a_mixture_is_a_function_of_the_position(ratio: float) -> None:
         assert example.domain == "old" or example == current[position]
     drawn = [e.row for e in found if e.domain == "old"]
     assert len({*drawn}) > 1
-    other = Mixture(current=current, memory=memory, ratio=ratio, stage=make_stage(seed=1))
+    other = mixture(current, memory, ratio, seed=1)
     assert [other[i].row for i in range(80) if replayed_slot(i, ratio)] != drawn
 
 
 @pytest.mark.parametrize("position", [-1, 80])
 def test_positions_outside_of_the_stage(position: int) -> None:
-    mixture = Mixture(current=make_examples("new", 80), memory=make_examples("old", 1), ratio=0.5, stage=make_stage())
     with pytest.raises(IndexError):
-        mixture[position]
+        mixture(make_examples("new", 80), make_examples("old", 1), 0.5)[position]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from residency.core.types import Batch, Example, Layout, Outputs, Stage, Tensors
 from residency.engine.compatibility import check_mitigations
 from residency.engine.folds import metrics_to_log, mixed_weights, write_gradients, write_update
 from residency.engine.fused_optimizer import fuse
+from residency.engine.lost_updates import told_if_lost
 from residency.engine.observation import logs_step, observe
 from residency.mitigations.base import HOOKS, Mitigation, overrides
 from residency.objectives.base import Forward, Objective, Passes
@@ -237,12 +238,13 @@ class ContinualModule(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step, then fold the update."""
-        if not (self._active["transform_update"] or self._adapts_update):
+        folds = bool(self._active["transform_update"]) or self._adapts_update
+        leaves = self.adapter.trainable(self.model) if folds or self.global_step == 0 else {}
+        before = snapshot(leaves) if folds else {}
+        with told_if_lost(leaves if self.global_step == 0 else {}):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-            return
-        before = snapshot(self.adapter.trainable(self.model))
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        write_update(self, self._active["transform_update"], before, adapts=self._adapts_update)
+        if folds:
+            write_update(self, self._active["transform_update"], before, adapts=self._adapts_update)
 
     def configure_optimizers(self) -> Any:
         """A fresh optimizer, by way of the adapter."""

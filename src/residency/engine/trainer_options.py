@@ -62,9 +62,15 @@ def refuse_overwritten(options: Mapping[str, Any]) -> None:
         options: Keyword arguments of `Trainer` as the user gave them.
 
     Raises:
-        UserError: Naming the option, why it cannot act, and what to type instead.
+        UserError: Parameters in float16; or naming the option, why it cannot act, and what to type instead.
     """
     defaults = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items()}
+    if str(options.get("precision")) == "16-true":
+        raise UserError(
+            "trainer.precision=16-true",
+            why="Adam's epsilon of 1e-8 is 0 in float16, so that parameters become NaN, and nothing scales the loss",
+            fix="set trainer.precision to bf16-true, or to 16-mixed or bf16-mixed, which keep parameters in float32",
+        )
     for name, (why, fix) in _OVERWRITTEN.items():
         value = options.get(name)
         if value is not None and value not in (defaults[name], _HARMLESS.get(name)):

@@ -2,17 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from residency.core.tensors import snapshot
-from residency.core.types import Tensors
-from residency.mitigations.base import Mitigation
+from residency.core.types import Batch, Outputs, Stage, Tensors
+from residency.mitigations.base import HOOKS, Mitigation, overrides
 from residency.mitigations.contract import StageModule
 
-__all__ = ["metrics_to_log", "mixed_weights", "write_gradients", "write_update"]
+__all__ = [
+    "active_hooks",
+    "added_terms",
+    "frozen_inputs",
+    "metrics_to_log",
+    "mixed_weights",
+    "prepare_dataset",
+    "write_gradients",
+    "write_update",
+]
+
+
+def active_hooks(mitigations: Collection[Mitigation]) -> dict[str, list[Mitigation]]:
+    """Hook -> the mitigations that override it, in the order in which they are folded.
+
+    Gradients and updates are folded by kind, so that the order of the config does not decide which of two
+    guarantees holds; everything else in the order of the config.
+    """
+    active = {hook: [m for m in mitigations if overrides(m, hook)] for hook in HOOKS}
+    active["transform_gradients"].sort(key=lambda m: m.gradient_order)
+    active["transform_update"].sort(key=lambda m: m.update_order)
+    return active
+
+
+def prepare_dataset(
+    module: StageModule, mitigations: Iterable[Mitigation], stage: Stage, *, stored: Container[str]
+) -> None:
+    """Fold the training set of a module's stage through the mitigations.
+
+    Those that rewrite rows come before those that put others in their place, whose shares then add.
+
+    Args:
+        module: Its `dataset` is the stage's own, and is replaced.
+        mitigations: In the order of the config.
+        stage: Which one.
+        stored: Mitigations whose preparation of this stage will be loaded, by name.
+    """
+    for mitigation in sorted(mitigations, key=lambda m: m.rehearsal() is not None):
+        if overrides(mitigation, "prepare_dataset") and mitigation.name not in stored:
+            mitigation.prepare_dataset(module, module.dataset, stage)
+        module.dataset = mitigation.transform_dataset(module.dataset, stage)
+
+
+def added_terms(
+    module: StageModule, mitigations: Iterable[Mitigation], batch: Batch, outputs: Outputs
+) -> dict[str, Tensor]:
+    """`<part>/<term>` -> what adapter and mitigations add to the loss."""
+    terms = {f"adapter/{name}": v for name, v in module.adapter.loss_terms(module.model, module.stage).items()}
+    for mitigation in mitigations:
+        for term, value in mitigation.loss_terms(module, batch, outputs).items():
+            terms[f"{mitigation.name}/{term}"] = value
+    return terms
+
+
+def frozen_inputs(module: StageModule, mitigations: Iterable[Mitigation]) -> dict[str, list[Tensor]]:
+    """Input directions that mitigations keep out of the updates of a matrix, by the path of its owner."""
+    found: dict[str, list[Tensor]] = {}
+    for mitigation in mitigations:
+        for owner, directions in mitigation.frozen_inputs(module).items():
+            found.setdefault(owner, []).append(directions)
+    return found
 
 
 def metrics_to_log(module: StageModule, mitigations: Iterable[Mitigation]) -> dict[str, float]:

@@ -17,13 +17,13 @@ from residency.backbones.base import Backbone
 from residency.backbones.layout import LayoutChoice, choose_layout
 from residency.core.randomness import seed_of
 from residency.core.tensors import snapshot
-from residency.core.types import Batch, Example, Layout, Outputs, Stage, Tensors, untyped
+from residency.core.types import Batch, Example, Layout, Stage, Tensors, untyped
+from residency.engine import folds
 from residency.engine.compatibility import check_mitigations
-from residency.engine.folds import metrics_to_log, mixed_weights, write_gradients, write_update
 from residency.engine.fused_optimizer import fuse
 from residency.engine.lost_updates import told_if_lost
 from residency.engine.observation import logs_step, observe
-from residency.mitigations.base import HOOKS, Mitigation, overrides
+from residency.mitigations.base import Mitigation
 from residency.objectives.base import Forward, Objective, Passes
 
 __all__ = ["ContinualModule"]
@@ -87,11 +87,7 @@ class ContinualModule(LightningModule):
         for name, mitigation in self.mitigations.items():
             mitigation.name = name
         check_mitigations(self.adapter, self.mitigations)
-        self._active = {h: [m for m in self.mitigations.values() if overrides(m, h)] for h in HOOKS}
-        # Sorted by kind, so that the order of the config does not decide which of two guarantees holds.
-        self._active["transform_gradients"].sort(key=lambda m: m.gradient_order)
-        self._active["transform_update"].sort(key=lambda m: m.update_order)
-        self._active["transform_dataset"].sort(key=lambda m: m.rehearsal() is not None)
+        self._active = folds.active_hooks(self.mitigations.values())
         self._adapts_update = changes(adapter, "transform_update")
         # Only the adapter's tensors are stored and restored; the backbone comes from its own files.
         self.strict_loading = False
@@ -154,23 +150,13 @@ class ContinualModule(LightningModule):
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
         self.dataset = examples
-        # Those that rewrite rows come before those that put others in their place, whose shares then add.
-        for mitigation in sorted(self.mitigations.values(), key=lambda m: m.rehearsal() is not None):
-            name = mitigation.name
-            if mitigation in self._active["prepare_dataset"] and name not in stored:
-                mitigation.prepare_dataset(self, self.dataset, stage)
-            if mitigation in self._active["transform_dataset"]:
-                self.dataset = mitigation.transform_dataset(self.dataset, stage)
+        folds.prepare_dataset(self, self.mitigations.values(), stage, stored=stored)
         self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
         self._adapter_stage(self.adapter.begin_stage, "begin")
 
     def frozen_inputs(self) -> dict[str, list[Tensor]]:
         """Input directions that mitigations keep out of the updates of a matrix, by the path of its owner."""
-        found: dict[str, list[Tensor]] = {}
-        for mitigation in self.mitigations.values():
-            for owner, directions in mitigation.frozen_inputs(self).items():
-                found.setdefault(owner, []).append(directions)
-        return found
+        return folds.frozen_inputs(self, self.mitigations.values())
 
     def _adapter_stage(self, call: Callable[[nn.Module, Stage, Observe], None], moment: str) -> None:
         """One of the adapter's stage hooks, with random numbers of its own."""
@@ -206,20 +192,13 @@ class ContinualModule(LightningModule):
         batch = self._fold("transform_batch", batch, lambda m, b: m.transform_batch(self, b))
         reference = self.reference_forward if "reference" in self.adapter.provides else None
         outputs = self.objective(self.trained_forward, batch, reference)
-        terms = {"task": outputs.loss, **self._added_terms(batch, outputs)}
+        terms = {"task": outputs.loss, **folds.added_terms(self, self._active["loss_terms"], batch, outputs)}
         loss = reduce(torch.add, terms.values())
         logged: dict[str, Any] = {f"loss/{name}": value.detach() for name, value in terms.items()}
         if logs_step(self.global_step + 1, every=untyped(self.trainer).log_every_n_steps, last=self.stage.steps):
-            logged |= metrics_to_log(self, self.mitigations.values())
+            logged |= folds.metrics_to_log(self, self.mitigations.values())
         self.log_dict(logged | {"loss": loss.detach()} | dict(outputs.log), batch_size=batch.size)
         return loss
-
-    def _added_terms(self, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
-        terms = {f"adapter/{name}": v for name, v in self.adapter.loss_terms(self.model, self.stage).items()}
-        for mitigation in self._active["loss_terms"]:
-            for term, value in mitigation.loss_terms(self, batch, outputs).items():
-                terms[f"{mitigation.name}/{term}"] = value
-        return terms
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout and every other global draw of this micro-batch start from its own seed."""
@@ -228,7 +207,7 @@ class ContinualModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Fold the gradients: accumulated, reduced over ranks, unscaled, not yet clipped."""
         if self._active["transform_gradients"]:
-            write_gradients(self, self._active["transform_gradients"])
+            folds.write_gradients(self, self._active["transform_gradients"])
 
     def optimizer_step(
         self,
@@ -238,13 +217,13 @@ class ContinualModule(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step, then fold the update."""
-        folds = bool(self._active["transform_update"]) or self._adapts_update
-        leaves = self.adapter.trainable(self.model) if folds or self.global_step == 0 else {}
-        before = snapshot(leaves) if folds else {}
+        replaces = bool(self._active["transform_update"]) or self._adapts_update
+        leaves = self.adapter.trainable(self.model) if replaces or self.global_step == 0 else {}
+        before = snapshot(leaves) if replaces else {}
         with told_if_lost(leaves if self.global_step == 0 else {}):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if folds:
-            write_update(self, self._active["transform_update"], before, adapts=self._adapts_update)
+        if replaces:
+            folds.write_update(self, self._active["transform_update"], before, adapts=self._adapts_update)
 
     def configure_optimizers(self) -> Any:
         """A fresh optimizer, by way of the adapter."""
@@ -298,7 +277,7 @@ class ContinualModule(LightningModule):
     def _transform_weights(self) -> None:
         if self._active["transform_weights"]:
             moved = ({n: t.to(self.device) for n, t in s.items()} for s in (self._before_stage, self._base_state))
-            self.weights_log = mixed_weights(self, self._active["transform_weights"], *moved)
+            self.weights_log = folds.mixed_weights(self, self._active["transform_weights"], *moved)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the adapter's state instead of the whole model."""

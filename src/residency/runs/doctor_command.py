@@ -14,11 +14,12 @@ from residency.core.errors import EXIT_DONE, EXIT_USER, UserError
 from residency.core.tensor_files import write_json
 from residency.domains.base import Domain
 from residency.domains.doctor.clean import write_cleaned
-from residency.domains.doctor.examine import Diagnosis, examine, open_columns
+from residency.domains.doctor.examine import examine, open_columns
 from residency.domains.doctor.show import print_diagnosis, print_rows
 from residency.domains.doctor.tokens import Reader
+from residency.runs.data_check import backbone_reader
 
-__all__ = ["backbone_reader", "doctor_command", "quick_diagnosis"]
+__all__ = ["doctor_command"]
 
 
 def doctor_command(words: list[str]) -> int:
@@ -41,7 +42,7 @@ def doctor_command(words: list[str]) -> int:
     console = Console(stderr=options.json == "-")
     columns, refused = open_columns(domains, probes=probes, strict=False)
     found = examine(columns, reader, near=True if options.full else None)
-    diagnosis = _only(found, refused, options.domain)
+    diagnosis = found.narrowed(refused, options.domain)
     print_diagnosis(console, diagnosis)
     if options.show:
         print_rows(console, diagnosis, reader, number=options.show)
@@ -106,36 +107,3 @@ def _files(paths: list[Path], kind: Any) -> Domain:
     names: Mapping[str, Any] = {"train": str(paths[0]), "test": str(paths[-1])}
     middle = {"validation": str(paths[1])} if len(paths) == 3 else {}
     return Jsonl(**names, **middle, kind=kind, max_train=None, max_validation=None, max_test=None)
-
-
-def backbone_reader(backbone: Any) -> Reader:
-    """Tokenizer and limits of a backbone, without loading weights."""
-    config: dict[str, Any] = {}
-    path = Path(getattr(backbone, "folder", "")) / "config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-    inner = config.get("text_config", config)
-    positions = inner.get("max_position_embeddings") or inner.get("n_positions")
-    return Reader(backbone.tokenizer, vocabulary=inner.get("vocab_size"), context=positions)
-
-
-def _only(found: Diagnosis, refused: list[Any], domain: str | None) -> Diagnosis:
-    """With what could not be read, and of one domain if asked for."""
-    from residency.domains.doctor.finding import sort_findings
-
-    findings = sort_findings([*refused, *found.findings])
-    if domain is None:
-        return Diagnosis(counts=found.counts, figures=found.figures, findings=findings, columns=found.columns)
-    return Diagnosis(
-        counts={name: value for name, value in found.counts.items() if name == domain},
-        figures=found.figures,
-        findings=[one for one in findings if one.domain in (domain, "")],
-        columns=[column for column in found.columns if column.name == domain],
-    )
-
-
-def quick_diagnosis(domains: Mapping[str, Domain], probes: frozenset[str], backbone: Any) -> Diagnosis:
-    """The fast form, of the rows that a run uses: everything but near-duplicates and figures."""
-    columns, refused = open_columns(domains, probes=probes)
-    found = examine(columns, backbone_reader(backbone), near=False, figures=False)
-    return _only(found, refused, None)

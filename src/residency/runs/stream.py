@@ -18,6 +18,7 @@ from residency.engine.scoring.evaluation import Evaluation, means
 from residency.engine.stage import check_devices
 from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
+from residency.runs.data_check import check_data
 from residency.runs.folder import RunFolder
 from residency.runs.keys import RunKeys
 from residency.runs.results import build_record
@@ -157,10 +158,12 @@ class _Run:
         """All stages that are not complete, then the record."""
         found = [self._completed(k) for k in range(len(self.folders))]
         self.records = list(takewhile(lambda record: record is not None, found))  # type: ignore[arg-type]
+        checked = check_data(self.runner.data, self.runner.module.backbone)
         info = self.info
         history = self._start_history([folder for folder, record in zip(self.folders, found, strict=True) if record])
         for view in self.views:
             view.start(info, history, [record["means"] for record in self.records])
+            view.data(checked)
         for k in range(len(self.records), len(self.folders)):
             if (whole := found[k]) is not None:
                 self._show(k, whole)
@@ -168,6 +171,7 @@ class _Run:
                 self._make(k)
         self.folder.log.order()
         record = build_record(module=self.runner.module, data=self.runner.data, info=info, stages=self.records)
+        record["data"] = checked
         finish_views(self.folder, self.views, self.folder.complete(record))
         return record
 

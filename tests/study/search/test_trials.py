@@ -247,7 +247,6 @@ RANGE = Parameter(low=0.1, high=1.0)
         ({"stop": Stop(after=0)}, "count from 1"),
         ({"stop": Stop(keep=0.0)}, "above 0"),
         ({"stop": Stop(keep=1.5)}, "at most 1"),
-        ({"scorer": "bleu"}, "rougeL"),
     ],
 )
 def test_mistakes(options: dict[str, Any], part: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from residency.core.errors import UserError
@@ -40,6 +40,18 @@ class Diagnosis:
     def errors(self) -> list[Finding]:
         """Those that make scores mean something else than they seem to."""
         return [one for one in self.findings if one.severity == "error"]
+
+    def narrowed(self, refused: Sequence[Finding] = (), domain: str | None = None) -> Diagnosis:
+        """With what could not be read beside it, and of one domain where one is named."""
+        findings = sort_findings([*refused, *self.findings])
+        if domain is None:
+            return replace(self, findings=findings)
+        return replace(
+            self,
+            counts={name: value for name, value in self.counts.items() if name == domain},
+            findings=[one for one in findings if one.domain in (domain, "")],
+            columns=[column for column in self.columns if column.name == domain],
+        )
 
     def plain(self) -> dict[str, Any]:
         """As JSON values, in a stable order, without times."""

@@ -56,6 +56,9 @@ class View:
     def start(self, info: RunInfo, history: list[dict[str, Any]], rows: list[Mapping[str, Any]]) -> None:
         """A run begins or goes on; `history` and `rows` hold what an earlier call has done."""
 
+    def data(self, checked: Mapping[str, Any]) -> None:
+        """What the check of the data counted and found, as in results.json."""
+
     def callbacks(self, info: RunInfo, stage: Stage) -> list[Callback]:
         """Observers for the Trainer of one stage."""
         return []

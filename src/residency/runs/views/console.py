@@ -14,6 +14,7 @@ from rich.table import Table
 
 from residency.core.text import for_terminal
 from residency.core.types import Stage
+from residency.runs.data_check import told
 from residency.runs.views.base import RunInfo, View
 from residency.runs.views.heatmap import heat_map, save
 from residency.runs.views.progress import StageProgress, evaluation_progress
@@ -51,6 +52,21 @@ class ConsoleView(View):
         if info.resumed:
             self.console.print(f"  going on after stage {info.resumed} of {len(info.domains)}")
 
+    def data(self, checked: Mapping[str, Any]) -> None:
+        """Rows and tokens that are left out, and what is wrong."""
+        for name, splits in checked["domains"].items():
+            for split, c in splits.items():
+                lost = {
+                    "rows not used": c["given"] - c["rows"],
+                    "prompts cut": c["cut_prompts"],
+                    "answers cut, their end lost": c["cut_answers"],
+                }
+                parts = [f"{number:,} {what}" for what, number in lost.items() if number]
+                if parts:
+                    self.console.print(f"  {escape(printable(name))}/{split}: {c['rows']:,} rows; {', '.join(parts)}")
+        for line in told(checked):
+            self.console.print(f"  {escape(printable(line, 300))}", style="yellow", soft_wrap=True)
+
     def callbacks(self, info: RunInfo, stage: Stage) -> list[Callback]:
         """The progress line of a stage."""
         return [StageProgress(stage=stage.index + 1, stages=stage.stages, domain=stage.domain, cell=info.cell)]
@@ -63,8 +79,10 @@ class ConsoleView(View):
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Matrix, heat map, pointer."""
-        self.console.print(score_table(record, "nll"))
-        for path in save(heat_map(record, "nll"), self.folder / "nll"):
+        scorer = "nll" if "nll" in record["scores"] else next(iter(record["scores"]), None)
+        if scorer is not None:
+            self.console.print(score_table(record, scorer))
+        for path in save(heat_map(record, scorer), self.folder / scorer) if scorer is not None else ():
             self.console.print(f"  heat map: {escape(for_terminal(path))}")
         cost = record["cost"]
         self.console.print(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from residency.backbones import CausalLM
 from residency.backbones.layout import choose_layout
-from residency.backbones.packed_attention import attend_segments, segment_mask
+from residency.backbones.packed_attention import How, attend_segments, segment_mask
 from residency.core.batching import by_token_budget, make_batch, prefix_tree
 from residency.core.errors import UserError
 from residency.core.types import Batch, Example, Layout
@@ -247,7 +247,7 @@ def test_attention_of_segments_is_masked_softmax(window: int | None) -> None:
     mask = torch.block_diag(*[segment_mask(s, window) for s in segments]).bool()
     wide_key, wide_value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
     scores = (query @ wide_key.mT * 0.3).masked_fill(~mask, -torch.inf)
-    found = attend_segments(query, key, value, segments, scale=0.3, window=window)
+    found = attend_segments(query, key, value, segments, How(scale=0.3, window=window))
     torch.testing.assert_close(found, scores.softmax(-1) @ wide_value, atol=1e-12, rtol=0)
 
 

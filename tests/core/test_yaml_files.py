@@ -27,6 +27,11 @@ REFUSED = {
     "key is a list": ("? [1]\n: 2", "key"),
     "key is null": ("null: 3", "key"),
     "key is a date": ("a:\n- 2026-01-01: 1", "key"),
+    "key is a number": ("domains: {2024: {}}", "2024 is the name of a key"),
+    "key is a truth value": ("domains:\n  on: {}", "quotes"),
+    "key twice": ("a: 1\nb: 2\na: 3", "stands here and in line 1"),
+    "key twice, deep": ("m:\n  x: {k: 1}\n  x: {k: 2}", "'x' stands here and in line 2"),
+    "key twice, quoted": ("{a: [1, {c: 1}], 'a': 2}", "stands here"),
     "object": ("!!python/object/apply:os.system [ls]", "tag"),
     "bracket": ("a: [1", "line 2"),
     "control character": ("a: \x1b", "control"),
@@ -46,6 +51,11 @@ def test_refusals_name_the_line() -> None:
     with pytest.raises(YamlRefused) as refused:
         check_yaml("a: 1\nb: &b [*b]\n")
     assert refused.value.line == 2
+
+
+def test_equal_keys_of_different_mappings_and_values_that_look_like_keys_are_read() -> None:
+    text = "a: {k: a, j: k}\nb: {k: a}\nc: [k, k, {k: k}]\n'2024': 2024\n? d\n: *x\n".replace("*x", "k")
+    assert parse_yaml(text) == yaml.safe_load(text)
 
 
 def test_aliases_and_merges_of_usual_size_are_read() -> None:

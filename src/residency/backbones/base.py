@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,18 @@ class Backbone(ABC):
             sampling: How to draw; `None` = greedy.
             layout: `packed` if the model was found to run packed rows (`backbones.layout`); faster for greedy ones.
         """
+
+    def longest_text(self) -> int | None:
+        """Most tokens of a text, prompt and completion together; `None` = there is no limit, or nobody knows it."""
+        return None
+
+    def packing_problem(self) -> str:
+        """Why packed rows are not exact on the model that was loaded last; empty if nothing is known against them."""
+        return ""
+
+    def left_out(self) -> Mapping[str, str]:
+        """{kernel: why it is not exact on the model that was loaded last}."""
+        return {}
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:

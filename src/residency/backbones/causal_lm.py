@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from residency.backbones import packed_attention
 from residency.backbones.base import Backbone, Sampling
+from residency.backbones.exactness import Subject, Verdict
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
-from residency.backbones.generation import greedy
+from residency.backbones.generation import greedy, seeded
 from residency.backbones.kernels.head import bare_head, free_head, head_nll, without_head
 from residency.backbones.kernels.lane_choice import Lanes, lanes_for
 from residency.backbones.kernels.lanes import run_in_lanes
@@ -26,14 +26,16 @@ from residency.backbones.kernels.last_layer import trim_last_layer
 from residency.backbones.kernels.layers import fuse_layers
 from residency.backbones.kernels.norm import fuse_norms
 from residency.backbones.kernels.rotary import fuse_rotary
+from residency.backbones.loading import load_causal, load_config, load_tokenizer, longest_text
 from residency.backbones.locations import model_folder
-from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options
+from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options, refuse_unquantised
 from residency.backbones.supervised import supervised_logits, supervised_nll
+from residency.backbones.verdicts import settled, verdict_key
 from residency.core.errors import UserError
 from residency.core.losses import token_nll
 from residency.core.types import Batch, Layout
 
-__all__ = ["CausalLM", "quiet_transformers"]
+__all__ = ["CausalLM"]
 
 PACKAGED = "packaged"
 
@@ -51,6 +53,8 @@ class CausalLM(Backbone):
         lanes: On a CPU, in how many parts a packed row is computed at the same time, each with its share of the
             threads; 1 = not in parts, `auto` = 2 where that is exact and pays (plain LoRA and scoring, from 20 million
             parameters and 64 tokens on). Changes the last bits, as the number of threads does.
+        attention: `auto` = ours, which reads packed rows, where it is found exact on this model, else the model's own;
+            `packed` = ours, refused where it is not exact; `model` = the model's own, and rows are padded.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class CausalLM(Backbone):
         quantisation: Quantisation | None = None,
         gradient_checkpointing: bool = False,
         lanes: Lanes = "auto",
+        attention: Literal["auto", "packed", "model"] = "auto",
     ) -> None:
         if lanes != "auto" and lanes < 1:
             raise UserError(
@@ -75,6 +80,9 @@ class CausalLM(Backbone):
         self.quantisation = quantisation
         self.gradient_checkpointing = gradient_checkpointing
         self.lanes: Lanes = lanes
+        self.attention = attention
+        self.verdict: Verdict | None = None
+        """What was found on the model that was loaded last."""
 
     @cached_property
     def folder(self) -> Path:
@@ -92,38 +100,61 @@ class CausalLM(Backbone):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the folder."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder)
+        return load_tokenizer(self.folder)
 
     def load(self) -> nn.Module:
-        """A fresh pretrained model on the CPU."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        """A fresh pretrained model on the CPU, with every kernel that was found exact on it.
 
+        Raises:
+            UserError: It is no causal language model, or cannot be loaded whole (`residency.backbones.loading`).
+        """
         packed_attention.register()
-        # A copy: transformers writes dtype and attention into the config it is given (pitfalls H5).
-        config = copy.deepcopy(AutoConfig.from_pretrained(self.folder))
         options: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
         if self.quantisation is not None:
             options |= loading_options(self.quantisation)
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(self.folder, config=config, **options)
-        if model._supports_attention_backend:
-            model.set_attn_implementation(packed_attention.NAME)
+        model = load_causal(self.folder, **options).eval()
+        if self.quantisation is not None:
+            refuse_unquantised(model, self.quantisation)
+            forbid_repacking(model)
         if self.gradient_checkpointing:
             # transformers renamed the method within 5.x.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        if self.quantisation is not None:
-            forbid_repacking(model)
-        fuse_norms(model)
-        fuse_rotary(model)
-        free_head(model.eval())
-        if not self.gradient_checkpointing:
-            trim_last_layer(model)
-        fuse_layers(model)
-        result: nn.Module = model
-        return result
+        self.verdict = self._examined(model)
+        loaded: nn.Module = model
+        return loaded
+
+    def _examined(self, model: Any) -> Verdict:
+        key = verdict_key(self._identity(), self.attention, self.gradient_checkpointing)
+        verdict = settled(self._subject(model), key)
+        if self.attention == "packed" and not verdict.packed:
+            raise UserError(
+                f"model.backbone.attention is packed, and on {self.path} {verdict.reason}",
+                why="examples in one row would not be independent of each other",
+                fix="set model.backbone.attention to auto or model",
+            )
+        return verdict
+
+    def _subject(self, model: Any) -> Subject:
+        own = model.config._attn_implementation
+
+        def attend(ours: bool) -> None:
+            model.set_attn_implementation(packed_attention.NAME if ours else own)
+
+        kernels = {"norm": fuse_norms, "rotary": fuse_rotary, "head": free_head}
+        kernels |= {} if self.gradient_checkpointing else {"last layer": trim_last_layer}
+        whole = copy.copy(self)
+        whole.lanes = 1
+        return Subject(
+            model=model,
+            name=f"model.backbone.path={self.path}",
+            attention=attend if self.attention != "model" and model._supports_attention_backend else None,
+            kernels=kernels | {"layers": fuse_layers},
+            logits=whole.logits,
+            nll=whole.nll,
+            positions=longest_text(model.config),
+            vocabulary=model.get_input_embeddings().weight.shape[0],
+        )
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits; the head is computed at the supervised positions only, which is exact."""
@@ -162,7 +193,7 @@ class CausalLM(Backbone):
     ) -> list[list[int]]:
         """Greedy or drawn continuations: greedy ones packed without padding where the layout is, others padded."""
         end = self.tokenizer.eos_token_id
-        if layout == "packed" and sampling is None:
+        if layout == "packed" and sampling is None and (self.verdict is None or self.verdict.decodes):
             return greedy(model, prompts, end=end, max_new_tokens=max_new_tokens)
         from transformers import GenerationConfig
 
@@ -175,25 +206,40 @@ class CausalLM(Backbone):
             how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": 1.0}
         settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, **how)
         generate: Any = model.generate
-        with warnings.catch_warnings(), _seeded(sampling, device):
+        with warnings.catch_warnings(), seeded(sampling, device):
             # PEFT gives virtual tokens their positions itself, and says so at every step.
             warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
             out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         new = [row[width:] for row in out.tolist()]
         return [row[: row.index(end)] if end in row else row for row in new]
 
+    def longest_text(self) -> int:
+        """Positions that the model has, or that its texts do not change beyond."""
+        return longest_text(load_config(self.folder))
+
+    def packing_problem(self) -> str:
+        """Why packed rows are not exact, with nothing but the model's own attention left."""
+        return "" if self.verdict is None or self.verdict.packed else self.verdict.reason
+
+    def left_out(self) -> Mapping[str, str]:
+        """Kernels that are not exact on the model that was loaded last, and why."""
+        return self.verdict.left_out if self.verdict else {}
+
     def fingerprint(self) -> dict[str, str]:
         """Hashes of weights and tokenizer, with dtype and quantisation."""
-        return {
-            "weights": self._weights,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "dtype": self.dtype,
-            "quantisation": json.dumps(asdict(self.quantisation)) if self.quantisation else "none",
-        }
+        return {**self._identity(), "tokenizer": self._tokens}
+
+    def _identity(self) -> dict[str, str]:
+        quantisation = json.dumps(asdict(self.quantisation)) if self.quantisation else "none"
+        return {"weights": self._weights, "dtype": self.dtype, "quantisation": quantisation}
 
     @cached_property
     def _weights(self) -> str:
         return weights_fingerprint(self.folder)
+
+    @cached_property
+    def _tokens(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer, self.folder)
 
     def describe(self) -> dict[str, str]:
         """Name, licence and remarks."""
@@ -206,30 +252,3 @@ class CausalLM(Backbone):
         remark = f"bitsandbytes {self.quantisation.kind}" if self.quantisation else ""
         described = {"name": self.path, "licence": "see the model's card", "remark": remark}
         return described if self.revision is None else {**described, "revision": self.revision}
-
-
-@contextmanager
-def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
-    """transformers draws from the global generator: lend it a seed, and bring it back."""
-    if sampling is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(sampling.seed)
-        yield
-
-
-class quiet_transformers:
-    """Hide transformers' progress bars: the user sees our own display."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._was_on = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *error: object) -> None:
-        from transformers.utils import logging
-
-        if self._was_on:
-            logging.enable_progress_bar()

@@ -2,7 +2,8 @@
 
 Works for every architecture that calls the interface: the segments arrive as a keyword of the model's forward, and so
 does the memory of `residency.backbones.generation`. Without these keywords (padded batches) it is transformers' own
-scaled-dot-product attention.
+scaled-dot-product attention. Soft caps (Gemma 2) and sinks (gpt-oss) are part of it; any other keyword that is not
+known is refused, so that a model that needs it is left to its own attention (`residency.backbones.exactness`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from residency.backbones.kernels.segments import segment_mask
+from residency.backbones.kernels.softmax import How, softmax_attention
 from residency.core.types import Segment, segment_tokens
 
-__all__ = ["NAME", "Memory", "attend_segments", "register", "segment_mask"]
+__all__ = ["NAME", "How", "Memory", "attend_segments", "register", "segment_mask"]
 
 NAME = "residency_packed"
 
 Segments = tuple[Segment, ...]
+
+# What transformers hands on to attention and what changes nothing in it: the model has used it already, or it tells
+# flash attention what `segments` tells here.
+_IDLE = {"position_ids", "cache_position", "position_embeddings", "past_key_values", "logits_to_keep", "use_cache"}
+_IDLE |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "layer_idx"}
 
 
 class Memory:
@@ -66,9 +73,7 @@ class Memory:
             for text, tokens in zip(self._part, new[0].split(sizes, 1), strict=True):
                 kept[text, :, : tokens.shape[1]] = tokens
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """Add one token to every text and let it see its text.
 
         Args:
@@ -76,8 +81,7 @@ class Memory:
             query: (B, H, 1, d).
             key: (B, K, 1, d).
             value: (B, K, 1, d).
-            scale: Of the logits; `None` = 1 / sqrt(d).
-            window: Size of a sliding window in tokens, or `None`.
+            how: See `How`.
 
         Returns:
             (B, H, 1, d).
@@ -88,11 +92,13 @@ class Memory:
         keys[rows, :, last], values[rows, :, last] = key[:, :, 0], value[:, :, 0]
         width = int(self.lengths.max())
         back = last[:, None] - torch.arange(width, device=last.device)
-        seen = back >= 0 if window is None else (back >= 0) & (back < window)
+        seen = back >= 0 if how.window is None else (back >= 0) & (back < how.window)
+        if not how.is_plain:
+            return softmax_attention(query, keys[:, :, :width], values[:, :, :width], seen[:, None, None, :], how)
         # The query heads of one key head become queries of their own, so that keys need not be repeated.
         grouped = query.view(count, keys.shape[1], -1, query.shape[3])
         mask = seen[:, None, None, :].expand(count, 1, grouped.shape[2], width)
-        out = F.scaled_dot_product_attention(grouped, keys[:, :, :width], values[:, :, :width], mask, scale=scale)
+        out = F.scaled_dot_product_attention(grouped, keys[:, :, :width], values[:, :, :width], mask, scale=how.scale)
         return out.view(count, query.shape[1], 1, -1)
 
 
@@ -123,33 +129,64 @@ def _attention(
     segments: Segments | None = None,
     memory: Memory | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
+    _refuse_unknown(others)
     layer: Any = getattr(module, "layer_idx", None)
+    how = How(scale=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux)
+    if segments is None and memory is None:
+        return _padded(module, query, key, value, attention_mask, how, is_causal=is_causal)
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise NotImplementedError("attention to later tokens in packed rows")
     if memory is not None and segments is None:
-        seen = memory.attend(layer, query, key, value, scale=scaling, window=sliding_window)
-        return seen.transpose(1, 2).contiguous(), None
-    if memory is not None:
-        memory.store(layer, key, value)
-    if segments is None:
-        plain: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        return plain
-    out = attend_segments(query, key, value, segments, scale=scaling, dropout=dropout, window=sliding_window)
+        out = memory.attend(layer, query, key, value, how)
+    else:
+        assert segments is not None
+        if memory is not None:
+            memory.store(layer, key, value)
+        out = attend_segments(query, key, value, segments, how)
     return out.transpose(1, 2).contiguous(), None
 
 
-def attend_segments(
+def _refuse_unknown(others: dict[str, Any]) -> None:
+    unknown = sorted(name for name, value in others.items() if name not in _IDLE and value is not None)
+    if unknown:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+
+
+def _padded(
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Segments,
+    attention_mask: Tensor | None,
+    how: How,
     *,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    window: int | None = None,
-) -> Tensor:
+    is_causal: bool | None,
+) -> tuple[Tensor, None]:
+    if how.is_plain:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=how.scale,
+            dropout=how.dropout,
+            is_causal=is_causal,
+        )
+        return plain
+    mask = attention_mask
+    if mask is None and is_causal is not False and getattr(module, "is_causal", True) and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    out = softmax_attention(query, key, value, mask, how)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attend_segments(query: Tensor, key: Tensor, value: Tensor, segments: Segments, how: How) -> Tensor:
     """Causal attention inside each segment, none between segments.
 
     Args:
@@ -157,9 +194,7 @@ def attend_segments(
         key: (1, K, N, d); K divides H (grouped-query attention).
         value: (1, K, N, d).
         segments: See `Batch.segments`; the lengths sum to N.
-        scale: Of the logits; `None` = 1 / sqrt(d).
-        dropout: Probability on the attention weights.
-        window: Size of a sliding window in tokens, or `None`.
+        how: See `How`.
 
     Returns:
         (1, H, N, d).
@@ -169,10 +204,15 @@ def attend_segments(
     wide = [_per_head(tensor.transpose(1, 2), query.shape[1]).split(sizes, 1) for tensor in (query, key, value)]
     out = []
     for segment, q, k, v in zip(segments, *wide, strict=True):
-        plain = len(segment) == 1 and (window is None or q.shape[1] <= window)
-        mask = None if plain else segment_mask(segment, window).to(q.device)
+        plain = how.is_plain and len(segment) == 1 and (how.window is None or q.shape[1] <= how.window)
+        mask = None if plain else segment_mask(segment, how.window).to(q.device)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        seen = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=plain, scale=scale)
+        if how.is_plain:
+            seen = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=how.dropout, is_causal=plain, scale=how.scale
+            )
+        else:
+            seen = softmax_attention(q, k, v, mask, how)
         out.append(seen.transpose(1, 2))
     return torch.cat(out, 1).transpose(1, 2)
 

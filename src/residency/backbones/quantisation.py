@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from residency.core.errors import UserError
 from residency.core.types import untyped
 
-__all__ = ["Quantisation", "forbid_repacking", "loading_options"]
+__all__ = ["Quantisation", "forbid_repacking", "loading_options", "refuse_unquantised"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +59,30 @@ def forbid_repacking(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             untyped(module).support_avx512bf16_for_cpu = False
+
+
+def refuse_unquantised(model: nn.Module, quantisation: Quantisation) -> None:
+    """Only linear layers are quantised; a mixture whose experts are one tensor keeps them as they are.
+
+    Raises:
+        UserError: More than a quarter of the layers' weights stay in full precision.
+    """
+    outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = untyped(model).get_output_embeddings()
+    outside |= {id(p) for p in head.parameters()} if head is not None else set()
+    stays, total = [], 0
+    for name, parameter in model.named_parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+        if id(parameter) in outside or parameter.dim() < 2:
+            continue
+        total += torch.Size(shape).numel()
+        if parameter.is_floating_point():
+            stays.append((name, parameter.numel()))
+    if 4 * sum(size for _, size in stays) > total:
+        raise UserError(
+            f"model.backbone.quantisation is {quantisation.kind}, and {sum(size for _, size in stays) / total:.0%} of "
+            f"the weights in the layers stay in full precision, first {stays[0][0]!r}",
+            why="bitsandbytes quantises plain linear layers only: not experts that are one tensor per layer, not "
+            "linear layers of a class of their own",
+            fix="set model.backbone.quantisation to null, or choose a model of plain linear layers",
+        )

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from residency.core.errors import UserError
+from residency.core.yaml_keys import KeyCheck
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_NODES", "YamlRefused", "check_yaml", "parse_yaml", "read_yaml"]
 
@@ -44,14 +45,17 @@ def check_yaml(text: str) -> None:
 
     Raises:
         YamlRefused: It is longer than `MAX_BYTES`, deeper than `MAX_DEPTH`, has more than `MAX_NODES` values once
-            aliases are written out, contains itself, holds a NUL character, or is not YAML.
+            aliases are written out, contains itself, holds a NUL character, has a key twice or one that is no text, or
+            is not YAML.
     """
     if len(text) > MAX_BYTES:
         raise YamlRefused(f"it has {len(text):,} characters; a config has at most {MAX_BYTES:,}")
-    counter = _Counter()
+    counter, keys = _Counter(), KeyCheck()
     try:
         for event in yaml.parse(text, Loader=_Loader):
             counter.add(event)
+            if (problem := keys.add(event)) is not None:
+                raise YamlRefused(problem, line=_line(event))
     except YamlRefused:
         raise
     except yaml.YAMLError as error:
@@ -106,6 +110,10 @@ def read_yaml(path: Path, *, what: str) -> Any:
         ) from error
 
 
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1
+
+
 class _Counter:
     """Depth and size of a document while its events pass by; what an alias stands for counts every time."""
 
@@ -115,7 +123,7 @@ class _Counter:
         self._sizes: dict[str, int] = {}
 
     def add(self, event: Any) -> None:
-        line = event.start_mark.line + 1
+        line = _line(event)
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in (anchor for anchor, _ in self._open):
                 raise YamlRefused(f"*{event.anchor} stands inside of itself", line=line)

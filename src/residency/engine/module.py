@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from residency.adapters.base import Adapter, Observe, changes
 from residency.backbones.base import Backbone
 from residency.backbones.layout import LayoutChoice, choose_layout
+from residency.backbones.loading import check_tokenizer
 from residency.core.randomness import seed_of
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Example, Layout, Stage, Tensors, untyped
@@ -23,6 +24,7 @@ from residency.engine.compatibility import check_mitigations
 from residency.engine.fused_optimizer import fuse
 from residency.engine.lost_updates import told_if_lost
 from residency.engine.observation import logs_step, observe
+from residency.engine.schedules import with_schedule
 from residency.mitigations.base import Mitigation
 from residency.objectives.base import Forward, Objective, Passes
 
@@ -113,6 +115,7 @@ class ContinualModule(LightningModule):
         if hasattr(self, "model"):
             return
         model = self.backbone.load()
+        check_tokenizer(self.backbone.tokenizer, model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapter"))
             self.model = self.adapter.attach(model)
@@ -230,8 +233,7 @@ class ContinualModule(LightningModule):
         optimizer = fuse(self.adapter.optimizer(self.model, self.optimizer_factory))
         if self.scheduler_factory is None:
             return optimizer
-        scheduler = self.scheduler_factory(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_schedule(optimizer, self.scheduler_factory, steps=self.stage.steps)
 
     def configure_callbacks(self) -> list[Callback]:
         """The mitigations take part in Lightning's own hooks and checkpoints."""

@@ -22,6 +22,7 @@ from residency.domains.sampler import StageBatches, StepParts
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History, StageCheckpoint
 from residency.engine.compatibility import check_steps
+from residency.engine.divergence import check_finite
 from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers, quiet_lightning
 
@@ -79,6 +80,7 @@ def train_stage(
     begin_stage(module, data, stage, stored=stored)
     keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
+    check_finite(module.adapter, module.model, stage)
     return {
         "stage": stage.index + 1,
         "domain": stage.domain,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from residency.core.errors import UserError
 
-__all__ = ["refuse_overwritten"]
+__all__ = ["refuse_overwritten", "refuse_senseless"]
 
 _OWN_LOOP = "a stage ends after its own number of optimizer steps, and its domain counts as learned then"
 _NO_VALIDATION = "the Trainer has no validation loop here: every domain is scored after every stage"
@@ -53,6 +54,28 @@ _HARMLESS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     **dict.fromkeys(("limit_train_batches", "limit_val_batches", "limit_test_batches", "val_check_interval"), 1.0),
 }
+
+
+# Option -> what it must be.
+_NUMBERS: dict[str, tuple[float, str]] = {
+    "gradient_clip_val": (0, "gradients are clipped to it; 0 or null = they are not clipped"),
+    "log_every_n_steps": (1, "it counts optimizer steps between two lines of the history"),
+}
+
+
+def refuse_senseless(options: Mapping[str, Any]) -> None:
+    """Numbers that the Trainer takes and that mean nothing.
+
+    Args:
+        options: Keyword arguments of `Trainer` as the user gave them.
+
+    Raises:
+        UserError: Naming the option, what it is, and what to type instead.
+    """
+    for name, (least, why) in _NUMBERS.items():
+        value = options.get(name)
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+            raise UserError(f"trainer.{name}={value}", why=why, fix=f"give a finite number of at least {least}")
 
 
 def refuse_overwritten(options: Mapping[str, Any]) -> None:

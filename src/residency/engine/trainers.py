@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from residency.core.errors import UserError
 from residency.engine.checkpointing import SafetensorsIO
-from residency.engine.trainer_options import refuse_overwritten
+from residency.engine.trainer_options import refuse_overwritten, refuse_senseless
 
 __all__ = ["Trainers"]
 
@@ -39,7 +39,8 @@ class Trainers:
         """
         options = self._options()
         steps, epochs = options.get("max_steps", -1), options.get("max_epochs")
-        if steps is None or steps < 0:
+        # -1 is the Trainer's word for "as many as the epochs have".
+        if steps is None or steps == -1:
             steps = math.ceil(rows / batch_size) * (1 if epochs is None else epochs)
         if steps < 1:
             raise UserError(
@@ -89,6 +90,7 @@ class Trainers:
         """
         options = self._options()
         refuse_overwritten(options)
+        refuse_senseless(options)
         callbacks = [*(options.pop("callbacks", None) or []), *observers]
         plugins = options.pop("plugins", None) or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafetensorsIO()]

@@ -120,7 +120,7 @@ class RunFolder:
         """
         self.claim()
         path = self.path / "config.yaml"
-        if self._begun():
+        if self.begun():
             if self._compare_config(config):
                 return
             self._check_trained_with(config)
@@ -154,7 +154,7 @@ class RunFolder:
                     fix="choose another --run_dir, or give the config that began the run",
                 )
 
-    def _begun(self) -> bool:
+    def begun(self) -> bool:
         """Whether anything depends on the config: a mistake found before the first score leaves nothing behind."""
         return any(file.suffix != ".tmp" for folder in self._stages() if folder.is_dir() for file in folder.iterdir())
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from residency.backbones.base import Backbone
 from residency.core.errors import UserError
 from residency.core.types import Split
 from residency.domains.base import Domain
@@ -15,7 +16,7 @@ from residency.domains.stream_data import StreamData
 from residency.engine.scoring.evaluation import EvaluationSettings
 from residency.scorers.base import ScoreInfo
 
-__all__ = ["StreamSettings", "check_stream"]
+__all__ = ["StreamSettings", "check_lengths", "check_stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +90,26 @@ def named(column: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"data.domains.{column}.{error.got}", why=error.why, fix=error.fix) from error
+
+
+def check_lengths(backbone: Backbone, data: StreamData) -> None:
+    """No row is longer than the model reads texts as it was made to.
+
+    Rows are only counted where a template lets them be that long.
+
+    Raises:
+        UserError: Naming domain, row, and how long it is.
+    """
+    most = backbone.longest_text()
+    for name, domain in data.columns.items():
+        if most is None or domain.template.max_tokens <= most:
+            continue
+        rows = [row for split in get_args(Split) for row in domain.rows(split)]
+        for row in rows:
+            tokens = len(domain.template.encode(backbone.tokenizer, domain=name, row=row))
+            if tokens > most:
+                raise UserError(
+                    f"data.domains.{name}: row {row.id!r} has {tokens} tokens, and the model reads {most} tokens",
+                    why="it has no positions for more, or positions that change what shorter rows beside it score",
+                    fix=f"set template.max_tokens to at most {most}, or choose a model with more positions",
+                )

@@ -26,7 +26,7 @@ def finish_views(folder: RunFolder, views: Sequence[View], record: Mapping[str, 
     """
     for view in views:
         view.finish(record)
-    keeping = {type(view).__name__ for view in views if view.keeps}
+    keeping = {view.name for view in views if view.keeps}
     write_json(folder.path / _FILE, {"shown": sorted(keeping | _shown(folder))})
 
 
@@ -41,7 +41,7 @@ def show_again(folder: RunFolder, views: Sequence[View], record: Mapping[str, An
     if "files" not in record:
         return
     shown = _shown(folder)
-    missing = [view for view in views if view.keeps and (type(view).__name__ not in shown or not view.is_there())]
+    missing = [view for view in views if view.keeps and (view.name not in shown or not view.is_there())]
     if not missing:
         return
     rows: list[Mapping[str, Any]] = [

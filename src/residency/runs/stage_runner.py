@@ -12,6 +12,7 @@ from residency.core.environment import count_parameters
 from residency.core.types import Stage
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
+from residency.engine.divergence import check_scores
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, evaluate
 from residency.engine.stage import finish_stage, restore_stage, take_trained_stage, train_stage
@@ -222,4 +223,5 @@ class StageRunner:
                 columns=list(chosen),
                 advance=advance,
             )
+        check_scores(scores, after=title, steps=self.offset(self.at + 1))
         return scores, time.perf_counter() - start

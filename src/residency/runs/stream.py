@@ -13,6 +13,7 @@ from residency.core.tensor_files import append_line, load_whole_tree
 from residency.core.types import Tensors
 from residency.domains.stream_data import StreamData
 from residency.engine.compatibility import check_validation
+from residency.engine.dummy_step import check_optimization
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, means
 from residency.engine.stage import check_devices
@@ -20,14 +21,16 @@ from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
 from residency.runs.data_check import check_data
 from residency.runs.folder import RunFolder
+from residency.runs.inputs import inputs_of, keep_inputs
 from residency.runs.keys import RunKeys
 from residency.runs.results import build_record
-from residency.runs.settings import StreamSettings, check_stream
+from residency.runs.settings import StreamSettings, check_lengths, check_stream
 from residency.runs.shown_views import finish_views, show_again
 from residency.runs.stage_cache import StageCache
 from residency.runs.stage_runner import StageRunner, plan_stages
 from residency.runs.store.store import Store, link_or_copy
 from residency.runs.views.base import RunInfo, View
+from residency.runs.views.guarded import GuardedView
 
 __all__ = ["StreamSettings", "check_stream", "open_stage_cache", "train_stream"]
 
@@ -61,6 +64,7 @@ def train_stream(
     Raises:
         UserError: What the user can mend; nothing half written stays.
     """
+    views = [GuardedView(view) for view in views]
     if (done := folder.complete_record(config)) is not None:
         show_again(folder, views, done)
         return done
@@ -70,10 +74,9 @@ def train_stream(
         if (done := folder.complete_record(config)) is not None:
             # Somebody else has finished it in the meantime.
             return done
-        check_stream(data)
-        check_devices(data, trainers, module.adapter)
-        check_validation(module.mitigations, data)
         runner = _stage_runner(module, data, trainers, settings, views)
+        if config is not None:
+            keep_inputs(folder, inputs_of(module, data))
         runner.inspection = inspection or Inspection()
         stage_cache = _stage_cache(runner, config) if settings.store is not None and config is not None else None
         run = _Run(runner, folder, stage_cache, config)
@@ -107,17 +110,20 @@ def open_stage_cache(
     Raises:
         UserError: The data or the devices are wrong.
     """
-    check_stream(data)
-    check_devices(data, trainers, module.adapter)
-    check_validation(module.mitigations, data)
     return _stage_cache(_stage_runner(module, data, trainers, settings, views), config)
 
 
 def _stage_runner(
     module: ContinualModule, data: StreamData, trainers: Trainers, settings: StreamSettings, views: Sequence[View]
 ) -> StageRunner:
+    """Everything that can be wrong is found here, before a model is loaded and a row is scored."""
+    check_stream(data)
+    check_devices(data, trainers, module.adapter)
+    check_validation(module.mitigations, data)
     tokenizer = None if settings.stage_tokens is None else module.backbone.tokenizer
     stages = plan_stages(data, trainers, settings, tokenizer)
+    check_lengths(module.backbone, data)
+    check_optimization(module.optimizer_factory, module.scheduler_factory, steps=[stage.steps for stage in stages])
     parts = {"module": module, "data": data, "trainers": trainers, "settings": settings}
     return StageRunner(**parts, stages=stages, views=views)  # type: ignore[arg-type]
 

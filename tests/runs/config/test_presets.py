@@ -27,6 +27,7 @@ KEYS = {
     "mitigation": "model.mitigations.x",
     "domain": "data.domains.x",
     "inspection": "inspection.x",
+    "scheduler": "model.scheduler",
 }
 
 

@@ -109,8 +109,9 @@ def _with_rotation(forward: FunctionType) -> FunctionType | None:
         return None
 
     def ours(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if args or kwargs or any(x.dtype != torch.float32 for x in (query, key, cos, sin)) or cos.dim() != 3:
-            # Half precision rounds in between, and the result would be another one.
+        # Half precision rounds in between; positions may turn only a part of each head (GPT-NeoX, Phi, Nemotron).
+        full = query.shape[-1] == key.shape[-1] == cos.shape[-1] == sin.shape[-1] and cos.dim() == 3
+        if args or kwargs or not full or any(x.dtype != torch.float32 for x in (query, key, cos, sin)):
             plain: tuple[Tensor, Tensor] = theirs(query, key, cos, sin, *args, **kwargs)
             return plain
         return rotate(query, key, cos, sin)

@@ -35,6 +35,8 @@ class ResidencyParser(LightningArgumentParser):
     def __init__(self, *args: Any, description: str = "", **kwargs: Any) -> None:
         if match := _CLASS_HELP.fullmatch(description):
             description = f"{description}\n\n{_documentation(match[1])}"
+        # A key means one thing, whatever keys there will be: no abbreviations.
+        kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, description=description, formatter_class=_Formatter, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

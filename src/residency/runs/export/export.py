@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from residency.adapters import Adapter, Full
-from residency.backbones.causal_lm import quiet_transformers
+from residency.backbones.loading import quiet_transformers
 from residency.backbones.structure import names_of
 from residency.core.environment import versions
 from residency.core.errors import UserError

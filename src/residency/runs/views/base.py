@@ -49,6 +49,11 @@ class View:
     keeps = False
     """Whether it leaves something behind that is made again when it is missing."""
 
+    @property
+    def name(self) -> str:
+        """What the record of the run's views calls it."""
+        return type(self).__name__
+
     def is_there(self) -> bool:
         """Whether what it has left behind is still there; asked of a run that it has shown to its end."""
         return True

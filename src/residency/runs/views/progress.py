@@ -153,16 +153,15 @@ class _Line:
         self._drawn = time.monotonic()
         self._first = (self._drawn, done, 0)
         self._window.append(self._first)
-        if self.silent:
-            return
-        if self.plain:
-            first = f", from {done}" if done else ""
-            self._print(f"{self.title}: {_count(total)} {self.unit}{first}")
-            return
-        self._live = _live_line(self.console)
-        self._live.start()
-        self._live.add_task(self.title, total=total, completed=done, facts="")
-        self._live.refresh()
+        with self._harmless():
+            if self.plain:
+                first = f", from {done}" if done else ""
+                self._print(f"{self.title}: {_count(total)} {self.unit}{first}")
+            elif not self.silent:
+                self._live = _live_line(self.console)
+                self._live.start()
+                self._live.add_task(self.title, total=total, completed=done, facts="")
+                self._live.refresh()
 
     def due(self) -> bool:
         """Whether enough time has passed since the last line."""
@@ -175,11 +174,12 @@ class _Line:
         self._drawn = time.monotonic()
         self._window.append((self._drawn, done, tokens))
         facts = self._facts(done, loss, last)
-        if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=done, facts=facts, refresh=True)
-        elif self.plain:
-            share = f" ({done / self._total:.0%})" if self._total else ""
-            self._print(f"{self.title}: {done:,}/{_count(self._total)} {self.unit}{share}  {facts}")
+        with self._harmless():
+            if self._live is not None:
+                self._live.update(self._live.task_ids[0], completed=done, facts=facts, refresh=True)
+            elif self.plain:
+                share = f" ({done / self._total:.0%})" if self._total else ""
+                self._print(f"{self.title}: {done:,}/{_count(self._total)} {self.unit}{share}  {facts}")
 
     def _facts(self, done: int, loss: float | None, last: bool) -> str:
         before, now = self._first if last else self._window[0], self._window[-1]
@@ -195,12 +195,22 @@ class _Line:
 
     def close(self) -> None:
         """Leave the terminal as it was; may be called again."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        with self._harmless():
+            if live is not None:
+                live.stop()
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """A terminal that is gone, or cannot show a letter, ends the display and not the training."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self.silent, self._live = True, None
 
     def _print(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        if not self.silent:
+            self.console.print(Text(text), soft_wrap=True)
 
 
 def _live_line(console: Console) -> Progress:

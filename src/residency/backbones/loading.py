@@ -1,0 +1,246 @@
+"""A causal language model from a folder: every weight from its files, or one sentence why not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from residency.core.errors import UserError
+
+__all__ = ["check_tokenizer", "load_causal", "load_config", "load_tokenizer", "longest_text", "quiet_transformers"]
+
+# Their frequencies change with the longest text of a batch, once it is longer than this key of the config says.
+_CHANGING_POSITIONS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+_WITHOUT_POSITIONS = 1_000_000
+
+
+def load_causal(folder: Path, **options: Any) -> Any:
+    """The model of a folder as transformers builds it, on the CPU.
+
+    Args:
+        folder: As `save_pretrained` writes it.
+        options: Of `from_pretrained`.
+
+    Raises:
+        UserError: It is no causal language model, needs code from elsewhere, has weights in pickles only, or has
+            weights that are missing, unknown or of another shape.
+    """
+    config = load_config(folder)
+    chosen = _causal_class(folder, config)
+    _check_files(folder)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            # Shapes that differ are told with the other weights that do not fit, and refused with them.
+            options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many unrelated types
+        raise UserError(
+            f"{folder} cannot be loaded as {chosen}: {' '.join(str(error).split())[:300]}",
+            why="transformers refuses its files",
+            fix="check that config.json and *.safetensors belong together and are complete (download them again)",
+        ) from error
+    _check_weights(folder, chosen, info)
+    _check_tied(folder, model)
+    return model
+
+
+def load_config(folder: Path) -> Any:
+    """The config of a folder: a copy, as transformers writes dtype and attention into what it is given (pitfalls H5).
+
+    Raises:
+        UserError: It cannot be read, or wants code from elsewhere.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(written, dict) and written.get("auto_map"):
+            raise UserError(
+                f"{path} wants to run code of its own (auto_map)",
+                why="a model that brings Python files could do anything on this machine",
+                fix="use a copy of the model in an architecture of transformers itself; remove auto_map from "
+                "config.json if its model_type is one",
+            )
+        return copy.deepcopy(AutoConfig.from_pretrained(folder))
+    except UserError:
+        raise
+    except Exception as error:  # KeyError, ValueError, validation errors of the config classes
+        raise UserError(
+            f"{path}: {' '.join(str(error).split())[:300]}",
+            why="transformers cannot read the config of the model",
+            fix="check that it is the model's own config.json, and that transformers is new enough for it",
+        ) from error
+
+
+def _causal_class(folder: Path, config: Any) -> str:
+    """Name of the class that runs the model; what a checkpoint is decides, not what would load somehow."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    chosen = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    stored = next(iter(config.architectures or ()), None)
+    if getattr(config, "is_encoder_decoder", False):
+        chosen = None
+    names = (chosen,) if isinstance(chosen, str) else tuple(chosen or ())
+    if names and (stored is None or stored.lower() in {name.lower() for name in names}):
+        return str(stored or names[0])
+    kind = _kind(stored or config.model_type, config)
+    raise UserError(
+        f"{folder} holds {stored or config.model_type}, {kind}",
+        why="CausalLM trains and scores causal language models; of another model parts would be missing, and drawn "
+        "at random",
+        fix="choose a checkpoint whose `architectures` in config.json ends with ForCausalLM"
+        + (f" (for this family {names[0]})" if names else ""),
+    )
+
+
+def _kind(name: str, config: Any) -> str:
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder (sequence to sequence)"
+    if "Classification" in name:
+        return "a classifier"
+    if "MaskedLM" in name or "PreTraining" in name:
+        return "an encoder that fills gaps in texts"
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        return "a model of texts with images or sound"
+    return "which is no causal language model"
+
+
+def _check_files(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder} has its weights in {pickles[0]}, not in *.safetensors",
+            why="such a file is a pickle, which can run any code when it is opened; residency opens none",
+            fix='convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", copy the tokenizer's files "
+            "beside it, and give that folder",
+        )
+    raise UserError(
+        f"{folder} has no *.safetensors",
+        why="a model needs its weights; without them all of it would be drawn at random",
+        fix="give the folder as `save_pretrained` writes it, with all its files",
+    )
+
+
+def _check_weights(folder: Path, chosen: str, info: Mapping[str, Any]) -> None:
+    """Nothing in a model comes from neither files nor seed."""
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
+    problems = {
+        "are missing": sorted(info.get("missing_keys", ())),
+        "have another shape": sorted(mismatched),
+        "are unknown to it": sorted(info.get("unexpected_keys", ())),
+        "cannot be read": sorted(map(str, info.get("error_msgs", ()))),
+    }
+    told = [f"{len(keys)} {problem} ({_first(keys)})" for problem, keys in problems.items() if keys]
+    if told:
+        raise UserError(
+            f"{folder} as {chosen}: of its weights {', '.join(told)}",
+            why="what is missing would be drawn at random, another one at every load, and what is unknown be left out",
+            fix="give the checkpoint that belongs to this config.json; for a base model without head the one with it",
+        )
+
+
+def _first(keys: Iterable[str]) -> str:
+    names = list(keys)
+    return ", ".join(names[:3]) + (", ..." if names[3:] else "")
+
+
+def _check_tied(folder: Path, model: Any) -> None:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if not tied or head is None or table is None or head.weight is table.weight:
+        return
+    if head.weight.shape != table.weight.shape:
+        return  # a head of another width is none that could be tied
+    raise UserError(
+        f"{folder}: config.json says that head and embedding are one tensor, and the files hold two",
+        why="they would be trained apart here, and fall into one when the result is saved and loaded",
+        fix='set "tie_word_embeddings": false in its config.json, or remove the head from its files',
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        UserError: There is none, or it needs code from elsewhere.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # missing files, missing packages and broken JSON are told by many types
+        raise UserError(
+            f"{folder} has no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}",
+            why="texts become tokens by the model's own tokenizer",
+            fix="put tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error
+
+
+def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
+    """Every token has a row in the embedding.
+
+    Raises:
+        UserError: The tokenizer writes ids that the model cannot read.
+    """
+    find: Any = getattr(model, "get_input_embeddings", None)
+    if find is None or not hasattr(tokenizer, "get_vocab"):
+        return
+    rows = find().weight.shape[0]
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        raise UserError(
+            f"model.backbone: the tokenizer has {len(beyond)} tokens without a row in the embedding of {rows}, first "
+            f"{beyond[0][1]!r} (id {beyond[0][0]})",
+            why="the model cannot read a text with such a token",
+            fix="give the tokenizer that belongs to the model, or enlarge the model first: "
+            "model.resize_token_embeddings(len(tokenizer)), then save_pretrained",
+        )
+
+
+def longest_text(config: Any) -> int:
+    """Most tokens of a text that a model reads as it was made to, each text for itself.
+
+    Positions that are learned end there; with `dynamic` and `longrope` positions the score of a short row would depend
+    on whether a longer one is in its batch.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))] if isinstance(rope, dict) else []
+    limits = [positions] if isinstance(positions, int) else []
+    for kind in kinds:
+        key = _CHANGING_POSITIONS.get(str(kind.get("rope_type")))
+        limit = None if key is None else kind.get(key, getattr(text, key, None))
+        limits += [limit] if isinstance(limit, int) else []
+    return min(limits, default=_WITHOUT_POSITIONS)
+
+
+class quiet_transformers:
+    """Hide transformers' progress bars and its report of a load: the user sees our own display and messages."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._was_on, self._level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+    def __exit__(self, *error: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._level)
+        if self._was_on:
+            logging.enable_progress_bar()

@@ -254,7 +254,11 @@ MITIGATIONS: dict[str, MitigationRow] = {
         make=lambda: SDFT(template="{prompt}={reference}:", temperature=1.0, max_new_tokens=96),
         off=lambda: SDFT(share=0.0),
     ),
-    "self_distillation": MitigationRow(make=SelfDistillation, off=lambda: SelfDistillation(strength=0.0)),
+    "self_distillation": MitigationRow(
+        make=SelfDistillation,
+        off=lambda: SelfDistillation(strength=0.0),
+        refuses=lambda adapter: "" if adapter.continues else "begins every stage with another function",
+    ),
     "self_distillation_base": MitigationRow(
         make=lambda: SelfDistillation(teacher="base"), off=lambda: SelfDistillation(teacher="base", strength=0.0)
     ),

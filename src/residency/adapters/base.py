@@ -80,6 +80,10 @@ class Adapter(ABC):
     """Whether parameters step inside the backward pass and no gradient outlives it: then nothing can be accumulated or
     clipped, and mitigations that read gradients or updates are refused."""
 
+    continues: bool = True
+    """Whether the function after `begin_stage` is the one that the stage before left; not where a stage starts with
+    factors drawn anew or in front of a new prompt."""
+
     uses_stream_length: bool = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 

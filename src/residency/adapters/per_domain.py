@@ -74,6 +74,7 @@ class PerDomain(Adapter):
         UserError: The tuner cannot keep several adapters on one unchanged base.
     """
 
+    continues = False
     scorers = _SCORES
 
     def __init__(self, *, config: PeftConfig, routing: Routing = "oracle", compare: bool = True) -> None:

@@ -110,6 +110,7 @@ class ProgressivePrompts(Adapter):
         hidden: Width of the residual MLP P + MLP(P) that is folded into the prompt after its domain; 0 = none.
     """
 
+    continues = False
     provides = frozenset({"reference", "exportable"})
     task_id_at_test = True
 

@@ -115,7 +115,7 @@ class SinkhornResidual(Adapter):
         self.train_projections = train_projections
         self.structural_lr_ratio = structural_lr_ratio
         self.gate_lr_ratio = gate_lr_ratio
-        self.provides = _OWN & self.inner.provides
+        self.provides, self.continues = _OWN & self.inner.provides, self.inner.continues
         self.task_id_at_test, self.scorers = self.inner.task_id_at_test, self.inner.scorers
 
     # -- attaching ----------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class SLAO(Adapter):
         UserError: The LoRA is not a sum on a frozen base.
     """
 
+    continues = False
     provides = frozenset({"reference", "mergeable", "exportable"})
 
     def __init__(self, *, config: LoraConfig, decay: float = 0.5) -> None:

@@ -31,6 +31,13 @@ def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -
                 f"{', '.join(sorted(adapter.provides)) or 'none of the capabilities'}",
                 fix=f"use {mitigation.alternative}",
             )
+        if mitigation.needs_continuity and not adapter.continues:
+            raise UserError(
+                f"model.mitigations.{name} ({type(mitigation).__name__}) with model.adapter {type(adapter).__name__}",
+                why="this adapter begins every stage with another function than the stage before left, so the weights "
+                "at its start are not the previous model's",
+                fix=f"set model.mitigations.{name}.cache to 64: the previous model is asked before the stage begins",
+            )
         hooks = [hook for hook in ("transform_gradients", "transform_update") if overrides(mitigation, hook)]
         if adapter.steps_in_backward and hooks:
             raise UserError(

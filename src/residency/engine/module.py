@@ -40,6 +40,7 @@ class ContinualModule(LightningModule):
             M.prepare_dataset(module, dataset, stage)         # once, also across resumes; before each one's transform
             dataset = M.transform_dataset(examples, stage)
             before  = adapter.state(model)                    # only if somebody overrides transform_weights
+            M.before_adapter(module, stage)                   # teachers: what the stage before left
             adapter.begin_stage(model, stage, observe)        # a new block, factors drawn anew
             M.on_domain_start(module, stage)                  # once, also across resumes
             for batch in dataset:                             # Trainer.fit
@@ -155,6 +156,8 @@ class ContinualModule(LightningModule):
         self.dataset = examples
         folds.prepare_dataset(self, self.mitigations.values(), stage, stored=stored)
         self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
+        for mitigation in (m for name, m in self.mitigations.items() if name not in stored):
+            mitigation.before_adapter(self, stage)
         self._adapter_stage(self.adapter.begin_stage, "begin")
 
     def frozen_inputs(self) -> dict[str, list[Tensor]]:

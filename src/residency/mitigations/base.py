@@ -84,6 +84,10 @@ class Mitigation(Callback):
     """Whether `loss_terms` reads `outputs.logits`; may be set per instance. Where nobody does they are `None`: the loss
     is computed without them."""
 
+    needs_continuity: bool = False
+    """Whether the model at the first step of a stage must be, as a function, what the stage before left
+    (`Adapter.continues`); may be set per instance."""
+
     uses_base: bool = False
     """Whether `transform_weights` reads `module.base_weights`, the weights before the first stage; may be set per
     instance. Costs a snapshot of the adapter's state in memory, and nothing on disk."""
@@ -130,6 +134,11 @@ class Mitigation(Callback):
             module: The module, on the device; the adapter has not begun the stage.
             dataset: As the mitigations before this one left it.
             stage: Which one.
+        """
+
+    def before_adapter(self, module: StageModule, stage: Stage) -> None:
+        """With the final data set, right before the adapter begins the stage: the model still is, as a function, what
+        the stage before left. May set `self.state`, never weights. Not called where that state is stored already.
         """
 
     # -- two-way ------------------------------------------------------------------------------------------------

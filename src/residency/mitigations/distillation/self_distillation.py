@@ -89,19 +89,23 @@ class SelfDistillation(Mitigation):
             # Both narrowed per instance: this teacher has something to protect from the first step on.
             self.requires = frozenset({"reference"})
             self.first_domain = 0
+        self.needs_continuity = teacher == "previous" and cache is None and strength > 0
         self.add_state("teacher", {})
         self.add_state("step", torch.zeros((), dtype=torch.long))
         self.add_state("cached", {})
         self._places: tuple[Sequence[Example], dict[Example, tuple[int, int]]] = ((), {})
         self._numbers: dict[str, Tensor] = {}
 
+    def before_adapter(self, module: StageModule, stage: Stage) -> None:
+        """With a cache, ask the teacher now: afterwards the adapter may begin the stage with another function."""
+        if self.cache is not None and self.touches_training(stage.index):
+            self.state["cached"] = self._teach(module, self.cache)
+
     def on_domain_start(self, module: StageModule, stage: Stage) -> None:
-        """Remember the teacher, or all that it says."""
+        """Remember the teacher where it is asked in every step."""
         if not self.touches_training(stage.index):
             return
-        if self.cache is not None:
-            self.state["cached"] = self._teach(module, self.cache)
-        elif self.teacher != "base":
+        if self.cache is None and self.teacher != "base":
             leaves = module.adapter.trainable(module.model)
             self.state["teacher"] = remembered(leaves) if self.teacher == "ema" else snapshot(leaves)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from residency.core.errors import UserError
 
-__all__ = ["FolderKind", "claim", "is_marked", "owns"]
+__all__ = ["FolderKind", "check_place", "claim", "is_marked", "owns"]
 
 _KEY = "residency"
 
@@ -69,6 +69,29 @@ def claim(path: Path, kind: FolderKind, *, overwrite: bool = False) -> bool:
         UserError: Something else lies there; nothing has been touched.
         OSError: It cannot be made or written.
     """
+    fresh = check_place(path, kind, overwrite=overwrite)
+    if not is_marked(path, kind):
+        path.mkdir(parents=True, exist_ok=True)
+        # Whoever claims it at the same time writes the same bytes.
+        (path / kind.marker).write_text(json.dumps({_KEY: kind.name, "schema": 1}) + "\n", encoding="utf-8")
+    return fresh
+
+
+def check_place(path: Path, kind: FolderKind, *, overwrite: bool = False) -> bool:
+    """See that `claim` would take a folder; nothing is written.
+
+    Args:
+        path: The folder.
+        kind: What it is for.
+        overwrite: Whether something else may lie there.
+
+    Returns:
+        Whether it is new, or nothing is in it.
+
+    Raises:
+        UserError: Something else lies there.
+        OSError: It cannot be looked at.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(
             f"{path} is a file",
@@ -85,7 +108,4 @@ def claim(path: Path, kind: FolderKind, *, overwrite: bool = False) -> bool:
             why="files of something else could be overwritten or deleted",
             fix=f"choose a new or an empty folder with {kind.option}, or add --overwrite to use this one",
         )
-    path.mkdir(parents=True, exist_ok=True)
-    # Whoever claims it at the same time writes the same bytes.
-    (path / kind.marker).write_text(json.dumps({_KEY: kind.name, "schema": 1}) + "\n", encoding="utf-8")
     return not held

@@ -17,6 +17,10 @@ from residency.domains.sampler import StageExamples
 __all__ = ["StreamData"]
 
 
+_LARGEST_BATCH = 65_536
+"""Examples per optimizer step that are taken for meant even where a domain has fewer rows."""
+
+
 class StreamData(LightningDataModule):
     """Domains to learn one after another, and probes that are only evaluated.
 
@@ -105,7 +109,26 @@ class StreamData(LightningDataModule):
         return StageExamples(rows=len(rows), encode=encode, stage=stage)
 
     def check(self) -> None:
-        """Read every file now, so that a bad row stops the command before anything is trained."""
+        """Read every file now, so that a bad row stops the command before anything is trained.
+
+        Raises:
+            UserError: A row, or the name of a domain, cannot be used.
+        """
+        rows = max((len(domain.rows("train")) for domain in self.domains.values()), default=0)
+        if self.batch_size > max(_LARGEST_BATCH, rows):
+            raise UserError(
+                f"data.batch_size={self.batch_size:,}, and the largest domain has {rows:,} training rows",
+                why="one optimizer step would see every row many times, and have no end",
+                fix="give the examples per optimizer step, for example 8",
+            )
+        for name in self.columns:
+            # Names become columns of tables, fields of charts and lines on a terminal.
+            if not name.strip() or not name.isprintable():
+                raise UserError(
+                    f"a domain or probe is called {name!r}",
+                    why="a name with control characters or without any other cannot be shown",
+                    fix="give it a name of letters, digits, blanks and punctuation",
+                )
         for domain in self.columns.values():
             domain.rows("train")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.core.environment import peak_memory_bytes
+from residency.core.markers import check_place
 from residency.core.tensor_files import append_line, load_whole_tree
 from residency.core.types import Tensors
 from residency.domains.stream_data import StreamData
@@ -28,7 +29,7 @@ from residency.runs.settings import StreamSettings, check_lengths, check_stream
 from residency.runs.shown_views import finish_views, show_again
 from residency.runs.stage_cache import StageCache
 from residency.runs.stage_runner import StageRunner, plan_stages
-from residency.runs.store.store import Store, link_or_copy
+from residency.runs.store.store import STORE, Store, link_or_copy
 from residency.runs.views.base import RunInfo, View
 from residency.runs.views.guarded import GuardedView
 
@@ -68,6 +69,8 @@ def train_stream(
     if (done := folder.complete_record(config)) is not None:
         show_again(folder, views, done)
         return done
+    if settings.store is not None:
+        check_place(settings.store, STORE)
     with folder.locked():
         if config is not None:
             folder.keep_config(config)

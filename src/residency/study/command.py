@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from residency.core.errors import EXIT_DONE, UserError
-from residency.core.markers import FolderKind, claim
+from residency.core.markers import FolderKind, check_place, claim
 from residency.core.tensor_files import read_json
 from residency.core.yaml_files import read_yaml
+from residency.runs.store.store import STORE
 from residency.study.planning.cpu_sharing import (
     Cores,
     at_once,
@@ -146,6 +147,7 @@ def sweep(
     kind = where or study.executor
     if emit_wandb is not None:
         return _emit(study, path, emit_wandb, place, console, overwrite=overwrite)
+    check_place(place, STORE)
     cores = _cores(study, folder, kind, workers, threads)
     _set_threads(cores.threads)
     console.print(f"stages at once: {cores.workers}, threads of each: {cores.threads} ({cores.why})", highlight=False)

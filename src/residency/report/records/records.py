@@ -13,6 +13,7 @@ import polars as pl
 
 from residency.core.errors import UserError
 from residency.core.parquet_files import ParquetRefused, read_parquet
+from residency.core.text import for_terminal
 from residency.core.yaml_files import parse_yaml
 from residency.runs.views.flat_config import flat_config
 from residency.runs.views.tables import Record, printable
@@ -60,7 +61,11 @@ class Entry:
         """The per-example scores after a stage (0 = before training): column, row, scorer, value, tokens."""
         found = sorted((self.folder / "stages").glob(f"{stage}-*/scores.parquet"))
         try:
-            return read_parquet(found[0]) if found else None
+            frame = read_parquet(found[0]) if found else None
+            if frame is None or "column" not in frame.columns:
+                return frame
+            names = [name for name in frame["column"].unique() if isinstance(name, str) and not name.isprintable()]
+            return frame.with_columns(pl.col("column").replace({name: for_terminal(name) for name in names}))
         except (OSError, ParquetRefused):
             return None
 
@@ -181,6 +186,9 @@ def _entry(folder: Path, cell: Mapping[str, Any], more: Mapping[str, str] | None
     if (folder / "results.json").is_file():
         record = _json(folder / "results.json")
         record["axes"] = {**(record.get("axes") or {}), **axes}
+        for part in ("domains", "probes"):
+            # Names become fields of charts, whose renderer a NUL ends; names of other versions may hold one.
+            record[part] = [for_terminal(name) for name in record.get(part) or []]
     else:
         status = printable(cell.get("status") or _failure(folder))
         record = {"cell": cell["id"], "status": status, "axes": axes, "seed": cell.get("seed")}

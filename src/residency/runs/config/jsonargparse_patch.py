@@ -53,7 +53,8 @@ def _import_object(original: Any, name: str, check_path_too: bool = True) -> Any
     if not check_path_too:
         return original(name, False)
     check_path(str(name))
-    found = original(name)
+    # Its own list of refused modules only warns by default; `note` refuses what a path leads to.
+    found = original(name, False)
     note(str(name), found)
     return found
 

@@ -30,6 +30,7 @@ usage: residency VERB [options]        residency VERB --help explains each
   fit         train a stream of domains; after every stage score every domain
   doctor      what is wrong with data, before it is trained on   residency doctor configs/quickstart.yaml --show 3
   sweep       run a study: every combination of its axes, then compare
+  ab          two models on the same rows: paired test, flips, rows that regressed      residency ab runs/quickstart
   store       what a store of stages holds, what of it is damaged, and how to shrink it
   report      what to take and why, as one page, from the records    residency report studies/quickstart
   gate        exit code 4 where a limit is crossed       residency gate runs/quickstart --max forgetting=0.1
@@ -116,6 +117,10 @@ def _dispatch(words: list[str]) -> int:
         from residency.runs.doctor_command import doctor_command
 
         return doctor_command(rest)
+    if verb == "ab":
+        from residency.runs.compare_command import ab_command
+
+        return ab_command(rest)
     if verb == "store":
         from residency.runs.store.command import store_command
 
@@ -136,7 +141,7 @@ def _dispatch(words: list[str]) -> int:
         from residency.runs.views.sync_command import sync_command
 
         return sync_command(rest)
-    verbs = ("assets", "doctor", "sweep", "store", "report", "gate", "sync", *_STREAM_VERBS)
+    verbs = ("ab", "assets", "doctor", "sweep", "store", "report", "gate", "sync", *_STREAM_VERBS)
     near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",

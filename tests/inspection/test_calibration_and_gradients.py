@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import doctest
+import gc
 import math
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -139,3 +141,49 @@ def test_optimizer_state_bytes(make: Any, bytes_: int) -> None:
     parameter.sum().backward()
     optimizer.step()
     assert optimizer_state_bytes(optimizer) == bytes_
+
+
+def _optimizers() -> dict[str, Any]:
+    from residency.adapters.optim.galore import GaLoreOptimizer
+    from residency.adapters.optim.layerwise import LayerwiseOptimizer
+
+    def galore(parameters: Any) -> Any:
+        options = {"factory": torch.optim.AdamW, "rank": 2, "gap": 3, "scale": 0.25}
+        return GaLoreOptimizer(projected=list(parameters), plain=[], **options)
+
+    return {
+        "adamw": torch.optim.AdamW,
+        "galore": galore,
+        "galore_layerwise": lambda parameters: LayerwiseOptimizer(parameters=parameters, make=lambda p: galore([p])),
+        "adamw_8bit": lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, min_8bit_size=16),
+    }
+
+
+def _held() -> dict[int, int]:
+    """Bytes of all tensors that are alive, by their memory."""
+    gc.collect()
+    alive = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore", "galore_layerwise", "adamw_8bit"])
+def test_optimizer_bytes_are_what_it_holds(name: str) -> None:
+    """Against every tensor that is alive because of it. GaLore's were ten times too small, layer-wise ones 0."""
+    weights = [torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2)]
+    before = _held()
+    optimizer = _optimizers()[name](weights)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = sum((w.sin() * torch.arange(16.0)).sum() for w in weights)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    for weight in weights:
+        weight.grad = None
+    counted = optimizer_state_bytes(optimizer)
+    held = sum(size for pointer, size in _held().items() if pointer not in before)
+    assert counted == held
+    assert counted > 0

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
-
-from residency.core.tensors import size_in_bytes
 
 __all__ = ["optimizer_state_bytes", "overhead", "tokens_per_second", "training_flops"]
 
@@ -43,6 +42,30 @@ def overhead(*, seconds: float, plain_seconds: float) -> float:
 
 
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of everything an optimizer keeps between steps: moments, projections; 8-bit states count as they are."""
-    state: Mapping[Any, Any] = optimizer.state
-    return sum(size_in_bytes(dict(entry)) for entry in state.values())
+    """Bytes of all memory that an optimizer holds between steps beside the parameters it steps and their gradients.
+
+    Moments, projections, tables of 8-bit states; what a wrapper's inner optimizers hold, and the low-rank parameters
+    that they step. Memory that several tensors share counts once.
+    """
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if id(value) in seen or id(value) in stepped:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for inner in value.values():
+                walk(inner)
+        elif isinstance(value, list | tuple | set):
+            for inner in value:
+                walk(inner)
+        elif isinstance(value, Optimizer):
+            walk(vars(value))
+
+    walk(optimizer)
+    return sum(storages.values())

@@ -215,8 +215,15 @@ class ResidencyCLI(LightningCLI):
         return self._score("test")
 
     def _score(self, split: Split) -> dict[str, Any]:
-        parts = {"module": self.model, "data": self.datamodule, "folder": self.folder, "settings": self.settings}
-        found = score_saved(**parts, stage=self.option("stage"), split=split, device=self.trainers.root_device)
+        found = score_saved(
+            module=self.model,
+            data=self.datamodule,
+            folder=self.folder,
+            settings=self.settings,
+            stage=self.option("stage"),
+            split=split,
+            device=self.trainers.root_device,
+        )
         show_scores(found)
         return found
 

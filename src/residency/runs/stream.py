@@ -127,8 +127,7 @@ def _stage_runner(
     stages = plan_stages(data, trainers, settings, tokenizer)
     check_lengths(module.backbone, data)
     check_optimization(module.optimizer_factory, module.scheduler_factory, steps=[stage.steps for stage in stages])
-    parts = {"module": module, "data": data, "trainers": trainers, "settings": settings}
-    return StageRunner(**parts, stages=stages, views=views)  # type: ignore[arg-type]
+    return StageRunner(module=module, data=data, trainers=trainers, settings=settings, stages=stages, views=views)
 
 
 def _stage_cache(runner: StageRunner, config: Mapping[str, Any]) -> StageCache:
@@ -279,8 +278,9 @@ class _Run:
             weights: Tensors = self._load(stage)["weights"]
             return weights
 
-        where = {"k": k, "seed": runner.settings.seed, "states": state, "facts": facts}
-        return runner.inspection.after_stage(runner.module, runner.data, **where)  # type: ignore[arg-type]
+        return runner.inspection.after_stage(
+            runner.module, runner.data, k=k, seed=runner.settings.seed, states=state, facts=facts
+        )
 
     def _complete(self, k: int, scores: Evaluation, facts: Mapping[str, Any]) -> None:
         self.folder.complete_stage(self.folders[k], scores, facts, config=self.config)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -34,6 +34,7 @@ from residency.study.repeat import keep_finished, show_again
 
 if TYPE_CHECKING:
     from residency.study.executors.base import Executor
+    from residency.study.runner import StudyRunner
     from residency.study.views.events import Watcher
 
 __all__ = ["STUDY", "sweep", "sweep_command"]
@@ -151,24 +152,26 @@ def sweep(
     cores = _cores(study, folder, kind, workers, threads)
     _set_threads(cores.threads)
     console.print(f"stages at once: {cores.workers}, threads of each: {cores.threads} ({cores.why})", highlight=False)
-    parts: dict[str, Any] = {"folder": folder, "store": place, "console": console, "workers": cores.workers}
-    if dry_run:
+
+    def runner() -> StudyRunner:
+        # Imported late: `--emit-wandb` and mistakes in the study cost no import of torch.
         from residency.study.runner import StudyRunner
 
-        StudyRunner(study, **parts).check(measured=measure)
+        return StudyRunner(study, folder=folder, store=place, console=console, workers=cores.workers)
+
+    if dry_run:
+        runner().check(measured=measure)
         return EXIT_DONE
     make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, cores.workers, cores.threads))
     # A new study has something to run: its workers import what they need while this process does.
     early = executor is None and kind == "local" and not (folder / "plan.json").exists()
     with _only_sweep(folder, overwrite=overwrite), _started(make, folder / "logs", early=early) as start:
-        from residency.study.runner import StudyRunner
-
         keep_cores(folder, cores)
         views = watchers if watchers is not None else [_view(path, study_dir, console)]
-        runner = StudyRunner(study, **parts)
-        code = runner.sweep(start, views)
-        if runner.finished is not None:
-            keep_finished(path, folder, **runner.finished, store=str(place), threads=cores.threads)
+        made = runner()
+        code = made.sweep(start, views)
+        if made.finished is not None:
+            keep_finished(path, folder, **made.finished, store=str(place), threads=cores.threads)
         return code
 
 

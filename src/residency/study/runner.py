@@ -98,9 +98,14 @@ class StudyRunner:
             return {}
         from residency.study.search.search import StudySearch
 
-        resolver = self._check_space()
-        parts: dict[str, Any] = {"folder": self.folder, "resolver": resolver, "executor": executor}
-        return StudySearch(self.study, **parts, watchers=watchers, on_message=self._say).run()
+        return StudySearch(
+            self.study,
+            folder=self.folder,
+            resolver=self._check_space(),
+            executor=executor,
+            watchers=watchers,
+            on_message=self._say,
+        ).run()
 
     def _check_space(self) -> Resolver:
         from residency.study.search.check_space import check_space

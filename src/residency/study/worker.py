@@ -84,12 +84,25 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     if store is not None:
         take_rows(cli.datamodule, cli.resolved["data"], spec.get("rows") or {}, store)
     until = spec.get("until")
-    parts: dict[str, Any] = {"module": cli.model, "data": cli.datamodule, "trainers": cli.trainers}
-    parts |= {"settings": cli.settings, "config": cli.resolved}
     if until is None:
-        train_stream(**parts, folder=cli.folder, views=[status, cli.tracker(), LoggerView()])
+        train_stream(
+            module=cli.model,
+            data=cli.datamodule,
+            trainers=cli.trainers,
+            settings=cli.settings,
+            config=cli.resolved,
+            folder=cli.folder,
+            views=[status, cli.tracker(), LoggerView()],
+        )
         return
-    stage_cache = open_stage_cache(**parts, views=[status])
+    stage_cache = open_stage_cache(
+        module=cli.model,
+        data=cli.datamodule,
+        trainers=cli.trainers,
+        settings=cli.settings,
+        config=cli.resolved,
+        views=[status],
+    )
     if until:
         stage_cache.finished(until)
     if spec.get("evaluate", True):

@@ -174,6 +174,13 @@ class KroneckerEWC(Mitigation):
         for domain in range(len(facts["weights"])):
             inputs, outputs = self._of("inputs", domain), self._of("outputs", domain)
             inputs = {path: inputs[owner] for path, owner in of_layer.items()}
-            where = {"inputs": inputs.__getitem__, "outputs": outputs.__getitem__}
-            parts.append(low_rank_pulls(layers, leaves, self._of("anchor", domain), strength=self.strength, **where))
+            pulls = low_rank_pulls(
+                layers,
+                leaves,
+                self._of("anchor", domain),
+                strength=self.strength,
+                inputs=inputs.__getitem__,
+                outputs=outputs.__getitem__,
+            )
+            parts.append(pulls)
         return torch.stack([value for value, _ in parts]).sum(), reduce(add_pulls, (pulls for _, pulls in parts))

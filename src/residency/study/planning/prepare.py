@@ -126,8 +126,17 @@ def prepare(
     stage_cache = Store(store)
     tree = build_tree(missing, folder=folder / "cells", store=stage_cache, status=folder / "status")
     counts = count_stages([entry["stages"] for entry in entries], tree)
-    parts: dict[str, Any] = {"cells": cells, "missing": missing, "tree": tree, "counts": counts, "entries": entries}
-    return Prepared(study=study, folder=folder, store=stage_cache, resolver=resolver, **parts)
+    return Prepared(
+        study=study,
+        folder=folder,
+        store=stage_cache,
+        resolver=resolver,
+        cells=cells,
+        missing=missing,
+        tree=tree,
+        counts=counts,
+        entries=entries,
+    )
 
 
 def _planned(folder: Path) -> dict[str, Any]:

@@ -104,8 +104,9 @@ class Resolver:
         settings = replace(cli.settings, cell=cell.id, seed=cell.seed, axes=cell.axes)
         try:
             self._share(cli, config)
-            parts = {"module": cli.model, "data": cli.datamodule, "trainers": cli.trainers}
-            stage_cache = open_stage_cache(**parts, settings=settings, config=config)
+            stage_cache = open_stage_cache(
+                module=cli.model, data=cli.datamodule, trainers=cli.trainers, settings=settings, config=config
+            )
             self._check_scorer(cli.datamodule)
         except UserError as error:
             raise _in_cell(cell, error) from error

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from residency.core.errors import UserError
 from residency.engine.checkpointing import SafetensorsIO
@@ -54,6 +55,21 @@ class Trainers:
     def _probe(self) -> Trainer:
         # Never fitted: tells devices and ranks before the first stage needs them.
         return self.make(steps=1, folder=Path("."), observers=[])
+
+    def check(self) -> None:
+        """Make a Trainer now, so that a device that is not there stops a command before a model is loaded.
+
+        Raises:
+            UserError: Lightning refuses the options on this machine.
+        """
+        try:
+            _ = self.root_device
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+            raise UserError(
+                f"trainer: {' '.join(str(error).split())}",
+                why="Lightning's Trainer refuses these options on this machine",
+                fix="correct trainer.accelerator, trainer.devices, trainer.strategy or trainer.precision",
+            ) from error
 
     @property
     def root_device(self) -> torch.device:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from residency.core.errors import UserError
 from residency.core.types import Split
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
@@ -173,19 +171,8 @@ class ResidencyCLI(LightningCLI):
         self.result: Any = None
         if self._carry_out:
             logging.getLogger("transformers").setLevel(logging.ERROR)
-            self._check_trainer()
+            self.trainers.check()
             self.result = getattr(self, subcommand)()
-
-    def _check_trainer(self) -> None:
-        """Make a Trainer now, so that a device that is not there stops the command before a model is loaded."""
-        try:
-            _ = self.trainers.root_device
-        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
-            raise UserError(
-                f"trainer: {' '.join(str(error).split())}",
-                why="Lightning's Trainer refuses these options on this machine",
-                fix="correct trainer.accelerator, trainer.devices, trainer.strategy or trainer.precision",
-            ) from error
 
     # -- verbs --------------------------------------------------------------------------------------------------
 

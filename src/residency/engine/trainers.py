@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from residency.core.errors import UserError
 from residency.engine.checkpointing import SafetensorsIO

@@ -1,84 +1,95 @@
-"""What a recommendation is made from."""
+"""What the sentences of a summary are made from: the findings, and names and numbers as they are printed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
 
-from residency.metrics.comparison import Comparison, compare
+from residency.metrics.discovery import printed_sign
+from residency.report.evidence.decision import Evidence
+from residency.report.evidence.findings import Findings, Recommendation
 from residency.report.records.arms import Arm
-from residency.report.records.contrasts import Contrast, paired_examples, shared_values
 from residency.report.records.records import Records
-from residency.runs.views.tables import AS_MUCH, printable
+from residency.runs.views.tables import printable
 
-__all__ = ["Evidence", "ahead", "called", "listed"]
+__all__ = ["Case", "called", "listed"]
 
 _SHOWN = 3  # names that are listed before "and n more"
+_METRICS = ("average", "learning", "forgetting")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What a recommendation is made from: means over shared settings and seeds, in the printed direction."""
+class Case:
+    """Records, arms and findings, with numbers in the direction that tables print."""
 
     records: Records
     arms: Sequence[Arm]
-    contrasts: Sequence[Contrast]
-    ranked: Sequence[str]  # values of the compared axis, best first
-    means: dict[str, dict[str, float]]  # metric -> value -> mean
-    tests: dict[str, Comparison]  # value -> against the baseline, in average
+    findings: Findings
+
+    @property
+    def verdict(self) -> Recommendation:
+        return self.findings.recommendation
+
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        return self.findings.ranked
 
     @property
     def base(self) -> str:
-        return self.records.baseline
+        return self.findings.base or self.records.baseline
 
     @property
     def best(self) -> str:
-        return self.ranked[0]
+        """Whom the page is about: the choice, else the leader."""
+        return self.verdict.choice or self.verdict.leader or self.base
 
     def of(self, value: str) -> list[Arm]:
         return [arm for arm in self.arms if arm.value == value and arm.done]
 
-    @property
-    def arm(self) -> Arm:
-        return self.of(self.best)[0]
+    def evidence(self, metric: str = "average", scorer: str | None = None) -> Evidence | None:
+        """On whom the page is about; `None` if that is the baseline itself."""
+        return self.findings.of(self.best, metric, scorer)
 
-    @property
-    def seeds(self) -> int:
-        return min((len(arm.done) for v in self.ranked for arm in self.of(v)), default=0)
+    @cached_property
+    def higher_is_better(self) -> bool:
+        return self.higher(self.records.scorer)
+
+    def higher(self, scorer: str) -> bool:
+        known = (e.record["scores"].get(scorer) for arm in self.arms for e in arm.entries if e.done)
+        return bool(next((k["higher_is_better"] for k in known if k is not None), True))
+
+    @cached_property
+    def means(self) -> dict[str, dict[str, float]]:
+        """metric -> value -> mean, as printed."""
+        found: dict[str, dict[str, float]] = {}
+        for metric in _METRICS:
+            levels = {v: self.printed(v, metric) for v in self.ranked}
+            found[metric] = {v: level for v, level in levels.items() if level is not None}
+        return found
+
+    def printed(self, value: str, metric: str, scorer: str | None = None) -> float | None:
+        """A mean in the direction that tables print."""
+        scorer = scorer or self.records.scorer
+        level = self.findings.level(value, metric, scorer)
+        sign = -1.0 if metric == "forgetting" else printed_sign(metric, higher_is_better=self.higher(scorer))
+        return None if level is None else sign * level
 
     def number(self, metric: str, value: str) -> str:
         found = self.means[metric].get(value)
         shown = list(self.means["average"].values())
         # Enough of them for what is compared to differ.
-        close = max(shown) - min(shown) < 0.1
+        close = max(shown) - min(shown) < 0.1 if shown else True
         digits = 3 if close or all(abs(v) <= 1 for m in self.means.values() for v in m.values()) else 2
         return "-" if found is None else f"{found:.{digits}f}"
-
-    def as_much(self, own: float, other: float) -> bool:
-        """Whether a difference is small beside what training gained at all."""
-        start = self.arm.base()
-        return abs(own - other) <= AS_MUCH * (abs(other) if start is None else abs(start - other))
 
     def name(self, value: str) -> str:
         return called(self.records, value)
 
-    def ahead(self, value: str) -> bool | None:
-        """Whether the best is told apart from a value, in every setting they share; `None` if nothing tells."""
-        return ahead(self, value)
-
-
-def ahead(case: Evidence, value: str) -> bool | None:
-    """Paired over seeds if there are two, else by the examples of the contrast with the baseline."""
-    table = shared_values([*case.of(case.best), *case.of(value)], "average")
-    if len(table) == 2:
-        found = compare(table[case.best], table[value], higher_is_better=True)
-        if found.n > 1:
-            return bool(found.interval.low > 0)
-    if value == case.base:
-        own = [c for c in case.contrasts if c.value == case.best and c.metric == "average"]
-        return all(c.excludes_zero for c in own) if own and all(c.bounds for c in own) else None
-    found_examples = paired_examples(case.of(case.best), case.of(value), "average")
-    return None if found_examples is None else found_examples.low > 0
+    def cost(self, value: str, name: str) -> float | None:
+        known = [c for arm in self.of(value) if (c := arm.cost(name)) is not None]
+        return fmean(known) if known else None
 
 
 def called(records: Records, value: str) -> str:

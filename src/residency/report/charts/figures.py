@@ -13,6 +13,7 @@ from residency.report.advice.advice import Advice
 from residency.report.charts import axes, costs, drift, overview, stream
 from residency.report.charts.selection import ChartSelection
 from residency.report.charts.theme import Figure
+from residency.report.evidence.effects import TIMES
 from residency.report.records.arms import Arm, mean_matrix
 from residency.report.records.records import Records
 from residency.report.records.settings import numeric_settings
@@ -77,14 +78,16 @@ def _plane(selection: ChartSelection) -> Iterator[Figure]:
 
 
 def _forest(selection: ChartSelection) -> Iterator[Figure]:
-    names = selection.names(_ROWS)
-    rows = [r for r in selection.frames.comparisons.to_dicts() if r["method"] in names]
-    rows.sort(key=lambda row: names.index(row["method"]))
+    rows = [r for r in selection.frames.comparisons.to_dicts() if r["scorer"] == selection.records.scorer]
+    rows = [r for r in rows if r["metric"] != "general" and TIMES not in r["axis"]]
+    values = list(dict.fromkeys((row["axis"], row["method"]) for row in rows))[:_ROWS]
+    rows = [row for row in rows if (row["axis"], row["method"]) in values and row["better by"] is not None]
     caption = (
-        "Each method against the baseline on the same seeds and rows; right of 0 is better. Thick: 95 % bootstrap of "
-        "seeds, then test rows. Thin: 95 % t-interval over seeds."
+        "Every value of every axis against its baseline, paired over seeds and settings; right of 0 is better. "
+        "Bars are 95 % intervals over seeds and test rows; the colour is the decision after correction for all "
+        "comparisons of this page."
     )
-    chart = overview.forest(rows, against=rows[0]["against"]) if rows else None
+    chart = overview.forest(rows) if rows else None
     absent = f"Nothing was run beside the baseline ({printable(selection.records.baseline)}) in the same setting."
     yield _figure("forest", "Differences to the baseline", caption + selection.cut(_ROWS), chart, absent)
 

@@ -137,51 +137,52 @@ def _tones(names: Sequence[str], chosen: str | None, baseline: str | None) -> di
     return dict(zip(names, scale.to_dict()["range"], strict=True))
 
 
-def forest(rows: Sequence[Row], *, against: str) -> alt.FacetChart:
-    """Paired differences to the baseline: right of 0 is better. Thick = examples resampled, thin = t over seeds.
+def forest(rows: Sequence[Row]) -> alt.FacetChart:
+    """Paired differences to the baseline of each axis: right of 0 is better; colour and shape are the decision.
 
     Args:
-        rows: method, metric, `better by`, `seeds low`, `seeds high`, `bootstrap low`, `bootstrap high`.
-        against: The baseline.
+        rows: axis, method, against, metric, `better by`, low, high, interval, evidence, `in words`.
     """
-    names = list(dict.fromkeys(row["method"] for row in rows))
+    several = len({row["axis"] for row in rows}) > 1
     titles = {"average": "score at the end", "learning": "right after learning", "forgetting": "forgetting"}
-    data = [{**row, "panel": titles[row["metric"]], "side": _side(row)} for row in rows]
-    tones = {"better": CHOSEN, "worse": "#d55e00", "not told apart": BASELINE}
+    data = [
+        {
+            **row,
+            "panel": titles[row["metric"]],
+            "side": _SIDES.get(row["evidence"], _NOT_SHOWN),
+            "name": _label(row, several),
+        }
+        for row in rows
+    ]
+    names = list(dict.fromkeys(row["name"] for row in data))
+    tones = {"shown to be better": CHOSEN, "shown to be worse": "#d55e00", _NOT_SHOWN: BASELINE}
     shown = [kind for kind in tones if any(row["side"] == kind for row in data)]
-    color = alt.Color(
-        "side:N",
-        scale=alt.Scale(domain=shown, range=[tones[kind] for kind in shown]),
-        legend=alt.Legend(title=f"the interval says, against {against}:", orient="bottom", titleLimit=500),
-    )
-    y = alt.Y("method:N", sort=names, title=None, axis=alt.Axis(labelLimit=200))
+    scale = alt.Scale(domain=shown, range=[tones[kind] for kind in shown])
+    color = alt.Color("side:N", scale=scale, legend=alt.Legend(title=None, orient="bottom"))
+    y = alt.Y("name:N", sort=names, title=None, axis=alt.Axis(labelLimit=240))
     x = alt.X("better by:Q", title="better by →")
     base = alt.Chart().encode(y=y, color=color)
-    keys = ("method", "better by", "seeds low", "seeds high", "bootstrap low", "bootstrap high", "verdict")
-    tooltip = [alt.Tooltip(f"{k}:{'N' if k in ('method', 'verdict') else 'Q'}") for k in keys]
+    words = ("method", "against", "interval", "evidence", "in words")
+    tooltip = [alt.Tooltip(f"{k}:N") for k in words] + [alt.Tooltip(f"{k}:Q") for k in ("better by", "low", "high")]
     shape = alt.Shape("side:N", scale=alt.Scale(domain=shown, range=["circle", "square", "diamond"][: len(shown)]))
-    layers = [alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))]
+    layers = [alt.Chart().mark_rule(strokeDash=[3, 3], strokeWidth=1.5).encode(x=alt.datum(0))]
     # A layer without a single number would have an infinite scale.
-    if _any(rows, "seeds low"):
-        layers.append(base.mark_rule(strokeWidth=1.5).encode(x="seeds low:Q", x2="seeds high:Q"))
-    if _any(rows, "bootstrap low"):
-        thick = base.mark_rule(strokeWidth=5, opacity=0.45)
-        layers.append(thick.encode(x="bootstrap low:Q", x2="bootstrap high:Q"))
+    if _any(rows, "low"):
+        layers.append(base.mark_rule(strokeWidth=3, opacity=0.7).encode(x="low:Q", x2="high:Q"))
     layers.append(base.mark_point(size=90, filled=True, opacity=1).encode(x=x, shape=shape, tooltip=tooltip))
     layer = alt.layer(*layers).properties(width=215, height=max(90, 30 * len(names)))
-    header = alt.Header(title=None)
-    facet = alt.Facet("panel:N", sort=list(titles.values()), header=header)
+    facet = alt.Facet("panel:N", sort=list(titles.values()), header=alt.Header(title=None))
     chart: alt.FacetChart = layer.facet(facet, data=inline(data), columns=3)
     return chart
 
 
+_NOT_SHOWN = "not shown"
+_SIDES = {"better": "shown to be better", "worse": "shown to be worse"}
+
+
+def _label(row: Row, several: bool) -> str:
+    return f"{row['axis']}: {row['method']}" if several else str(row["method"])
+
+
 def _any(rows: Sequence[Row], key: str) -> bool:
     return any(row.get(key) is not None for row in rows)
-
-
-def _side(row: Row) -> str:
-    for kind in ("seeds", "bootstrap"):
-        low, high = row[f"{kind} low"], row[f"{kind} high"]
-        if low is not None and high is not None:
-            return "better" if low > 0 else "worse" if high < 0 else "not told apart"
-    return "not told apart"

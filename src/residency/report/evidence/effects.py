@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
+import numpy as np
+
 from residency.core.text import printable
 from residency.report.evidence.decision import Claim
 from residency.report.evidence.samples import RowScores, Sample, columns_with, combined, sample_of
@@ -40,6 +42,7 @@ class Factorial:
     rows: RowScores = field(default_factory=RowScores)
 
     def __post_init__(self) -> None:
+        self._same_tokens: dict[str, bool] = {}
         self._samples: dict[tuple[int, str, str, tuple[str, ...]], Sample | None] = {}
         self.cells: dict[Key, dict[str, Entry]] = {}
         for entry in self.entries:
@@ -73,6 +76,24 @@ class Factorial:
                 found |= {(rest, seed): entry for seed, entry in own.items()}
         return found
 
+    def same_tokens(self, scorer: str) -> bool:
+        """Whether a score per token counts the same tokens everywhere; of other scores, and of unknown rows, `True`."""
+        if scorer not in self._same_tokens:
+            self._same_tokens[scorer] = not self._per_token(scorer) or all(self._alike_tokens(scorer))
+        return self._same_tokens[scorer]
+
+    def _per_token(self, scorer: str) -> bool:
+        known = (entry.record["scores"].get(scorer) for entry in self.entries)
+        return any(" token" in str(k.get("unit")) for k in known if k is not None)
+
+    def _alike_tokens(self, scorer: str) -> Iterator[bool]:
+        first: dict[str, Any] = {}
+        for entry in self.entries:
+            for column in columns_with([entry], scorer):
+                scored = self.rows.at(entry, len(entry.record["domains"]), scorer, column)
+                if scored is not None:
+                    yield np.array_equal(first.setdefault(column, scored[1]), scored[1])
+
     def sample(self, entry: Entry, scorer: str, metric: str, columns: tuple[str, ...]) -> Sample | None:
         """A metric of one cell, computed once."""
         key = (id(entry), scorer, metric, columns)
@@ -91,6 +112,8 @@ class Factorial:
         places = [(c, place) for c, own in coefficients.items() for place in own]
         blocks = [(c, self.blocks(place)) for c, place in places]
         shared = [block for block in blocks[0][1] if all(block in own for _, own in blocks)]
+        if not self.same_tokens(scorer):
+            shared = []
         used = [own[block] for _, own in blocks for block in shared]
         columns = columns_with(used, scorer)
         by_order = self.by_order and not any(ORDER in place for _, place in places)

@@ -84,6 +84,20 @@ class Findings:
         """The evidence on an axis, or on an interaction (`a × b`)."""
         return [e for e in self.evidence if e.claim.axis == axis]
 
+    def mean_before(self, scorer: str) -> float | None:
+        """Mean score before training over the columns of `level`, as a utility."""
+        found = []
+        base = self.base
+        for entry in self.study.blocks({self.subject: base}).values() if base is not None else ():
+            known = (entry.record.get("scores") or {}).get(scorer)
+            columns = columns_with([entry], scorer)
+            names = entry.record["domains"]
+            if known is not None and columns:
+                row = [known["R"][0][names.index(column)] for column in columns]
+                if None not in row:
+                    found.append((1 if known["higher_is_better"] else -1) * fmean(row))
+        return fmean(found) if found else None
+
     def level(self, value: str, metric: str, scorer: str | None = None) -> float | None:
         """A value's mean as a utility, on the settings and seeds of the baseline: missing cells shift no comparison."""
         scorer, base = scorer or self.scorer, self.base

@@ -50,12 +50,13 @@ class RowScores:
     """Scores of single rows, read once per stage of a run."""
 
     _read: dict[tuple[Path, int], dict[tuple[str, str], _Scored]] = field(default_factory=dict)
+    enabled: bool = True
 
     def at(self, entry: Entry, stage: int, scorer: str, column: str) -> _Scored | None:
         """(values, tokens) of a column after a stage; `None` where they are not at hand."""
         key = (entry.folder, stage)
         if key not in self._read:
-            self._read[key] = _by_column(entry.examples(stage))
+            self._read[key] = _by_column(entry.examples(stage) if self.enabled else None)
         return self._read[key].get((scorer, column))
 
 

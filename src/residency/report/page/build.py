@@ -18,6 +18,7 @@ from residency.report.advice.advice import Advice, advise
 from residency.report.advice.case import called
 from residency.report.charts.figures import figures_of
 from residency.report.charts.theme import Figure, config
+from residency.report.evidence.of_records import findings_of
 from residency.report.page.files import (
     as_json,
     claim_report,
@@ -31,10 +32,9 @@ from residency.report.page.files import (
 from residency.report.page.glossary import WORDS
 from residency.report.page.matrix_viewer import viewer_data
 from residency.report.records.arms import Arm, arms_of
-from residency.report.records.contrasts import contrasts
 from residency.report.records.records import Records, read_material
 from residency.report.tables.frames import Frames, frames_of
-from residency.report.tables.html_tables import Grid, comparisons_grid, domains_grid, methods_grid
+from residency.report.tables.html_tables import Grid, comparisons_grid, domains_grid, first_grid, methods_grid
 from residency.report.tables.provenance import configs, missing, provenance
 from residency.report.tables.published import Published, published
 
@@ -60,9 +60,9 @@ class Report:
     def of(cls, records: Records) -> Report:
         """Compute it."""
         arms = arms_of(records)
-        compared = contrasts(arms, records.baseline)
-        frames = frames_of(records, arms, compared)
-        advice = advise(records, arms, compared)
+        findings = findings_of(records, arms)
+        frames = frames_of(records, arms, findings)
+        advice = advise(records, arms, findings)
         figures = figures_of(records, arms, frames, advice)
         return cls(records=records, arms=arms, frames=frames, advice=advice, figures=figures)
 
@@ -127,7 +127,7 @@ def _page(
     unit = printable(entry.get("unit") or "unknown unit")
     chosen = next((a.name for a in report.arms if a.value == advice.choice), None)
     vega, script = viewer_code(), _text("report.js")
-    explorer, note = viewer_data(report.arms, records.scorer, first=advice.choice)
+    explorer, note = viewer_data(report.arms, records.scorer, first=advice.leader)
     context = {
         "title": records.title,
         "setting": _setting(report),
@@ -140,6 +140,7 @@ def _page(
         "drawn": [figure for figure in report.figures if figure.id in drawn],
         "methods": _with_json(methods_grid(rows, chosen=chosen, less=not higher, unit=unit)),
         "methods_note": _methods_note(report, unit, higher),
+        "scores": _with_json(_first(report)),
         "comparisons": _with_json(comparisons_grid(frames.comparisons.to_dicts())),
         "domains": _with_json(domains_grid(frames.domains.to_dicts())),
         "missing": _with_json(missing(records)),
@@ -161,6 +162,13 @@ def _page(
     shown, left = configs(report.arms)
     context |= {"configs": shown, "configs_left": left}
     return _template().render(context)
+
+
+def _first(report: Report) -> Grid:
+    rows, records = report.frames.first.to_dicts(), report.records
+    base = called(records, records.baseline)
+    leader = base if report.advice.leader is None else called(records, report.advice.leader)
+    return first_grid(rows, leader=leader, baseline=base)
 
 
 def _with_json(grid: Grid) -> dict[str, Any]:
@@ -231,7 +239,8 @@ def _methods_note(report: Report, unit: str, higher: bool) -> str:
     kinds = (
         set(report.frames.methods["interval"].drop_nulls()) if "interval" in report.frames.methods.columns else set()
     )
-    over = {"seeds (t)": "over seeds (Student's t)", "test rows": "over test rows only, not over seeds"}
+    over = {"seeds": "over seeds (on these test rows)", "rows": "over test rows only, not over seeds"}
+    over["seeds and rows"] = "over seeds and test rows"
     intervals = f" Intervals are 95 %, {' or '.join(over[k] for k in sorted(kinds))}." if kinds else ""
     scorer = printable(report.records.scorer)
     direction = "higher" if higher else "lower"

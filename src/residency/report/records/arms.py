@@ -9,7 +9,7 @@ from itertools import product
 from statistics import fmean, stdev
 from typing import Any
 
-from residency.metrics.statistics import Interval, t_interval
+from residency.metrics.discovery import printed_sign
 from residency.report.records.records import Entry, Records
 from residency.runs.views.tables import finite, printable, score_at
 
@@ -75,7 +75,7 @@ class Arm:
 
     def values(self, metric: str) -> list[float]:
         """The metric per seed in the direction it is printed: a loss reads as a loss."""
-        sign = -1 if metric in ("average", "learning", "anytime_average") and not self.higher_is_better else 1
+        sign = printed_sign(metric, higher_is_better=self.higher_is_better)
         return [sign * value for value in self.utility(metric).values()]
 
     def mean(self, metric: str) -> float | None:
@@ -85,10 +85,6 @@ class Arm:
     def sd(self, metric: str) -> float | None:
         """Standard deviation over seeds."""
         return stdev(values) if len(values := self.values(metric)) > 1 else None
-
-    def interval(self, metric: str) -> Interval | None:
-        """95 % t-interval over seeds; `None` for fewer than two."""
-        return t_interval(values) if len(values := self.values(metric)) > 1 else None
 
     def base(self) -> float | None:
         """Mean score of the domains before any training."""

@@ -6,16 +6,18 @@ either: single domains can be better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from residency.metrics.discovery import MatrixMetric, matrix_metrics
 from residency.metrics.statistics import t_interval
 from residency.report.records.arms import Arm
 from residency.report.records.records import Entry, Records
 from residency.runs.views.tables import printable, score_at
 
-__all__ = ["reference_rows"]
+__all__ = ["beside_references", "reference_rows"]
 
 _CALLED = {
     "frozen": "base model, untrained",
@@ -47,6 +49,44 @@ def reference_rows(records: Records, arms: Sequence[Arm]) -> list[dict[str, Any]
     if base is not None and not any(row["kind"] == "frozen" for row in rows):
         rows.insert(0, _row(_CALLED["frozen"], "frozen", [base]) | {"seeds": None})
     return rows
+
+
+def beside_references(records: Records, arm: Arm) -> dict[str, float | None]:
+    """Metrics that need scores of other models: against joint training, and against each domain alone.
+
+    Mean over the arm's seeds; `None` where a reference or a score is missing, nothing where no reference was run.
+    """
+    found: dict[str, float | None] = {}
+    for metric in matrix_metrics().values():
+        kind = {"joint": "joint", "single": "independent"}.get(metric.about.needs or "")
+        own = [e for e in records.done if kind is not None and e.reference == kind]
+        own = [e for e in own if records.scorer in e.record["scores"]]
+        if own:
+            values = [_beside(metric, entry, own, records.scorer) for entry in arm.done]
+            known = [v for v in values if math.isfinite(v)]
+            found[metric.name] = fmean(known) if known and len(known) == len(values) else None
+    return found
+
+
+def _beside(metric: MatrixMetric, entry: Entry, references: Sequence[Entry], scorer: str) -> float:
+    domains = list(entry.record["domains"])
+    scores = [_last(references, scorer, domain) for domain in domains]
+    R = [row[: len(domains)] for row in entry.record["scores"][scorer]["R"]]
+    higher = bool(entry.record["scores"][scorer]["higher_is_better"])
+    return metric(R, higher_is_better=higher, **{str(metric.about.needs): scores})
+
+
+def _last(references: Sequence[Entry], scorer: str, domain: str) -> float:
+    """Mean of the references' last scores on a domain; of a run on one domain its other columns are none."""
+    found = []
+    for entry in references:
+        record = entry.record
+        columns = [*record["domains"], *(record.get("probes") or [])]
+        if domain in (record["domains"] if entry.reference == "independent" else columns):
+            matrix = record["scores"][scorer]["R"]
+            found.append(score_at(matrix, len(matrix) - 1, columns.index(domain)))
+    known = [value for value in found if value is not None]
+    return fmean(known) if known else math.nan
 
 
 def _row(name: str, kind: str, values: Sequence[float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -9,16 +10,22 @@ from typing import Any
 
 import polars as pl
 
+from residency.metrics.discovery import matrix_metrics
+from residency.report.advice.case import Case
+from residency.report.evidence.crossed import Crossed, crossed
+from residency.report.evidence.decision import Evidence
+from residency.report.evidence.findings import Findings
+from residency.report.evidence.samples import columns_with
+from residency.report.evidence.wording import over, sentence
 from residency.report.records.arms import Arm
-from residency.report.records.contrasts import METRICS, Contrast, example_interval
 from residency.report.records.records import Records
-from residency.report.records.reference_runs import reference_rows
+from residency.report.records.reference_runs import beside_references, reference_rows
+from residency.report.tables.first_screen import first_screen
 from residency.runs.views.tables import finite, printable
 
 __all__ = ["Frames", "frames_of"]
 
-# Resampling examples for a single-seed arm takes some milliseconds; beyond so many arms intervals are left out.
-_RESAMPLED = 60
+METRICS = ("average", "learning", "forgetting")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +35,8 @@ class Frames:
     Args:
         methods: One row per arm: scores with intervals, against the baseline, costs, notes; references and the base
             model are rows too (`role`).
-        comparisons: One row per arm and metric against the baseline.
+        first: One row per score of the first screen: whom the page is about against the baseline, with the evidence.
+        comparisons: One row per claim of the page, with all that was decided about it.
         scores: One row per arm, stage and column: the score matrices, averaged over seeds.
         domains: One row per arm and domain: before training, right after learning, at the end, forgotten.
         costs: One row per arm.
@@ -36,6 +44,7 @@ class Frames:
     """
 
     methods: pl.DataFrame
+    first: pl.DataFrame
     comparisons: pl.DataFrame
     scores: pl.DataFrame
     domains: pl.DataFrame
@@ -47,12 +56,13 @@ class Frames:
         return {name: frame for name, frame in vars(self).items() if frame.height}
 
 
-def frames_of(records: Records, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> Frames:
+def frames_of(records: Records, arms: Sequence[Arm], findings: Findings) -> Frames:
     """All tables of a report."""
     scores = [{"method": arm.name, **row} for arm in arms for row in arm.stages]
     return Frames(
-        methods=_frame(_methods(records, arms, contrasts)),
-        comparisons=_frame([_comparison(c) for c in contrasts]),
+        methods=_frame(_methods(records, arms, findings)),
+        first=_frame(first_screen(Case(records=records, arms=arms, findings=findings))),
+        comparisons=_frame([_comparison(e) for e in findings.evidence]),
         scores=_frame(scores),
         domains=_frame([row for arm in arms for row in _domains(arm)]),
         costs=_frame([_costs(arm) for arm in arms if arm.done]),
@@ -64,17 +74,16 @@ def _frame(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None) if rows else pl.DataFrame()
 
 
-def _methods(records: Records, arms: Sequence[Arm], contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
-    against = {(c.name, c.metric): c for c in contrasts}
+def _methods(records: Records, arms: Sequence[Arm], findings: Findings) -> list[dict[str, Any]]:
     axes = list(dict.fromkeys(axis for arm in arms for axis, _ in arm.place))
     rows = []
-    for number, arm in enumerate(arms):
+    for arm in arms:
         place = dict(arm.place)
         row: dict[str, Any] = {"method": arm.name, "role": "train"}
         row |= {f"axis: {axis}": place.get(axis) for axis in axes if len(axes) > 1}
         row |= {"baseline": arm.value == records.baseline, "seeds": len(arm.done)}
         for metric in METRICS:
-            low, high, kind = _interval(arm, metric, resample=number < _RESAMPLED)
+            low, high, kind = _interval(arm, metric, findings)
             row |= {
                 metric: arm.mean(metric),
                 f"{metric} low": low,
@@ -82,28 +91,32 @@ def _methods(records: Records, arms: Sequence[Arm], contrasts: Sequence[Contrast
                 f"{metric} sd": arm.sd(metric),
             }
             row.setdefault("interval", kind)
-        row |= {name: arm.mean(name) for name in ("bwt", "fwt", "anytime_average", "relative_forgetting")}
-        contrast = against.get((arm.name, "average"))
-        row["better by"] = contrast.seeds.difference if contrast else None
-        row["p"] = contrast.seeds.p_adjusted if contrast and contrast.seeds.n > 1 else None
-        row["outcome"] = contrast.seeds.outcome if contrast else None
+        row |= {name: arm.mean(name) for name in matrix_metrics() if name not in METRICS}
+        row |= beside_references(records, arm)
+        found = findings.of(arm.value)
+        row["better by"] = found.estimate if found else None
+        row["p"] = finite(found.p) if found else None
+        row["evidence"] = found.word if found else None
         row |= _probes(arm)
         row |= {"seconds": arm.cost("seconds"), "state bytes": arm.cost("mitigation_state_bytes")}
         rows.append(row | {"told the domain": arm.oracle, "note": "; ".join(arm.notes())})
     return [*rows, *({k: v for k, v in row.items() if k != "kind"} for row in reference_rows(records, arms))]
 
 
-def _interval(arm: Arm, metric: str, *, resample: bool) -> tuple[float | None, float | None, str | None]:
-    """95 % interval of a metric in its printed direction: over seeds, or else over examples."""
-    over_seeds = arm.interval(metric)
-    if over_seeds is not None:
-        return over_seeds.low, over_seeds.high, "seeds (t)"
-    found = example_interval(arm, metric) if resample and arm.done else None
-    if found is None:
+def _interval(arm: Arm, metric: str, findings: Findings) -> tuple[float | None, float | None, str | None]:
+    """95 % interval of a metric in its printed direction, over seeds and rows; of one seed over its rows."""
+    columns = columns_with(arm.done, arm.scorer)
+    samples = [findings.study.sample(entry, arm.scorer, metric, columns) for entry in arm.done]
+    known = [sample for sample in samples if sample is not None]
+    if not known or len(known) < len(samples):
         return None, None, None
-    # As a utility; a loss is printed as a loss. Forgetting is a cost already.
-    flip = metric != "forgetting" and not arm.higher_is_better
-    return (-found.high, -found.low, "test rows") if flip else (found.low, found.high, "test rows")
+    parts = [sample.parts for sample in known if sample.parts is not None]
+    found: Crossed = crossed([s.value for s in known], parts if len(parts) == len(known) else None)
+    if math.isnan(found.low):
+        return None, None, None
+    # Samples are utilities; forgetting is printed as a loss, and a loss as a loss.
+    flip = metric == "forgetting" or not arm.higher_is_better
+    return (-found.high, -found.low, found.basis) if flip else (found.low, found.high, found.basis)
 
 
 def _probes(arm: Arm) -> dict[str, Any]:
@@ -122,26 +135,31 @@ def _probes(arm: Arm) -> dict[str, Any]:
     return {"probes mean change": fmean(deltas), "probes worst change": min(deltas)}
 
 
-def _comparison(c: Contrast) -> dict[str, Any]:
-    seeds, examples = c.seeds, c.examples
-    known = seeds.n > 1
+def _comparison(e: Evidence) -> dict[str, Any]:
+    claim, found = e.claim, e.found
     return {
-        "method": c.name,
-        "against": seeds.b,
-        "metric": c.metric,
-        "seeds": seeds.n,
-        "better by": seeds.difference,
-        "seeds low": seeds.interval.low if known else None,
-        "seeds high": seeds.interval.high if known else None,
-        "bootstrap low": examples.low if examples else None,
-        "bootstrap high": examples.high if examples else None,
-        "p": finite(seeds.p),
-        "smallest p": seeds.smallest_p,
-        "p Holm": finite(seeds.p_adjusted),
-        "effect size": finite(seeds.effect_size),
-        "P(better)": finite(seeds.improvement),
-        "outcome": seeds.outcome,
-        "verdict": seeds.verdict,
+        "axis": claim.axis,
+        "method": claim.a,
+        "against": claim.b,
+        "metric": claim.metric,
+        "scorer": claim.scorer,
+        "domains": ", ".join(map(printable, claim.columns)),
+        "seeds": found.seeds,
+        "settings": claim.settings,
+        "rows": found.rows,
+        "better by": finite(found.estimate),
+        "low": finite(found.low),
+        "high": finite(found.high),
+        "interval": over(e),
+        "noise floor": finite(found.noise_floor),
+        "p": finite(found.p),
+        "p Holm": finite(e.p),
+        "p exact": finite(e.p_exact),
+        "smallest p exact": e.smallest_p,
+        "family": e.family,
+        "effect size": finite(e.effect_size),
+        "evidence": e.word,
+        "in words": sentence(e),
     }
 
 

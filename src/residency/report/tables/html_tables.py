@@ -6,13 +6,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from residency.metrics.discovery import matrix_metrics
 from residency.report.advice.reasons import size
 from residency.runs.views.tables import finite, printable
 
-__all__ = ["Cell", "Column", "Grid", "Row", "comparisons_grid", "domains_grid", "methods_grid", "plain_grid"]
+__all__ = [
+    "Cell",
+    "Column",
+    "Grid",
+    "Row",
+    "comparisons_grid",
+    "domains_grid",
+    "first_grid",
+    "methods_grid",
+    "plain_grid",
+]
 
 # Rows that are in the page as they are; the rest is data that the page shows a part of at a time.
 SHOWN = 100
+# Columns that every page shows, and those that only the files do.
+_FIXED = ["average", "learning", "forgetting", "bwt", "anytime_average", "min_accuracy", "worst_case_accuracy"]
+_FIXED += ["relative_forgetting", "stability"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +96,15 @@ def methods_grid(rows: Sequence[Mapping[str, Any]], *, chosen: str | None, less:
     ordered = sorted(rows, key=rank)
     axes = [key for key in (rows[0] if rows else {}) if key.startswith("axis: ")]
     optional = {
-        "fwt": Column("zero-shot", True, "FWT: what a domain gains before it is learnt, from the ones before it"),
+        **{
+            name: Column(m.about.title, True, m.about.help)
+            for name, m in matrix_metrics().items()
+            if name not in _FIXED
+        },
         "probes mean change": Column("general", True, "change of the probes since the base model, mean; + is better"),
         "probes worst change": Column("worst probe", True, "change of the probe that lost most; a mean hides it"),
         "better by": Column("better by", True, "score at the end against the baseline on the same seeds; + is better"),
-        "p": Column("p", True, "exact sign-flip test over seeds, Holm-corrected"),
+        "evidence": Column("evidence", False, "the decision about this value, corrected for all comparisons"),
         "seconds": Column("seconds", True, "training and scoring"),
         "state bytes": Column("extra state", True, "what the mitigation keeps between stages"),
         "note": Column("note"),
@@ -129,6 +147,8 @@ def _kind(row: Mapping[str, Any], chosen: str | None) -> str:
 
 def _extra(row: Mapping[str, Any], key: str, digits: int) -> Cell:
     value = row.get(key)
+    if key == "evidence":
+        return Cell(word(value))
     if key == "note":
         return Cell(printable(value or "", 200))
     number = finite(value)
@@ -140,34 +160,68 @@ def _extra(row: Mapping[str, Any], key: str, digits: int) -> Cell:
         return Cell(f"{number:,.0f}", number)
     if key == "p":
         return Cell(f"{number:.3g}", number)
-    return _number(number, digits, sign=key != "fwt")
+    return _number(number, digits, sign=key in ("better by", "probes mean change", "probes worst change"))
+
+
+_WORDS = {"open": "not shown", "missing": "-"}
+
+
+def word(value: Any) -> str:
+    """The word of an evidence as tables print it."""
+    return _WORDS.get(str(value), "-" if value is None else printable(value))
 
 
 def comparisons_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
-    """Differences to the baseline with tests."""
+    """Every claim of the page with what was decided about it."""
     columns = [
-        Column("method"),
+        Column("axis"),
+        Column("value"),
+        Column("against"),
         Column("metric"),
-        Column("better by", True),
-        Column("t over seeds", True, "95 % interval"),
-        Column("bootstrap", True, "95 % interval: seeds, then test rows"),
-        Column("p (Holm)", True, "exact sign-flip test over seeds"),
-        Column("smallest p", True, "what this many seeds can reach at best"),
-        Column("d_z", True, "effect size: mean over sd of the paired differences"),
+        Column("seeds", True),
+        Column("better by", True, "paired, over all settings of the other axes; + is better"),
+        Column("95 % interval", True, "seeds and test rows are both a sample"),
+        Column("noise floor", True, "what the choice of test rows alone can move the paired difference by"),
+        Column("p (Holm)", True, "t-test, corrected for all comparisons of the page"),
+        Column("smallest p", True, "what an exact sign-flip test on this many seeds can reach at best"),
+        Column("evidence"),
         Column("in words"),
     ]
     made = []
     for row in rows:
-        cells = [Cell(printable(row["method"])), Cell(row["metric"]), _number(row["better by"], 3, sign=True)]
-        cells += [_range(row, "seeds"), _range(row, "bootstrap")]
-        cells += [_number(row[key], 3) for key in ("p Holm", "smallest p", "effect size")]
-        made.append(Row([*cells, Cell(printable(row["verdict"], 400))]))
-    return Grid(id="comparisons", title="Differences to the baseline", columns=columns, rows=made)
+        names = [Cell(printable(row[key])) for key in ("axis", "method", "against")]
+        names.append(Cell(f"{row['metric']}, {printable(row['scorer'])}", None, printable(row["domains"])))
+        numbers = [Cell(str(row["seeds"]), row["seeds"]), _number(row["better by"], 3, sign=True), _range(row)]
+        numbers += [_number(row[key], 3) for key in ("noise floor", "p Holm", "smallest p exact")]
+        made.append(Row([*names, *numbers, Cell(word(row["evidence"])), Cell(printable(row["in words"], 500))]))
+    return Grid(id="comparisons", title="Everything that was compared", columns=columns, rows=made)
 
 
-def _range(row: Mapping[str, Any], kind: str) -> Cell:
-    low, high = finite(row[f"{kind} low"]), finite(row[f"{kind} high"])
-    return Cell("-") if low is None or high is None else Cell(f"{low:.3f} to {high:.3f}", low)
+def _range(row: Mapping[str, Any]) -> Cell:
+    low, high = finite(row["low"]), finite(row["high"])
+    if low is None or high is None:
+        return Cell("-")
+    return Cell(f"{low:.3f} to {high:.3f}", low, printable(row["interval"]))
+
+
+def first_grid(rows: Sequence[Mapping[str, Any]], *, leader: str, baseline: str) -> Grid:
+    """The first screen: every score of whom the page is about against the baseline."""
+    sides = [Column("before training", True), Column(baseline, True), *([Column(leader, True)] * (leader != baseline))]
+    compared = [Column("better by", True, "+ is better; 95 % interval"), Column("evidence")] * (leader != baseline)
+    made = []
+    for row in rows:
+        keys = ("before", "baseline", "leader") if leader != baseline else ("before", "baseline")
+        cells = [Cell(row["score"], None, row["domains"]), *(_number(row[key], 3) for key in keys)]
+        if compared:
+            low, high = finite(row["low"]), finite(row["high"])
+            ends = "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+            better = _number(row["better by"], 3, sign=True)
+            cells += [Cell(better.text, better.key, ends), Cell(word(row["evidence"]))]
+        made.append(Row(cells, {"better": "shown-better", "worse": "shown-worse"}.get(str(row["evidence"]), "")))
+    columns = [Column("score at the end"), *sides, *compared]
+    return Grid(
+        id="first", title="Every score at the end, averaged over the domains that have it", columns=columns, rows=made
+    )
 
 
 def domains_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:

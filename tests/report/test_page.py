@@ -172,7 +172,7 @@ def test_a_run_alone_and_runs_side_by_side(tmp_path: Path) -> None:
     assert "There is no other method to compare with" in alone.text
     both = Page(build([tmp_path / "none", tmp_path / "ewc"], output=tmp_path / "both"))
     # What differs between the configs tells them apart.
-    assert "Take ewc" in both.text
+    assert "No clear winner; ewc is ahead" in both.text
     assert (tmp_path / "both" / "index.html").is_file()
 
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from residency.core.errors import UserError
-from residency.runs.views.tables import comparison_table, printable, score_table, verdict
+from residency.runs.views.tables import printable, score_table
 
 Record = dict[str, Any]
 
@@ -102,8 +102,6 @@ def test_a_record_that_stopped_early_shows_dashes() -> None:
 def test_knowing_the_domain_is_disclosed() -> None:
     oracle = record() | {"task_id_at_test": True}
     assert "told the domain at test time" in text(score_table(oracle, "nll"))
-    assert "told the domain at test time" in text(comparison_table([oracle], "nll"))
-    assert "told the domain at test time" in verdict([oracle], "nll")
 
 
 def test_an_unknown_scorer_is_an_error_that_names_the_known_ones() -> None:
@@ -114,116 +112,6 @@ def test_an_unknown_scorer_is_an_error_that_names_the_known_ones() -> None:
         score_table(FAILED, "nll")
 
 
-# -- many runs ----------------------------------------------------------------------------------------------------
-
-
-def test_the_comparison_shows_losses_as_losses_and_learning_beside_bwt() -> None:
-    table = comparison_table([record(), record("replay", forgetting=0.05, learning=1.66)], "nll")
-    header = next(line for line in text(table).splitlines() if "learning" in line)
-    assert header.split()[:5] == ["mitigation", "n", "average", "learning", "bwt"]
-    rows = [" ".join(lines(table, name)[0].split()) for name in ("none ", "replay")]
-    assert rows == [
-        "none 1 2.90 1.67 -1.00 1.24 baseline 120 2.4 MB",
-        "replay 1 2.90 1.66 -1.00 0.05 ▲ 96 % 120 2.4 MB",
-    ]
-    assert "note" not in text(table)
-
-
-def test_seeds_are_averaged_and_a_single_seed_has_no_spread() -> None:
-    table = comparison_table([record(), record(seed=1, forgetting=1.44), record("replay")], "nll")
-    shown = text(table)
-    assert lines(table, "none ")[0].split()[:6] == ["none", "2", "2.90", "1.67", "-1.00", "1.34"]
-    assert shown.count("±0.14") == 1  # sd of 1.24 and 1.44
-    assert lines(table, "replay")[0].split()[1] == "1"
-
-
-def test_failed_and_missing_cells_are_listed() -> None:
-    missing = {"cell": "si-s0", "axes": {"mitigation": "si"}}
-    shown = comparison_table([record(), record(seed=1) | {"status": "failed"}, FAILED, missing], "nll")
-    assert "1/2" in lines(shown, "none ")[0]
-    assert "none-s1 failed" in lines(shown, "none ")[0]
-    assert lines(shown, "lwf")[0].split()[:2] == ["lwf", "0/1"]
-    assert "lwf-s0 failed" in text(shown)
-    assert "si-s0 missing" in text(shown)
-
-
-def test_a_metric_that_one_seed_lacks_names_its_own_n() -> None:
-    assert "(n=1)" in text(comparison_table([record(), record(seed=1, forgetting=None)], "nll"))
-    shown = text(comparison_table([record(), record("replay") | {"summary": {}}], "nll"))
-    assert "replay-s0 done without nll" in shown
-
-
-def test_the_baseline_is_the_same_cell_without_the_mitigation() -> None:
-    forgetting = {("lora", "none"): 1.0, ("lora", "ewc"): 0.5, ("full", "none"): 4.0, ("full", "ewc"): 1.0}
-    cells = [
-        record(name, forgetting=value) | {"axes": {"mitigation": name, "adapter": adapter}}
-        for (adapter, name), value in forgetting.items()
-    ]
-    table = comparison_table(cells, "nll")
-    assert ["▲ 50 %" in line for line in lines(table, "lora")] == [False, True]
-    assert ["▲ 75 %" in line for line in lines(table, "full")] == [False, True]
-
-
-def test_no_percentage_of_next_to_nothing() -> None:
-    cells = [record(forgetting=0.0004), record("ewc", forgetting=-0.3)]
-    assert "%" not in lines(comparison_table(cells, "nll"), "ewc")[0]
-    assert "%" not in verdict(cells, "nll")
-
-
-def test_more_forgetting_than_the_baseline_is_marked() -> None:
-    shown = comparison_table([record(), record("ewc", forgetting=2.48)], "nll")
-    assert "▼ -100 %" in lines(shown, "ewc")[0]
-
-
-def test_numbers_keep_whole_on_a_narrow_terminal() -> None:
-    shown = text(comparison_table([record(), FAILED], "nll"), width=80)
-    assert "…" not in shown
-    assert max(map(len, shown.splitlines())) <= 80
-
-
-# -- plain words --------------------------------------------------------------------------------------------------
-
-
-def test_the_verdict_in_words() -> None:
-    said = verdict([record(), record("replay", forgetting=0.05, learning=1.66)], "nll")
-    assert said == (
-        "Sequential training (none) forgets 1.24 nats per completion token (learning 1.67). "
-        "replay forgets 96 % less (0.05 against 1.24) and learns as much (1.66 against 1.67). "
-        "One seed: no statement about significance."
-    )
-
-
-@pytest.mark.parametrize(
-    ("forgetting", "learning", "words"),
-    [
-        (2.48, 1.67, "forgets 100 % more (2.48 against 1.24) and learns as much"),
-        (1.25, 1.67, "forgets as much (1.25 against 1.24)"),
-        (-0.10, 1.67, "does not forget (-0.10 against 1.24)"),
-        (0.62, 2.50, "and learns less (2.50 against 1.67)"),
-        (0.62, 1.20, "and learns more (1.20 against 1.67)"),
-    ],
-)
-def test_the_verdict_words_every_outcome(forgetting: float, learning: float, words: str) -> None:
-    assert words in verdict([record(), record("ewc", forgetting=forgetting, learning=learning)], "nll")
-
-
-def test_few_seeds_are_not_called_significant() -> None:
-    two = verdict([record(), record(seed=1, forgetting=1.44)], "nll")
-    assert "1.34 ±0.14" in two
-    assert "2 seeds, not tested (fewer than 6" in two
-    six = verdict([record(seed=s) for s in range(6)], "nll")
-    assert "6 seeds, not tested." in six
-
-
-def test_the_verdict_names_what_is_left_out() -> None:
-    said = verdict([record(), FAILED], "nll")
-    assert "lwf: nothing to compare." in said
-    assert "Mind: lwf-s0 failed." in said
-    assert "how much it learns is not known" in verdict([record(), record("ewc")], "accuracy")
-    assert verdict([FAILED], "nll").startswith("lwf: nothing to compare. No cell is done.")
-    assert verdict([], "nll") == "No cell is done."
-
-
 # -- names are data -----------------------------------------------------------------------------------------------
 
 
@@ -232,8 +120,7 @@ def test_the_verdict_names_what_is_left_out() -> None:
 )
 def test_names_do_no_harm(name: str) -> None:
     hostile = record(name) | {"domains": [name, "legal"], "probes": [name], "cell": name}
-    shown = text(score_table(hostile, "nll")) + text(comparison_table([hostile, FAILED | {"cell": name}], "nll"))
-    shown += text(verdict([hostile, record("none")], "nll"))
+    shown = text(score_table(hostile, "nll"))
     assert not any(character in shown for character in "\x1b\t\u202e")
     assert printable(name) in shown.replace("\n", " ")
 

@@ -1,7 +1,7 @@
 """Metrics of a run: pure functions. `matrix` has the cited definitions, `variants` the others by name.
 
-Imported by their own names, because scipy and torch take time to load: `statistics`, `bootstrap`, `example_level` and
-`comparison` (how far numbers can be trusted), `drift`, `gradients`, `calibration` and `cost` (what changed inside).
+Imported by their own names, because scipy and torch take time to load: `statistics` and `example_level` (how far
+numbers can be trusted), `cost`. A new metric of the matrix is one file in `definitions`.
 """
 
 from residency.metrics.anytime import learning_curve_area, stability_gap

@@ -1,8 +1,8 @@
 """How far numbers can be trusted: intervals, exact tests, effect sizes, noise floors. Pure functions of arrays.
 
 The unit of every test is the **seed**: one value per seed (and order), paired between methods by seed, order and data
-split. Examples of one evaluation set are no independent repetitions of training: they are a second level, in
-`residency.metrics.bootstrap` and `residency.metrics.example_level`. Verdicts in words: `residency.metrics.comparison`.
+split. Examples of one evaluation set are no independent repetitions of training: they are a second sample, crossed with
+the seeds (`residency.report.evidence.crossed`). What may be said about a difference: `residency.report.evidence`.
 
 NaN in, NaN out: a missing value is never dropped here. Decide what to leave out before, and say so.
 Not imported by `residency.metrics`, because scipy.stats takes a second to load.

@@ -36,20 +36,24 @@ def compare(
         console: Where to print.
 
     Returns:
-        {"scorer", "baseline", "pictures", "page"}: what `show_files` shows again; `None` if a view was not made.
+        {"scorer", "baseline", "methods", "said", "pictures", "page"}: what `show_files` shows again; `None` if a view was not made.
     """
-    from residency.report import build
+    from residency.report.page.build import Report, write_report
+    from residency.report.records.records import read_material
+    from residency.report.tables.console import spoken
     from residency.runs.views.heatmap import comparison, save
 
     finished = [record for record in records if record["status"] == "done"]
     baseline = study.baseline or next(iter(next(iter(study.axes.values()), {"none": {}})))
     if not finished:
         return None
-    show_tables(records, scorer=study.scorer, baseline=baseline, console=console)
+    report = Report.of(read_material([folder], scorer=study.scorer, baseline=study.baseline))
+    told = {"methods": report.frames.methods.to_dicts(), "said": spoken(report.advice)}
+    show_tables(records, scorer=study.scorer, told=told, console=console)
     # A view that cannot be drawn or written must not look like a study that failed.
     try:
         pictures = [str(path) for path in save(comparison(finished, study.scorer), folder / "report" / study.scorer)]
-        page = str(build(folder))
+        page = str(write_report(report, folder / "report"))
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         console.print(
@@ -57,6 +61,6 @@ def compare(
         )
         console.print(f" complete: residency report {escape(for_terminal(folder))} --output FOLDER makes it again")
         return None
-    made = {"scorer": study.scorer, "baseline": baseline, "pictures": pictures, "page": page}
+    made = {"scorer": study.scorer, "baseline": baseline, "pictures": pictures, "page": page, **told}
     show_files(folder, made, console)
     return made

@@ -28,7 +28,7 @@ __all__ = ["Finished", "keep_finished", "show_again", "show_files", "show_tables
 _FILE = "finished.json"
 _PRESET = (".yaml", ".yml", ".json")
 Finished = Mapping[str, Any]
-"""{"name", "scorer", "baseline", "store", "threads", "cells", "compared", "pictures", "page", "sources", "code"}."""
+"""{"name", "scorer", "baseline", "store", "threads", "cells", "compared", "methods", "said", "pictures", "page", "sources", "code"}."""
 
 
 def unchanged(study: Path, folder: Path, options: Mapping[str, Any]) -> tuple[Finished, list[dict[str, Any]]] | None:
@@ -45,6 +45,8 @@ def unchanged(study: Path, folder: Path, options: Mapping[str, Any]) -> tuple[Fi
         if kept["sources"] != _sources(study) or kept["code"] != _code():
             return None
         if any(given is not None and given != kept[name] for name, given in options.items()):
+            return None
+        if {"methods", "said"} - kept.keys():
             return None
         if not all(Path(file).is_file() for file in (*kept["pictures"], kept["page"])):
             return None
@@ -72,22 +74,27 @@ def keep_finished(study: Path, folder: Path, cells: Sequence[str], **what: Any) 
     (folder / _FILE).write_text(json.dumps(seal(content)), encoding="utf-8")
 
 
-def show_tables(records: Sequence[Mapping[str, Any]], *, scorer: str, baseline: str, console: Console) -> None:
+def show_tables(
+    records: Sequence[Mapping[str, Any]], *, scorer: str, told: Mapping[str, Any], console: Console
+) -> None:
     """Print the score matrices of finished cells, then the comparison.
 
     Args:
         records: Of the cells of the axes.
         scorer: What is compared.
-        baseline: The value of the first axis with which the others are.
+        told: What the report said: "methods", the rows of that table, and "said", its words.
         console: Where to print.
     """
-    from residency.runs.views.tables import comparison_table, score_table, verdict
+    from residency.report.tables.console import methods_table
+    from residency.runs.views.tables import score_table
 
-    for record in records:
-        if record["status"] == "done":
-            console.print(score_table(record, scorer))
-    console.print(comparison_table(records, scorer, baseline=baseline))
-    console.print(verdict(records, scorer, baseline=baseline))
+    done = [record for record in records if record["status"] == "done"]
+    for record in done:
+        console.print(score_table(record, scorer))
+    known = next((record["scores"][scorer] for record in done if scorer in record["scores"]), {})
+    unit, higher = str(known.get("unit")), bool(known.get("higher_is_better"))
+    console.print(methods_table(told["methods"], scorer=scorer, unit=unit, higher=higher))
+    console.print(told["said"])
 
 
 def show_files(folder: Path, made: Mapping[str, Any], console: Console) -> None:
@@ -114,7 +121,7 @@ def show_again(study: Path, folder: Path, options: Mapping[str, Any], console: C
     name, where = escape(printable(made["name"])), escape(for_terminal(folder))
     console.print(f"[bold]{name}[/bold]: {len(records)} cells, 0 to run, {len(records)} complete in {where}")
     compared = [record for record in records if record["cell"] in made["compared"]]
-    show_tables(compared, scorer=made["scorer"], baseline=made["baseline"], console=console)
+    show_tables(compared, scorer=made["scorer"], told=made, console=console)
     show_files(folder, made, console)
     return True
 

@@ -80,8 +80,9 @@ def _ends(found: Evidence) -> str:
     if found.found.basis == "none":
         return "one seed, no interval"
     only = ", of the test rows only" if found.found.basis == "rows" else ""
-    ends = f"{figure(found.found.low)} to {figure(found.found.high)}"
-    return f"better by {figure(found.estimate)}, 95 % interval {ends}{only}"
+    side, sign = ("better", 1) if found.estimate >= 0 else ("worse", -1)
+    low, high = sorted((sign * found.found.low, sign * found.found.high))
+    return f"{side} by {figure(abs(found.estimate))}, 95 % interval {figure(low)} to {figure(high)}{only}"
 
 
 def _tasks(case: Case) -> Iterator[str]:
@@ -92,8 +93,8 @@ def _tasks(case: Case) -> Iterator[str]:
         if found is not None and found.word != "missing":
             words.setdefault("better" if found.shown and found.estimate > 0 else found.word, []).append(scorer)
     for word, scorers in words.items():
-        said = {"better": "show the same", "worse": "show the opposite", "equal": "are equal on every row"}
-        yield f"Other scores: {listed(scorers)} {said.get(word, 'do not show a difference')}."
+        said = {"better": "the same is shown", "worse": "the opposite is shown", "equal": "all rows are equal"}
+        yield f"By {listed(scorers)}: {said.get(word, 'no difference is shown')}."
 
 
 def _axes(case: Case) -> Iterator[str]:

@@ -36,7 +36,10 @@ def strength(e: Evidence) -> str:
     """How sure the word is, in a few words: what a headline puts beside it."""
     n = f"{e.found.seeds} {e.claim.unit}{'s' * (e.found.seeds != 1)}"
     rows = f" and {e.found.rows} test rows" if e.found.basis == "seeds and rows" else ""
-    corrected = f"p = {p_value(e.p)}" + (f", corrected for {e.family} comparisons" if e.family > 1 else "")
+    p = p_value(e.p)
+    corrected = f"p {p if p.startswith('<') else f'= {p}'}" + (
+        f", corrected for {e.family} comparisons" if e.family > 1 else ""
+    )
     return {
         "better": f"shown over {n}{rows} ({corrected})",
         "worse": f"shown over {n}{rows} ({corrected})",
@@ -65,7 +68,7 @@ def sentence(e: Evidence, *, a: str | None = None, b: str | None = None) -> str:
     verb = f"is {side} than" if e.shown else f"is {'ahead of' if e.estimate > 0 else 'behind'}"
     ends = sorted(math.copysign(1.0, e.estimate) * end for end in (e.found.low, e.found.high))
     spread = "" if any(map(math.isnan, ends)) else f" (95 % interval {figure(ends[0])} to {figure(ends[1])} {over(e)})"
-    text = f"{a} {verb} {b} {what} by {figure(abs(e.estimate))}{spread}: {strength(e)}."
+    text = f"{a} {verb} {b} {what} by {figure(abs(e.estimate))}{spread}: {strength(e).removeprefix('none: ')}."
     if e.shown and e.smallest_p >= e.alpha:
         text += (
             f" That rests on a normal distribution of the differences: without it {e.found.seeds} {e.claim.unit}s "

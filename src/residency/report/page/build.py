@@ -38,7 +38,7 @@ from residency.report.tables.html_tables import Grid, comparisons_grid, domains_
 from residency.report.tables.provenance import configs, missing, provenance
 from residency.report.tables.published import Published, published
 
-__all__ = ["Report", "build"]
+__all__ = ["Report", "build", "write_report"]
 
 _MARKS = {"shown": "●", "indicated": "◐", "open": "○", "none": "○"}
 _PAGE = Path(__file__).parent
@@ -99,6 +99,26 @@ def build(
     beside = published(references)
     report = Report.of(records)
     folder = Path(output) if output is not None else records.home
+    page = write_report(report, folder, beside=beside, overwrite=overwrite)
+    if wandb_project is not None:
+        from residency.report.page.wandb_report import track_report
+
+        track_report(page, records, report.advice, report.frames.items(), project=wandb_project)
+    return page
+
+
+def write_report(report: Report, folder: Path, *, beside: Sequence[Published] = (), overwrite: bool = False) -> Path:
+    """Write the page with its tables and figures.
+
+    Args:
+        report: What it says.
+        folder: Folder to write into.
+        beside: Published tables to print beside.
+        overwrite: Write into a folder that holds something else, too.
+
+    Returns:
+        The page.
+    """
     claim_report(folder, overwrite=overwrite)
     drawn = {figure.id: draw(figure) for figure in report.figures if figure.chart is not None}
     for figure in report.figures:
@@ -108,10 +128,6 @@ def build(
     # The page last: whoever sees it sees the files that it links.
     page = folder / "index.html"
     place(page, _page(report, drawn, beside, tables))
-    if wandb_project is not None:
-        from residency.report.page.wandb_report import track_report
-
-        track_report(page, records, report.advice, report.frames.items(), project=wandb_project)
     return page
 
 

@@ -14,7 +14,10 @@ WORDS = {
     "one nat less means 2.7 times the probability per token.",
     "mitigation": "Whatever protects earlier knowledge while a new domain is learnt: replaying old rows, penalties on "
     "important weights, mixing of weights.",
-    "95 % interval": "Over seeds where there are two or more; of a single seed only over its test rows, which says "
-    "nothing about other seeds.",
+    "95 % interval": "Seeds and test rows are both a sample, and crossed: all seeds are scored on the same rows. Of a "
+    "single seed it is over its test rows only, which says nothing about other seeds.",
+    "evidence": "Better or worse: the paired difference to the baseline is shown by a t-test, corrected for everything "
+    "this page compares (Holm). Not shown: tested, and it may be chance. One seed: not tested.",
+    "noise floor": "How far the choice of test rows alone can move a paired difference.",
     "exact sign-flip test": "Of n seeds the smallest two-sided p is 2/2ⁿ: five seeds cannot reach .05.",
 }

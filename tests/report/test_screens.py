@@ -1,0 +1,109 @@
+"""Every screen prints the one decision: studies with known truth, rendered, and all words and colours compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from residency.report.evidence.of_records import findings_of
+from residency.report.gate import Limit, judge
+from residency.report.page.build import Report, write_report
+from residency.report.records.records import read_material
+from residency.report.tables.console import methods_table, spoken
+from support.synthetic_studies import write_study
+
+BASE = [[5.0, 5.0], [1.0, 5.0], [3.0, 1.0]]
+STUDIES: dict[str, tuple[dict[str, Any], str]] = {
+    "one is better": ({"none": BASE, "x": [[5.0, 5.0], [1.0, 5.0], [1.1, 1.0]]}, "Take x"),
+    "one is worse": ({"none": BASE, "x": [[5.0, 5.0], [1.0, 5.0], [4.5, 1.0]]}, "Stay with no mitigation"),
+    "nothing differs": ({"none": BASE, "x": BASE}, "Stay with no mitigation"),
+}
+SIDES = {"better": "shown to be better", "worse": "shown to be worse"}
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, str]:
+    matrices, headline = STUDIES[request.param]
+    folder = write_study(tmp_path_factory.mktemp("t") / "s", matrices, domains=("a", "b"), seeds=range(5))
+    return folder, Report.of(read_material([folder])), headline
+
+
+def test_headline_facts_tables_and_forest_say_the_same(study: tuple[Path, Report, str]) -> None:
+    _, report, headline = study
+    found = findings_of(report.records, report.arms)
+    words = {e.claim.metric: e.word for e in found.evidence if e.claim.scorer == "nll"}
+    assert report.advice.headline.startswith(headline)
+    assert (report.advice.choice == "x") == (words["average"] == "better")
+
+    table = {r["metric"]: r["evidence"] for r in report.frames.comparisons.to_dicts() if r["scorer"] == "nll"}
+    assert table == words
+    row = next(r for r in report.frames.methods.to_dicts() if r["method"] == "x")
+    assert row["evidence"] == words["average"]
+    first = report.frames.first.to_dicts()
+    if report.advice.leader == "x":
+        assert first[0]["evidence"] == words["average"]
+        colours = {True: "better", False: "worse"}
+        metrics = ("average", "learning", "forgetting")
+        for metric, fact in zip(metrics, report.advice.facts, strict=False):
+            shown = words[metric] if words[metric] in SIDES else None
+            assert colours.get(fact.good) == shown if fact.good is not None else shown is None
+
+    forest = next(f for f in report.figures if f.id == "forest")
+    data = forest.spec["data"]["values"]
+    assert {d["metric"]: d["side"] for d in data} == {m: SIDES.get(w, "not shown") for m, w in words.items()}
+
+
+def test_page_and_console_print_these_words(study: tuple[Path, Report, str], tmp_path: Path) -> None:
+    _, report, headline = study
+    html = write_report(report, tmp_path).read_text()
+    assert f"<h1>{report.advice.headline}</h1>" in html
+    assert f'class="evidence {report.advice.strength}"' in html
+    for row in report.frames.comparisons.to_dicts():
+        assert row["in words"] in html
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(methods_table(report.frames.methods.to_dicts(), scorer="nll", unit="nats", higher=False))
+    console.print(spoken(report.advice))
+    said = console.export_text()
+    assert headline in said
+    line = next(line for line in said.splitlines() if re.match(r"\s*x ", line))
+    row = next(r for r in report.frames.methods.to_dicts() if r["method"] == "x")
+    marks = {"better": "▲ better", "worse": "▼ worse", "open": "not shown", "equal": "equal"}
+    assert marks[row["evidence"]] in line
+
+
+def test_the_gate_measures_what_the_table_says(study: tuple[Path, Report, str]) -> None:
+    """The paired difference and its interval are those of the comparison."""
+    _, report, _ = study
+    arms = {arm.value: arm.done for arm in report.arms}
+    limit = Limit(kind="max", scorer="nll", metric="average", bound=0.0)
+    judged = judge(limit, method="x", runs=arms["x"], scorer="nll", baseline=arms["none"], against="none")
+    row = next(r for r in report.frames.comparisons.to_dicts() if (r["metric"], r["scorer"]) == ("average", "nll"))
+    assert judged.value == pytest.approx(-row["better by"])
+    assert judged.noise == pytest.approx((row["high"] - row["low"]) / 2)
+    # Beyond the limit of no loss by more than the noise is what a test without correction calls worse.
+    assert (judged.state == "crossed") == (row["high"] < 0)
+
+
+def test_the_first_screen_names_the_domains_of_a_task_score(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", seeds=range(3), probes=("general",))
+    for path in folder.glob("cells/*/results.json"):
+        text = path.read_text()
+        record = json.loads(text)
+        for line in record["scores"]["accuracy"]["R"]:
+            line[1] = None
+        path.write_text(json.dumps(record))
+    report = Report.of(read_material([folder]))
+    rows = {row["score"].split(",")[0]: row for row in report.frames.first.to_dicts()}
+    assert rows["nll"]["domains"] == "medical, legal, code"
+    assert rows["accuracy"]["domains"] == "medical, code"
+    assert rows["accuracy"]["leader"] is not None
+    html = write_report(report, tmp_path / "out").read_text()
+    hero = html[html.index('id="summary"') : html.index('id="methods"')]
+    assert "accuracy, higher is better" in hero
+    assert "medical, code" in hero
+    assert "general ability" in hero

@@ -122,7 +122,8 @@ class Findings:
             v: e.estimate for v in self.study.axes[self.subject] if (e := self.of(v)) is not None and e.found.seeds
         }
         found |= {self.base: 0.0}
-        return tuple(sorted((v for v in found if v not in self.excluded), key=lambda v: -found[v]))
+        eligible = (v for v in found if v not in self.excluded)
+        return tuple(sorted(eligible, key=lambda v: (-found[v], v != self.base)))
 
     @cached_property
     def recommendation(self) -> Recommendation:

@@ -20,7 +20,7 @@ METRICS = ("average", "learning", "forgetting", "general")
 """average: after the last stage; learning: right after each domain's own; forgetting: best since then minus the end, of
 all domains but the last; general: change of the probes since before training. All are utilities: higher is better."""
 
-_Scored = tuple[FloatArray, FloatArray]  # values and tokens, rows in the order of their names
+_Scored = tuple[FloatArray, FloatArray]  # values and weights in the mean, rows in the order of their names
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class RowScores:
     enabled: bool = True
 
     def at(self, entry: Entry, stage: int, scorer: str, column: str) -> _Scored | None:
-        """(values, tokens) of a column after a stage; `None` where they are not at hand."""
+        """(values, weights) of a column after a stage; `None` where they are not at hand."""
         key = (entry.folder, stage)
         if key not in self._read:
             self._read[key] = _by_column(entry.examples(stage) if self.enabled else None)
@@ -138,9 +138,9 @@ def _parts(
 
 
 def _weights(scored: _Scored, recorded: float) -> FloatArray | None:
-    """The weights under which rows give the recorded mean: equal ones, or tokens; `None` if neither does."""
-    values, tokens = scored
-    for weights in (np.ones_like(values), tokens):
+    """The weights under which rows give the recorded mean: equal ones, or their own; `None` if neither does."""
+    values, own = scored
+    for weights in (np.ones_like(values), own):
         if weights.sum() > 0 and math.isclose(
             np.average(values, weights=weights), recorded, rel_tol=1e-5, abs_tol=1e-7
         ):
@@ -175,5 +175,7 @@ def _by_column(frame: pl.DataFrame | None) -> dict[tuple[str, str], _Scored]:
     for (scorer, column), part in frame.sort("row").group_by("scorer", "column"):
         values = part["value"].to_numpy().astype(np.float64)
         if np.isfinite(values).all():
-            found[str(scorer), str(column)] = values, part["tokens"].to_numpy().astype(np.float64)
+            # Older files have no weights, only tokens.
+            weights = part["weight" if "weight" in part.columns else "tokens"]
+            found[str(scorer), str(column)] = values, weights.to_numpy().astype(np.float64)
     return found

@@ -105,8 +105,12 @@ class LmEval(Observer):
 
 
 def _benchmarks(found: Mapping[str, Any]) -> dict[str, Any]:
-    """{benchmark: {metric, value, stderr, higher_is_better, rows}} of what `simple_evaluate` returns."""
+    """{benchmark: {metric, value, stderr, higher_is_better, rows[, part_of]}} of what `simple_evaluate` returns."""
     benchmarks: dict[str, Any] = {}
+    # A group's score is made of its tasks': both would count them twice. Some groups have no score of their own.
+    scored = {name for name, results in found["results"].items() if any(_scored(r) for r in results.items())}
+    members = (found.get("group_subtasks") or {}).items()
+    groups = {task: name for name, tasks in members if name in scored for task in tasks}
     for task, results in found["results"].items():
         # Keys are "<metric>,<filter>"; standard errors, names and sample counts stand among them.
         metrics = [key for key in results if "," in key and not key.partition(",")[0].endswith("_stderr")]
@@ -119,8 +123,13 @@ def _benchmarks(found: Mapping[str, Any]) -> dict[str, Any]:
                 "stderr": _number(results.get(f"{metric}_stderr,{filtered}")),
                 "higher_is_better": bool((found["higher_is_better"].get(task) or {}).get(metric, True)),
                 "rows": _rows(found, task),
+                **({"part_of": groups[task]} if task in groups else {}),
             }
     return benchmarks
+
+
+def _scored(result: tuple[str, Any]) -> bool:
+    return "," in result[0] and _number(result[1]) is not None
 
 
 def _rows(found: Mapping[str, Any], task: str) -> int | None:

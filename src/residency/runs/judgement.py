@@ -85,9 +85,31 @@ def general_ability(
     for k, part in ((0, 1), (-1, 2)) if inside else ():
         for findings in inside[k].values():
             for benchmark, found in findings.get("benchmarks", {}).items():
+                if found.get("part_of") is not None:
+                    continue
                 name = f"lm_eval/{found['metric']}"
                 groups.setdefault(name, (found["higher_is_better"], {}, {}))[part][benchmark] = found["value"]  # type: ignore[index]
-    return {name: _plain(asdict(ability_deltas(b, a, higher_is_better=up))) for name, (up, b, a) in groups.items()}
+    deltas = {name: asdict(ability_deltas(b, a, higher_is_better=up)) for name, (up, b, a) in groups.items()}
+    errors = _standard_errors(inside)
+    return {name: _plain(found) | errors.get(name, {}) for name, found in deltas.items()}
+
+
+def _standard_errors(inside: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{lm_eval/<metric>: {stderr: {benchmark: standard error of the delta}}}.
+
+    As of two independent sets of rows; on the same rows, as here, the true one is smaller.
+    """
+    squares: dict[str, dict[str, list[float]]] = {}
+    for k in (0, -1) if inside else ():
+        for findings in inside[k].values():
+            for benchmark, found in findings.get("benchmarks", {}).items():
+                if found.get("part_of") is None and found.get("stderr") is not None:
+                    own = squares.setdefault(f"lm_eval/{found['metric']}", {})
+                    own.setdefault(benchmark, []).append(float(found["stderr"]) ** 2)
+    return {
+        name: {"stderr": {b: math.sqrt(sum(two)) for b, two in own.items() if len(two) == 2}}
+        for name, own in squares.items()
+    }
 
 
 def _plain(found: dict[str, Any]) -> dict[str, Any]:

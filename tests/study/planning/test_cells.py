@@ -63,6 +63,7 @@ def test_orders_are_an_axis(folder: Path) -> None:
 
 def test_random_orders_are_different_and_always_the_same(folder: Path) -> None:
     found = orders(load(folder, orders=23))
+    assert found[0] == ">".join(NAMES), "the given order is one of them"
     assert len({*found}) == 23
     assert orders(load(folder, orders=5)) == found[:5]
     assert orders(load(folder, orders=5, seeds=[7])) == found[:5], "orders are crossed with seeds, not drawn from them"

@@ -12,12 +12,41 @@ from residency.report.charts.theme import color_of, inline
 __all__ = ["costs"]
 
 Row = dict[str, Any]
+# The parts of the time, whose sum is "seconds"; what a mitigation does before and after the steps is its price too.
+_PARTS = {
+    "seconds before the first steps": "prepare",
+    "training seconds": "steps",
+    "seconds after the last steps": "finish",
+    "scoring seconds": "scoring",
+}
+_PART_COLORS = ["#8a6fc0", "#1f83c4", "#b98500", "#808a93"]
 _PANELS = (
-    ("training seconds", 1.0, "training, s"),
+    ("seconds", 1.0, "all, s"),
     ("extra state bytes", 1e6, "extra state, MB"),
     ("peak memory bytes", 1e9, "peak memory, GB"),
     ("trainable parameters", 1e6, "trainable parameters, M"),
 )
+
+
+def _times(rows: Sequence[Row], names: Sequence[str]) -> alt.Chart:
+    """The time in its parts, one bar per method."""
+    data = [
+        {"method": row["method"], "part": part, "s": row[key], "order": number}
+        for row in rows
+        for number, (key, part) in enumerate(_PARTS.items())
+        if row.get(key)
+    ]
+    color = alt.Color(
+        "part:N",
+        scale=alt.Scale(domain=list(_PARTS.values()), range=_PART_COLORS),
+        legend=alt.Legend(title=None, orient="bottom"),
+    )
+    chart = alt.Chart(inline(data)).mark_bar(height={"band": 0.6})
+    y = alt.Y("method:N", sort=list(names), title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=180))
+    x = alt.X("s:Q", title="time in parts, s", axis=alt.Axis(tickCount=3))
+    tooltip = [alt.Tooltip("method:N"), alt.Tooltip("part:N"), alt.Tooltip("s:Q", format=",.1f", title="seconds")]
+    made: alt.Chart = chart.encode(x=x, y=y, color=color, order="order:O", tooltip=tooltip)
+    return made.properties(width=165, height=max(80, 28 * len(names)))
 
 
 def _scale_to(end: float) -> alt.Scale:
@@ -35,7 +64,7 @@ def costs(rows: Sequence[Row], *, chosen: str | None, baseline: str | None) -> a
     """
     names = [row["method"] for row in rows]
     color, _ = color_of(names, chosen=chosen, baseline=baseline)
-    panels: list[alt.LayerChart] = []
+    panels: list[alt.LayerChart | alt.Chart] = [_times(rows, names)] if any(row.get("seconds") for row in rows) else []
     for key, scale, title in _PANELS:
         data = [{"method": r["method"], "v": r[key] / scale} for r in rows if r.get(key) is not None]
         if not data or not any(row["v"] for row in data):

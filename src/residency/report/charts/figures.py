@@ -271,5 +271,8 @@ def _costs(selection: ChartSelection) -> Iterator[Figure]:
     rows = [row for row in (selection.frames.costs.to_dicts() if names else []) if row["method"] in names]
     rows.sort(key=lambda row: names.index(row["method"]))
     chart = costs.costs(rows, **selection.style) if rows else None
-    caption = "Means over seeds. Extra state is what the mitigation keeps between stages."
+    caption = (
+        "Means over seeds. The time in its parts: before the first steps, the steps, after the last one, scoring. "
+        "Extra state is what the mitigation keeps between stages."
+    )
     yield _figure("costs", "What it costs", caption + selection.cut(_ROWS), chart, "No costs were recorded.")

@@ -188,10 +188,13 @@ def orders_of(study: Study, domains: Sequence[str]) -> list[tuple[str, ...] | No
 
 
 def _random_orders(domains: Sequence[str], count: int) -> Iterator[tuple[str, ...]]:
+    """The given order, then drawn ones."""
     from residency.core.randomness import permutation
 
     # Not the seeds of the runs: order and seed are crossed, so that their effects can be told apart.
-    seen: set[tuple[int, ...]] = set()
+    given = tuple(range(len(domains)))
+    seen: set[tuple[int, ...]] = {given}
+    yield tuple(domains)
     for draw in itertools.count():
         if len(seen) == count:
             return

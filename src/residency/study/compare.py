@@ -36,7 +36,8 @@ def compare(
         console: Where to print.
 
     Returns:
-        {"scorer", "baseline", "methods", "said", "pictures", "page"}: what `show_files` shows again; `None` if a view was not made.
+        {"scorer", "baseline", "methods", "said", "pictures", "page"}: what is shown again when nothing has changed;
+        `None` if a view was not made.
     """
     from residency.report.page.build import Report, write_report
     from residency.report.records.records import read_material

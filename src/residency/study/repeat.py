@@ -28,7 +28,8 @@ __all__ = ["Finished", "keep_finished", "show_again", "show_files", "show_tables
 _FILE = "finished.json"
 _PRESET = (".yaml", ".yml", ".json")
 Finished = Mapping[str, Any]
-"""{"name", "scorer", "baseline", "store", "threads", "cells", "compared", "methods", "said", "pictures", "page", "sources", "code"}."""
+"""{"name", "scorer", "baseline", "store", "threads", "cells", "compared", "methods", "said", "pictures", "page",
+"sources", "code"}."""
 
 
 def unchanged(study: Path, folder: Path, options: Mapping[str, Any]) -> tuple[Finished, list[dict[str, Any]]] | None:
@@ -91,7 +92,7 @@ def show_tables(
     done = [record for record in records if record["status"] == "done"]
     for record in done:
         console.print(score_table(record, scorer))
-    known = next((record["scores"][scorer] for record in done if scorer in record["scores"]), {})
+    known: Mapping[str, Any] = next((record["scores"][scorer] for record in done if scorer in record["scores"]), {})
     unit, higher = str(known.get("unit")), bool(known.get("higher_is_better"))
     console.print(methods_table(told["methods"], scorer=scorer, unit=unit, higher=higher))
     console.print(told["said"])

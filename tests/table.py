@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from peft import LoraConfig, OSFConfig
@@ -65,8 +66,26 @@ from residency.mitigations import (
     WiseFT,
     ZClip,
 )
-from residency.objectives import SFT, Objective
+from residency.objectives import (
+    ASFT,
+    DFT,
+    EAFT,
+    FLOW,
+    GRPO,
+    KTO,
+    RLOO,
+    SFT,
+    STM,
+    TALR,
+    FullText,
+    LabelPolicy,
+    Objective,
+    Preference,
+)
+from residency.objectives.pair_losses import PAIR_LOSSES
+from residency.objectives.rewards import ExactLabel
 from residency.scorers.base import Answer, LabelScore, Scorer
+from support.objective_rows import Parity
 from support.peft_configs import CONFIGS, IDENTITY
 
 __all__ = [
@@ -287,7 +306,57 @@ MITIGATIONS: dict[str, MitigationRow] = {
 SOME_ADAPTERS = ("lora_dropout",)
 SOME_MITIGATIONS = ("ewc", "replay")
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {"sft": SFT}
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveRow:
+    """An objective on eight tiny rows of the kind that it reads (`support.objective_rows`).
+
+    Args:
+        make: A fresh one; acts on a random model.
+    """
+
+    make: Callable[[], Objective]
+
+
+# Short answers by an untrained policy, of which hardly any ends by itself.
+_WRITES: dict[str, Any] = {"group": 3, "max_new_tokens": 4, "truncated": "as_is", "informative": 0.0}
+_FLIPPED = ("cdpo", "robust")
+
+OBJECTIVES: dict[str, ObjectiveRow] = {
+    "sft": ObjectiveRow(make=SFT),
+    "sft_smoothed": ObjectiveRow(make=lambda: SFT(label_smoothing=0.1)),
+    "full_text": ObjectiveRow(make=FullText),
+    "dft": ObjectiveRow(make=DFT),
+    "asft": ObjectiveRow(make=ASFT),
+    "eaft": ObjectiveRow(make=EAFT),
+    "talr": ObjectiveRow(make=TALR),
+    "flow": ObjectiveRow(make=FLOW),
+    "stm": ObjectiveRow(make=lambda: STM(threshold=257.0)),
+    **{
+        f"preference_{loss}": ObjectiveRow(
+            make=partial(Preference, loss=loss, smoothing=0.1 if loss in _FLIPPED else 0.0)
+        )
+        for loss in PAIR_LOSSES
+    },
+    "preference_sft": ObjectiveRow(make=lambda: Preference(sft_weight=0.3)),
+    "preference_pretrained": ObjectiveRow(make=lambda: Preference(reference="pretrained")),
+    "kto": ObjectiveRow(make=lambda: KTO(wanted=1.1)),
+    "kto_pretrained": ObjectiveRow(make=lambda: KTO(reference="pretrained", wanted=1.1)),
+    "apo_zero_unpaired": ObjectiveRow(make=lambda: KTO(baseline="none", wanted=1.1)),
+    "rloo": ObjectiveRow(make=lambda: RLOO(reward=Parity(), **_WRITES)),
+    "rloo_kl": ObjectiveRow(make=lambda: RLOO(reward=Parity(), beta=0.1, **_WRITES)),
+    "grpo": ObjectiveRow(make=lambda: GRPO(reward=Parity(), **_WRITES)),
+    "grpo_published": ObjectiveRow(
+        make=lambda: GRPO(reward=Parity(), aggregate="sequences", beta=0.1, kl="k3", **_WRITES)
+    ),
+    "dr_grpo": ObjectiveRow(make=lambda: GRPO(reward=Parity(), scale="none", aggregate="constant", **_WRITES)),
+    "dapo": ObjectiveRow(make=lambda: GRPO(reward=Parity(), clip_high=0.28, updates=2, **_WRITES)),
+    "grpo_pretrained": ObjectiveRow(
+        make=lambda: GRPO(reward=Parity(), beta=0.1, reference="pretrained", temperature=0.7, **_WRITES)
+    ),
+    "label_policy": ObjectiveRow(make=lambda: LabelPolicy(reward=ExactLabel())),
+    "label_policy_drawn": ObjectiveRow(make=lambda: LabelPolicy(reward=ExactLabel(), group=4, beta=0.1)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

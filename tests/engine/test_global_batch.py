@@ -121,9 +121,9 @@ def test_micro_batches_change_no_gradient(mitigation: str, layout: str, llama: P
         assert_same(weights, after, f"weights in micro-batches of {micro}")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if row.make().reads == "completion"])
 def test_every_objective_has_one_normaliser(objective: str, llama: Path, tmp_path: Path) -> None:
-    cuts = Cuts(llama, tmp_path, "", "packed", OBJECTIVES[objective])
+    cuts = Cuts(llama, tmp_path, "", "packed", OBJECTIVES[objective].make)
     (first, *_), _ = cuts.second(BATCH)
     (cut, *_), _ = cuts.second(2)
     assert_same(first, cut, "gradients")

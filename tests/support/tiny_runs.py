@@ -25,11 +25,10 @@ from residency.domains.template import Template
 from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers
 from residency.mitigations import Mitigation
-from residency.objectives import SFT
 from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings, train_stream
 from support.tiny_models import write_domain
-from table import ADAPTERS, MITIGATIONS
+from table import ADAPTERS, MITIGATIONS, OBJECTIVES
 
 __all__ = ["Kill", "domains", "in_child", "make_module", "train"]
 
@@ -51,7 +50,7 @@ def make_module(
     return ContinualModule(
         backbone=CausalLM(path=str(backbone), **options.pop("loading", {})),
         adapter=adapter,
-        objective=SFT(),
+        objective=OBJECTIVES[options.pop("objective", "sft")].make(),
         mitigations=dict(mitigations),
         optimizer=optimizer,
         **options,

@@ -9,7 +9,7 @@ import torch
 
 from residency.core.types import Batch, Branch, Example, Layout, Segment
 
-__all__ = ["by_token_budget", "make_batch", "own_places", "prefix_tree"]
+__all__ = ["by_token_budget", "make_batch", "own_places", "prefix_tree", "wanted_targets", "wanted_tokens"]
 
 _Tree = tuple[Segment, list[tuple[int, int]], list[list[int]]]
 
@@ -130,7 +130,7 @@ def _batch(
     targets: list[tuple[int, int, int, int]],
     examples: Sequence[Example],
 ) -> Batch:
-    at, tokens, example, branch = torch.tensor(targets, dtype=torch.long).T.contiguous().unbind(0)
+    at, tokens, example, branch = torch.tensor(targets, dtype=torch.long).view(-1, 4).T.contiguous().unbind(0)
     return Batch(
         layout=layout,
         input_ids=torch.tensor(ids),
@@ -157,3 +157,15 @@ def by_token_budget(examples: Iterable[Example], *, tokens: int) -> Iterator[lis
         used += len(example)
     if group:
         yield group
+
+
+def wanted_tokens(example: Example) -> int:
+    """Supervised tokens of an example that a model should write: those of a rejected answer it should not."""
+    return sum(len(branch.supervised) for branch in example.branches if branch.role != "rejected")
+
+
+def wanted_targets(batch: Batch) -> torch.Tensor:
+    """(M,) which targets a model should write: not those of a rejected answer."""
+    rejected = [[branch.role == "rejected" for branch in example.branches] for example in batch.examples]
+    places = zip(batch.target_example.tolist(), batch.target_branch.tolist(), strict=True)
+    return torch.tensor([not rejected[e][b] for e, b in places], dtype=torch.bool, device=batch.targets.device)

@@ -69,6 +69,8 @@ class Branch:
             several supervised runs.
         role: What the branch is.
         weight: Factor of its terms in a loss.
+        reference: log-probability of its supervised tokens together, in nats, under the reference of the stage that
+            learns from it; `None` where no objective asked for one.
 
     Raises:
         ValueError: The mask has another length than the tokens.
@@ -78,6 +80,7 @@ class Branch:
     mask: tuple[bool, ...] = ()
     role: Role = "completion"
     weight: float = 1.0
+    reference: float | None = None
 
     def __post_init__(self) -> None:
         if self.mask and len(self.mask) != len(self.tokens):

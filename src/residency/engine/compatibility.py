@@ -9,8 +9,9 @@ from residency.core.errors import UserError
 from residency.domains.stream_data import StreamData
 from residency.mitigations.base import Mitigation, overrides
 from residency.mitigations.composition import check_pairs
+from residency.objectives.base import Objective
 
-__all__ = ["check_mitigations", "check_steps", "check_validation"]
+__all__ = ["check_mitigations", "check_objective", "check_steps", "check_validation"]
 
 
 def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -> None:
@@ -45,6 +46,31 @@ def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -
                 why=f"its {hooks[0]} comes after the backward pass, and this adapter has stepped and freed every "
                 "gradient by then",
                 fix="set model.adapter.layerwise to false",
+            )
+
+
+def check_objective(objective: Objective, adapter: Adapter, mitigations: Mapping[str, Mitigation]) -> None:
+    """What an objective needs of the adapter, and which mitigations can protect what is learnt by it.
+
+    Raises:
+        UserError: Naming the objective, and what to use instead.
+    """
+    kind = type(objective).__name__
+    missing = sorted(objective.requires - adapter.provides)
+    if missing:
+        raise UserError(
+            f"model.objective {kind} with model.adapter {type(adapter).__name__}",
+            why=f"as it is configured it needs {', '.join(missing)}, which this adapter does not provide",
+            fix="set model.objective.reference (or start) to stage_start where there is one, or use "
+            "configs/adapter/lora.yaml",
+        )
+    for name, mitigation in mitigations.items():
+        if objective.reads not in mitigation.follows:
+            raise UserError(
+                f"model.mitigations.{name} ({type(mitigation).__name__}) with model.objective {kind}",
+                why=f"as it is configured it works on {' or '.join(sorted(mitigation.follows))} rows, and this "
+                f"objective reads {objective.reads} rows",
+                fix="use configs/mitigation/ewc.yaml or weight_mixing.yaml, which follow every objective",
             )
 
 

@@ -15,6 +15,7 @@ from residency.mitigations.contract import StageModule
 __all__ = [
     "active_hooks",
     "added_terms",
+    "before_adapter",
     "frozen_inputs",
     "metrics_to_log",
     "mixed_weights",
@@ -141,3 +142,12 @@ def mixed_weights(
         log = dict(adapter.load_weights(model, final))
     module.base_weights = {}
     return log
+
+
+def before_adapter(
+    module: StageModule, mitigations: Iterable[Mitigation], stage: Stage, *, stored: Container[str]
+) -> None:
+    """The hook of the same name, where the state of a stage is not stored already."""
+    for mitigation in mitigations:
+        if mitigation.name not in stored:
+            mitigation.before_adapter(module, stage)

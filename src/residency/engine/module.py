@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial, reduce
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from residency.adapters.base import Adapter, Observe, changes
+from residency.adapters.base import Adapter, changes
 from residency.backbones.base import Backbone
 from residency.backbones.layout import LayoutChoice, choose_layout
 from residency.backbones.loading import check_tokenizer
@@ -20,13 +21,14 @@ from residency.core.randomness import seed_of
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Example, Layout, Stage, Tensors, untyped
 from residency.engine import folds
-from residency.engine.compatibility import check_mitigations
+from residency.engine.compatibility import check_mitigations, check_objective
 from residency.engine.fused_optimizer import fuse
 from residency.engine.lost_updates import told_if_lost
-from residency.engine.observation import logs_step, observe
+from residency.engine.observation import adapter_stage, logs_step
+from residency.engine.past import as_it_was, writing
 from residency.engine.schedules import with_schedule
 from residency.mitigations.base import Mitigation
-from residency.objectives.base import Forward, Objective, Passes
+from residency.objectives.base import Forward, Objective, Passes, Was
 
 __all__ = ["ContinualModule"]
 
@@ -42,9 +44,11 @@ class ContinualModule(LightningModule):
             before  = adapter.state(model)                    # only if somebody overrides transform_weights
             M.before_adapter(module, stage)                   # teachers: what the stage before left
             adapter.begin_stage(model, stage, observe)        # a new block, factors drawn anew
+            dataset = objective.begin_stage(module, dataset, stage)   # what the reference says of each row
             M.on_domain_start(module, stage)                  # once, also across resumes
             for batch in dataset:                             # Trainer.fit
                 batch   = M.transform_batch(module, batch)
+                batch   = objective.prepare(module, batch)    # answers written by the policy itself
                 outputs = objective(forward, batch, reference)
                 loss    = outputs.loss + sum(adapter.loss_terms(model, stage))
                           + sum(M.loss_terms(module, batch, outputs))
@@ -90,6 +94,7 @@ class ContinualModule(LightningModule):
         for name, mitigation in self.mitigations.items():
             mitigation.name = name
         check_mitigations(self.adapter, self.mitigations)
+        check_objective(self.objective, self.adapter, self.mitigations)
         self._active = folds.active_hooks(self.mitigations.values())
         self._adapts_update = changes(adapter, "transform_update")
         # Only the adapter's tensors are stored and restored; the backbone comes from its own files.
@@ -105,6 +110,7 @@ class ContinualModule(LightningModule):
         self._base_state: dict[str, Tensor] = {}
         self.weights_log: dict[str, float] = {}
         self._before_stage: dict[str, Tensor] = {}
+        self._start: dict[str, Tensor] = {}
         self._started = False
 
     def build(self, *, seed: int) -> None:
@@ -141,34 +147,27 @@ class ContinualModule(LightningModule):
         A function of the state that the stage before left: a stage that goes on after a kill is begun again.
 
         Args:
-            stage: Which one.
-            examples: Its own training set by position.
+            stage: Which one; `examples`: its own training set by position.
             validation: Gives the validation rows of its domain, as `self.validation()` then does to mitigations.
             stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
         """
         self.stage = stage
         self.validation = validation
-        self.ended_early = False
-        self._started = False
+        self.ended_early = self._started = False
         self.weights_log = {}
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
         self.dataset = examples
         folds.prepare_dataset(self, self.mitigations.values(), stage, stored=stored)
         self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
-        for mitigation in (m for name, m in self.mitigations.items() if name not in stored):
-            mitigation.before_adapter(self, stage)
-        self._adapter_stage(self.adapter.begin_stage, "begin")
+        folds.before_adapter(self, self.mitigations.values(), stage, stored=stored)
+        adapter_stage(self, self.adapter.begin_stage, "begin")
+        self._start = snapshot(self.adapter.trainable(self.model)) if self.objective.keeps_start else {}
+        self.dataset = self.objective.begin_stage(self, self.dataset, stage)
 
     def frozen_inputs(self) -> dict[str, list[Tensor]]:
         """Input directions that mitigations keep out of the updates of a matrix, by the path of its owner."""
         return folds.frozen_inputs(self, self.mitigations.values())
-
-    def _adapter_stage(self, call: Callable[[nn.Module, Stage, Observe], None], moment: str) -> None:
-        """One of the adapter's stage hooks, with random numbers of its own."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.stage.seed, "adapter", moment, self.stage.index))
-            call(self.model, self.stage, partial(observe, self))
 
     def forward(self, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions."""
@@ -182,20 +181,28 @@ class ContinualModule(LightningModule):
             return self.forward
         return Passes(logits=self.forward, nll=partial(self.backbone.nll, self.model))
 
-    @torch.no_grad()
     def reference_forward(self, batch: Batch) -> Tensor:
         """(M, V) logits of the pretrained model, without gradient (the adapter provides `reference`)."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.adapter.reference(self.model):
-                return self.backbone.logits(self.model, batch)
-        finally:
-            self.model.train(training)
+        with self.as_it_was("pretrained"):
+            return self.forward(batch)
+
+    def as_it_was(self, when: Was) -> AbstractContextManager[None]:
+        """Inside, the model is in evaluation mode, without gradients, with the weights of then."""
+        return as_it_was(self.model, self.adapter, when, start=self._start)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Inside, the model writes: as it is now, in evaluation mode, without gradients, in its fastest form."""
+        return writing(self.model, self.adapter)
+
+    def example_losses(self, batch: Batch) -> Tensor:
+        """(B,) what the objective makes of each example of a batch, summed over its units."""
+        reference = self.reference_forward if "reference" in self.adapter.provides else None
+        return self.objective.per_example(self.forward, batch, reference)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: transform, objective, added terms."""
         batch = self._fold("transform_batch", batch, lambda m, b: m.transform_batch(self, b))
+        batch = self.objective.prepare(self, batch)
         reference = self.reference_forward if "reference" in self.adapter.provides else None
         outputs = self.objective(self.trained_forward, batch, reference)
         terms = {"task": outputs.loss, **folds.added_terms(self, self._active["loss_terms"], batch, outputs)}
@@ -215,13 +222,7 @@ class ContinualModule(LightningModule):
         if self._active["transform_gradients"]:
             folds.write_gradients(self, self._active["transform_gradients"])
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then fold the update."""
         replaces = bool(self._active["transform_update"]) or self._adapts_update
         leaves = self.adapter.trainable(self.model) if replaces or self.global_step == 0 else {}
@@ -246,7 +247,7 @@ class ContinualModule(LightningModule):
         """Start the domain, unless a resumed checkpoint says that it has started."""
         for mitigation in self.mitigations.values():
             mitigation.move_state(self.device)
-        self.model.train()  # Lightning leaves a pretrained model in evaluation mode: dropout would be off in silence
+        self.model.train(self.objective.forward_noise)  # Lightning leaves a pretrained model in evaluation mode
         if not self._started:
             for mitigation in self._active["on_domain_start"]:
                 mitigation.on_domain_start(self, self.stage)
@@ -255,14 +256,12 @@ class ContinualModule(LightningModule):
     def on_train_end(self) -> None:
         """The end of training itself: what the adapter merges or remembers."""
         self.model.eval()
-        self._adapter_stage(self.adapter.end_stage, "end")
+        adapter_stage(self, self.adapter.end_stage, "end")
 
     def finish_stage(self, *, remember: bool = True) -> None:
         """What follows training: mix weights, then let mitigations remember, at the final weights.
 
-        Args:
-            remember: Whether another stage follows: a Fisher estimate for a domain that never comes is work for nobody.
-
+        `remember`: whether another stage follows; a Fisher estimate for a domain that never comes is work for nobody.
         Not part of the fit, so that it can be done, or done again with other mitigations, from a stored trained state
         (after `begin_stage` and `Adapter.load_state`).
         """
@@ -286,13 +285,14 @@ class ContinualModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the adapter's state instead of the whole model."""
-        checkpoint["state_dict"] = {}
-        checkpoint["residency"] = {"started": self._started, "adapter": self.adapter.state(self.model)}
+        parts = {"adapter": self.adapter.state(self.model), "objective": self.objective.state_dict()}
+        checkpoint |= {"state_dict": {}, "residency": {"started": self._started, **parts}}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore what the hooks need; the adapter restores its own tensors, which may be more than were attached."""
         self._started = checkpoint["residency"]["started"]
         self.adapter.load_state(self.model, checkpoint["residency"]["adapter"])
+        self.objective.load_state_dict(checkpoint["residency"]["objective"])
 
     def _fold(self, hook: str, value: Any, call: Callable[[Any, Any], Any]) -> Any:
         for mitigation in self._active[hook]:

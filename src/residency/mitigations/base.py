@@ -92,6 +92,9 @@ class Mitigation(Callback):
     """Whether `transform_weights` reads `module.base_weights`, the weights before the first stage; may be set per
     instance. Costs a snapshot of the adapter's state in memory, and nothing on disk."""
 
+    follows: frozenset[str] = frozenset({"completion", "label", "pair", "unpaired", "prompt"})
+    """Kinds of rows (`Objective.reads`) whose objective it can protect; may be narrowed per instance."""
+
     uses_validation: bool = False
     """Whether it reads `module.validation()`, the validation rows of the stage's own domain; may be set per instance. A
     stream whose domains have none is refused."""

@@ -7,6 +7,7 @@ nothing of the engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from residency.adapters.base import Adapter
 from residency.backbones.base import Backbone
 from residency.core.types import Batch, Example, Layout, Stage, Tensors
-from residency.objectives.base import Forward, Objective
+from residency.objectives.base import Forward, Objective, Was
 
 __all__ = ["StageModule"]
 
@@ -65,6 +66,15 @@ class StageModule(Protocol):
 
     def forward(self, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions."""
+
+    def as_it_was(self, when: Was) -> AbstractContextManager[None]:
+        """Inside, the model is in evaluation mode, without gradients, with the weights of then."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Inside, the model writes: as it is now, in evaluation mode, without gradients, in its fastest form."""
+
+    def example_losses(self, batch: Batch) -> Tensor:
+        """(B,) what the objective makes of each example of a batch, summed over its units."""
 
     def reference_forward(self, batch: Batch) -> Tensor:
         """(M, V) logits of the pretrained model, without gradient."""

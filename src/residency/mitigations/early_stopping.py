@@ -71,6 +71,7 @@ class EarlyStopping(Mitigation):
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"last step"})
     first_domain: int = 0
+    follows = frozenset({"completion"})
 
     def __init__(self, *, every: int = 10, patience: int | None = None, min_delta: float = 0.0) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from residency.core.tensors import snapshot
 from residency.core.types import Example, Stage
 from residency.mitigations import Replay
 from residency.mitigations.rehearsal.mir import interference, most_interfered, virtual_step
-from residency.mitigations.rehearsal.model_views import example_nll
+from residency.mitigations.rehearsal.model_views import example_loss
 from support.tiny_runs import make_module
 
 
@@ -63,12 +63,12 @@ def test_interference_is_the_rise_of_the_loss(module: Any) -> None:
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     own = gradient(new)
-    first = example_nll(module, old)
+    first = example_loss(module, old)
     slopes = [gradient([e]) for e in old]
     with torch.no_grad():
         for name, value in virtual_step(leaves, own, size=1e-3).items():
             leaves[name].copy_(value)
-    torch.testing.assert_close(rise, example_nll(module, old) - first, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rise, example_loss(module, old) - first, rtol=0, atol=1e-6)
     norm, count = math.sqrt(sum(float(g.square().sum()) for g in own.values())), sum(g.numel() for g in own.values())
     linear = torch.tensor([-sum(float((s[n] * own[n]).sum()) for n in own) for s in slopes])
     torch.testing.assert_close(rise, 1e-3 * math.sqrt(count) / norm * linear, rtol=0.1, atol=2e-4)

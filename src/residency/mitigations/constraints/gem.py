@@ -47,6 +47,7 @@ class AGEM(Mitigation):
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"gradient"})
     gradient_order: ClassVar[int] = 1
+    follows = Mitigation.follows - {"prompt"}
     training_only: ClassVar[frozenset[str]] = frozenset({"strength", "samples", "batch_tokens"})
 
     def __init__(
@@ -107,6 +108,7 @@ class GEM(Mitigation):
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"gradient"})
     gradient_order: ClassVar[int] = 1
+    follows = Mitigation.follows - {"prompt"}
     training_only: ClassVar[frozenset[str]] = frozenset({"strength", "margin", "ridge", "samples", "batch_tokens"})
 
     def __init__(

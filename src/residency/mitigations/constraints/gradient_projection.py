@@ -103,14 +103,14 @@ def reference_gradient(
         module: The module.
         examples: At least one.
         names: Of the leaves.
-        batch_tokens: Tokens per pass; passes are weighted by their supervised tokens, so the result does not depend
-            on it.
+        batch_tokens: Tokens per pass; passes are weighted by the objective's units, so the result does not depend on
+            it.
     """
     trainable = module.adapter.trainable(module.model)
     leaves = [trainable[name] for name in names]
     groups = list(by_token_budget(examples, tokens=batch_tokens))
     batches = [module.objective.collate(g, layout=module.layout).to(module.device) for g in groups]
-    total = sum(len(batch.targets) for batch in batches)
+    total = sum(module.objective.units(example) for example in examples)
     base = module.reference_forward if "reference" in module.adapter.provides else None
     found = [torch.zeros_like(leaf) for leaf in leaves]
     training = module.model.training
@@ -118,7 +118,7 @@ def reference_gradient(
     try:
         for batch in batches:
             with torch.enable_grad():
-                loss = module.objective(module.trained_forward, batch, base).loss * (len(batch.targets) / total)
+                loss = module.objective.per_example(module.trained_forward, batch, base).sum() / total
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             found = [f if g is None else f + g for f, g in zip(found, gradients, strict=True)]
     finally:

@@ -17,9 +17,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from residency.core.batching import make_batch
+from residency.core.batching import make_batch, wanted_targets
 from residency.core.errors import UserError
-from residency.core.losses import token_nll
 from residency.core.randomness import permutation
 from residency.core.types import Capability, Example, Stage, Tensors
 from residency.domains.sampler import learned_examples
@@ -70,7 +69,8 @@ class OGD(Mitigation):
         strength: Share of the forbidden part that is removed, in [0, 1]. 1 = the paper, 0 = off.
         examples: Stored gradients per domain, each as large as all trainable tensors in float32.
         output: What of an example must not move. `logit`: the summed logits of its own tokens, the paper's variant with
-            ground-truth logits (OGD-GTL). `log_prob`: log p(completion | prompt).
+            ground-truth logits (OGD-GTL). `log_prob`: log p(completion | prompt), or
+            what else the objective makes of one example.
     """
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"directions", "coordinates"})
@@ -112,7 +112,8 @@ class OGD(Mitigation):
         """Take the gradients of the domain's outputs into the basis."""
         learned = learned_examples(module.dataset, stage.domain)
         order = permutation(len(learned), stage.seed, "ogd", stage.index)
-        gradients = torch.stack([self._gradient(module, learned[i]) for i in order[: self.examples]])
+        chosen = module.objective.judged(module, [learned[i] for i in order[: self.examples]])
+        gradients = torch.stack([self._gradient(module, example) for example in chosen])
         basis = self._basis()
         self.state["basis"] = extend_basis(basis if len(basis) else gradients[:0], gradients)
 
@@ -130,11 +131,11 @@ class OGD(Mitigation):
         trainable = module.adapter.trainable(module.model)
         leaves = [trainable[name] for name in sorted(trainable)]
         batch = make_batch([example], layout=module.layout).to(module.device)
-        logits = module.forward(batch)
         if self.output == "logit":
-            value = logits.gather(1, batch.targets[:, None]).sum()
+            own = module.forward(batch).gather(1, batch.targets[:, None]).squeeze(1)
+            value = own[wanted_targets(batch)].sum()
         else:
-            value = -token_nll(logits, batch.targets).sum()
+            value = -module.example_losses(batch).sum()
         gradients = torch.autograd.grad(value, leaves, allow_unused=True)
         return _flat([torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True)])
 

@@ -56,6 +56,7 @@ class OnPolicyDistillation(Mitigation):
     """
 
     first_domain: int = 0
+    follows = frozenset({"completion"})
     alternative: ClassVar[str] = "teacher: ema or live, which every adapter can do"
 
     def __init__(

@@ -113,6 +113,7 @@ class SDFT(Mitigation):
     """
 
     first_domain: int = 0
+    follows = frozenset({"completion"})
     alternative: ClassVar[str] = "rewriter: current, which every adapter can do"
 
     def __init__(

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from residency.core.batching import by_token_budget, make_batch
+from residency.core.batching import by_token_budget, make_batch, wanted_targets, wanted_tokens
 from residency.core.errors import UserError
 from residency.core.tensors import remembered, snapshot
 from residency.core.types import Batch, Example, Outputs, Stage, Tensors, supervised_tokens
@@ -79,6 +79,9 @@ class SelfDistillation(Mitigation):
                 why="this teacher moves at every step, so nothing that it says can be kept",
                 fix="set cache to null, or teacher to previous or base",
             )
+        if cache is not None:
+            # What the objective makes of the rows when the stage begins is not there yet when the teacher is asked.
+            self.follows = frozenset({"completion"})
         self.strength = strength
         self.teacher = teacher
         self.temperature = temperature
@@ -123,7 +126,11 @@ class SelfDistillation(Mitigation):
             teacher = teacher_logits(module, batch, self._weights(module))
         else:
             teacher, ids = self._recall(module, batch)
-        count = batch.normaliser(supervised_tokens)
+        wanted = wanted_targets(batch)
+        if not bool(wanted.all()):
+            # What a model should not write is nothing to be kept.
+            logits, teacher, ids = logits[wanted], teacher[wanted], None if ids is None else ids[wanted]
+        count = batch.normaliser(wanted_tokens) or 1.0
         loss = distillation_loss(logits, teacher, temperature=self.temperature, ids=ids, count=count)
         self._numbers = {"kl": loss.detach() / self.temperature**2}
         if ids is not None:
@@ -198,8 +205,8 @@ class SelfDistillation(Mitigation):
             for position in range(len(dataset)):
                 example = dataset[position]
                 if example not in places:
-                    places[example] = (end, example.targets)
-                    end += example.targets
+                    places[example] = (end, supervised_tokens(example))
+                    end += supervised_tokens(example)
             self._places = (dataset, places)
         return self._places[1]
 

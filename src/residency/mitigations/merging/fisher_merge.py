@@ -15,7 +15,7 @@ from residency.core.types import Capability, Tensors
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.penalties.fisher import data_losses, fisher_diagonal
+from residency.mitigations.penalties.fisher import fisher_diagonal
 from residency.mitigations.penalties.quadratic import add_quadratics
 
 __all__ = ["FisherMerge", "fisher_merge"]
@@ -99,10 +99,10 @@ class FisherMerge(Mitigation):
         leaves = module.adapter.trainable(module.model)
         examples = learned_examples(module.dataset, module.stage.domain)
         order = permutation(len(examples), module.stage.seed, "fisher", module.stage.index)
-        chosen = [examples[i] for i in order[: self.fisher_samples]]
+        chosen = module.objective.judged(module, [examples[i] for i in order[: self.fisher_samples]])
         batches = (
             make_batch(group, layout=module.layout).to(module.device)
             for group in by_token_budget(chosen, tokens=self.batch_tokens)
         )
         with torch.enable_grad():
-            return fisher_diagonal(module.model, leaves, batches, data_losses(module.forward))
+            return fisher_diagonal(module.model, leaves, batches, module.example_losses)

@@ -2,7 +2,8 @@
 
     L = L_t + λ/2 · Σ_i F_i (θ_i - θ*_i)²
 
-F is the diagonal of the Fisher information of log p(completion | prompt), `penalties.fisher`. Codes that
+F is the diagonal of the Fisher information, `penalties.fisher`: of log p(completion | prompt) where a likelihood is
+learnt, else the mean squared gradient of what the objective makes of one example. Codes that
 leave out the 1/2 (mammoth, Avalanche) need half of the λ given here.
 """
 
@@ -27,6 +28,7 @@ from residency.mitigations.penalties.fisher import (
     sampled_losses,
     true_fisher_diagonal,
 )
+from residency.mitigations.penalties.per_example import ExampleLosses
 from residency.mitigations.penalties.quadratic import add_quadratics, penalty_numbers, penalty_term, pulled_gradients
 from residency.mitigations.penalties.sampling import batches_of, lay_out, pack_facts, sample_examples, stage_labels
 
@@ -89,6 +91,9 @@ class EWC(Mitigation):
                 why="a label is a whole completion, and a batch's gradient is no token's",
                 fix="set granularity to sequence, or fisher to empirical or sampled",
             )
+        if fisher in ("true", "sampled") or granularity == "token":
+            # They put other tokens in the place of those of the data: only a likelihood has such.
+            self.follows = frozenset({"completion"})
         self.strength = strength
         self.mode = mode
         self.decay = decay
@@ -144,14 +149,15 @@ class EWC(Mitigation):
 
     def _estimate(self, module: StageModule, stage: Stage, examples: Sequence[Example]) -> dict[str, Tensor]:
         model, leaves = module.model, module.adapter.trainable(module.model)
-        losses = data_losses(module.forward)
+        losses: ExampleLosses = module.example_losses
         if self.fisher == "batch":
             size = stage.batch_size
             groups = [examples[k : k + size] for k in range(0, len(examples), size)]
             return batch_fisher_diagonal(leaves, (lay_out(module, group) for group in groups), losses)
         if self.fisher == "true":
             labels = stage_labels(module, stage, asked_by=f"{self.name}.fisher=true")
-            return true_fisher_diagonal(model, leaves, examples, labels, losses, lambda group: lay_out(module, group))
+            every = data_losses(module.forward)
+            return true_fisher_diagonal(model, leaves, examples, labels, every, lambda group: lay_out(module, group))
         if self.fisher == "sampled":
             losses = sampled_losses(module.forward, seed=stage.seed, stage=stage.index)
         if self.granularity == "sequence":

@@ -20,8 +20,9 @@ from residency.core.tensors import remembered, size_in_bytes
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.penalties.fisher import data_losses, sampled_losses
+from residency.mitigations.penalties.fisher import sampled_losses
 from residency.mitigations.penalties.kronecker import kronecker_factors, low_rank_pulls
+from residency.mitigations.penalties.per_example import ExampleLosses
 from residency.mitigations.penalties.quadratic import add_pulls
 from residency.mitigations.penalties.sampling import batches_of, pack_facts, sample_examples, unpack_facts
 
@@ -91,6 +92,8 @@ class KroneckerEWC(Mitigation):
                 why="strength must be >= 0, decay in [0, 1], fisher_samples >= 1",
                 fix="correct these values in model.mitigations",
             )
+        if fisher == "sampled":
+            self.follows = frozenset({"completion"})
         self.strength = strength
         self.mode = mode
         self.decay = decay
@@ -127,7 +130,7 @@ class KroneckerEWC(Mitigation):
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Estimate the factors at the final weights of the domain."""
         layers, leaves = module.adapter.low_rank_layers(module.model), module.adapter.trainable(module.model)
-        losses = data_losses(module.forward)
+        losses: ExampleLosses = module.example_losses
         if self.fisher == "sampled":
             losses = sampled_losses(module.forward, seed=stage.seed, stage=stage.index)
         examples = sample_examples(module, stage, count=self.fisher_samples)

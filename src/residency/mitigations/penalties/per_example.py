@@ -36,14 +36,14 @@ def per_example_gradients(
     Args:
         model: The module that owns the leaves.
         leaves: Parameter name -> live leaf.
-        batch: B examples, packed or padded, without alternatives.
+        batch: B examples, packed or padded.
         losses: The (B,) losses.
         batched: Use one pass for all examples (ask `supports_batched` first); otherwise one per example.
 
     Yields:
         (name, (b, *shape)): a name may come several times; the b of its parts sum to B.
     """
-    if batched:
+    if batched and _one_row_each(batch):
         try:
             yield from _batched(model, leaves, batch, losses)
             return
@@ -63,7 +63,7 @@ def supports_batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: Ex
     examples of the batch tell as much as all of it.
     """
     batch = make_batch(batch.examples[:_TRIED], layout=batch.layout).to(batch.input_ids.device)
-    if not all(isinstance(_owner(model, name), nn.Linear) for name in leaves):
+    if not _one_row_each(batch) or not all(isinstance(_owner(model, name), nn.Linear) for name in leaves):
         return False
     try:
         sums = {name: gradient.sum(0) for name, gradient in _batched(model, leaves, batch, losses)}
@@ -77,6 +77,11 @@ def supports_batched(model: nn.Module, leaves: Tensors, batch: Batch, losses: Ex
         if (sums[name] - expected).norm() > _TOLERANCE * expected.norm() + 1e-12:
             return False
     return True
+
+
+def _one_row_each(batch: Batch) -> bool:
+    """Padded, every branch of an example is a row; packed, they are one segment."""
+    return len(batch.segments) == batch.size
 
 
 class _NotPerExampleError(RuntimeError):

@@ -23,10 +23,12 @@ MOST_LABELS = 64
 
 
 def sample_examples(module: StageModule, stage: Stage, *, count: int) -> list[Example]:
-    """Up to `count` distinct examples of the domain, of those that the stage learned from; drawn by the run's seed."""
+    """Up to `count` distinct examples of the domain, of those that the stage learned from, as its objective judges by
+    them; drawn by the run's seed.
+    """
     examples = learned_examples(module.dataset, stage.domain)
     order = permutation(len(examples), stage.seed, "fisher", stage.index)
-    return [examples[i] for i in order[:count]]
+    return module.objective.judged(module, [examples[i] for i in order[:count]])
 
 
 def lay_out(module: StageModule, examples: Sequence[Example]) -> Batch:

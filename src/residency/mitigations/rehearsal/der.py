@@ -9,7 +9,7 @@ logits, because logits have no zero: a constant added to all of them changes not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from residency.core.batching import make_batch, own_places
 from residency.core.errors import UserError
-from residency.core.losses import token_nll
 from residency.core.randomness import permutation
 from residency.core.types import Batch, Example, Outputs, Stage, supervised_tokens
 from residency.domains.sampler import learned_examples
@@ -91,6 +90,7 @@ class DER(Mitigation):
         draws: Examples per draw and step; `null` = as many as the batch has.
     """
 
+    follows = Mitigation.follows - {"prompt"}
     training_only: ClassVar[frozenset[str]] = frozenset({"alpha", "beta", "distance", "draws"})
 
     def __init__(
@@ -129,7 +129,7 @@ class DER(Mitigation):
             return {}
         terms = {}
         if self.alpha:
-            drawn, old, count = self._own(module, batch, items, "stored")
+            drawn, old, count = self._own(module, batch, items, "stored", supervised_tokens)
             compare = stored_mse if self.distance == "mse" else stored_kl
             read = [stored for _, stored in drawn if stored is not None]
             terms["stored"] = outputs.loss.new_zeros(())
@@ -137,24 +137,29 @@ class DER(Mitigation):
                 values, tokens = (torch.cat([pair[i] for pair in read]) for i in (0, 1))
                 terms["stored"] = self.alpha * compare(module.forward(old), values, tokens, count=count)
         if self.beta:
-            _, old, count = self._own(module, batch, items, "replay")
+            _, old, count = self._own(module, batch, items, "replay", module.objective.units)
             terms["replay"] = outputs.loss.new_zeros(())
             if old is not None:
-                terms["replay"] = self.beta * token_nll(module.forward(old), old.targets).sum() / count
+                terms["replay"] = self.beta * module.example_losses(old).sum() / count
         return terms
 
     def _own(
-        self, module: StageModule, batch: Batch, items: Sequence[_Item], purpose: str
+        self,
+        module: StageModule,
+        batch: Batch,
+        items: Sequence[_Item],
+        purpose: str,
+        units: Callable[[Example], float] = supervised_tokens,
     ) -> tuple[list[_Item], Batch | None, float]:
         """What a micro-batch has of the step's draw without repetition: the items, the same laid out (`None` where it
-        has none), and the supervised tokens of the whole draw per micro-batch.
+        has none), and the units of the whole draw per micro-batch.
         """
         stage, whole = module.stage, batch.whole
         order = permutation(len(items), stage.seed, "der", self.name, purpose, stage.index, module.global_step)
         drawn = [items[i] for i in order[: self.draws or len(whole.examples)]]
         own = [drawn[i] for i in own_places(len(drawn), batch)]
         old = make_batch([example for example, _ in own], layout=module.layout).to(module.device) if own else None
-        return own, old, sum(supervised_tokens(example) for example, _ in drawn) / whole.parts
+        return own, old, sum(units(example) for example, _ in drawn) / whole.parts
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Offer the domain's examples to the reservoir, and read those that stay at the final weights."""
@@ -180,7 +185,7 @@ class DER(Mitigation):
         found: dict[int, tuple[Tensor, Tensor]] = {}
         with evaluating(module):
             for rows, batch in passes(module, examples):
-                lengths = [example.targets for example in batch.examples]
+                lengths = [supervised_tokens(example) for example in batch.examples]
                 values, tokens = top_log_probs(module.forward(batch), self.top_k)
                 found |= zip(rows, zip(values.split(lengths), tokens.split(lengths), strict=True), strict=True)
         return [found[i] for i in range(len(examples))]
@@ -195,7 +200,7 @@ class DER(Mitigation):
             items: list[_Item] = []
             start = 0
             for example in unpack_examples(buffer):
-                own = slice(start, start + example.targets)
+                own = slice(start, start + supervised_tokens(example))
                 items.append((example, (values[own], tokens[own])))
                 start = own.stop
             self._view = buffer, items

@@ -59,6 +59,7 @@ class GenerativeReplay(Mitigation):
     """
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
+    follows = frozenset({"completion"})
     training_only: ClassVar[frozenset[str]] = frozenset({"ratio"})
 
     def __init__(

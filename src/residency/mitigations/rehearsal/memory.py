@@ -211,29 +211,29 @@ def unpack_examples(packed: dict[str, Tensor]) -> list[Example]:
     examples, start = [], 0
     for (prompt, rest), (domain, row, *shape) in zip(packed["lengths"].tolist(), origin, strict=True):
         middle, end = start + prompt, start + prompt + rest
-        branches = _branches(tokens[middle:end], shape or [[rest, [], "completion", 1.0]])
+        branches = _branches(tokens[middle:end], shape or [[rest, [], "completion", 1.0, None]])
         examples.append(Example(domain=domain, row=row, prompt=tuple(tokens[start:middle]), branches=branches))
         start = end
     return examples
 
 
 def _shape(example: Example) -> list[Any]:
-    """(length, unsupervised places, role, weight) per branch; nothing for one wholly supervised completion."""
+    """(length, unsupervised places, role, weight, reference) per branch; nothing for one plain completion."""
     if example.branches == (Branch(tokens=example.completion),):
         return []
     shapes = []
     for branch in example.branches:
         hidden = [k for k, on in enumerate(branch.mask) if not on]
-        shapes.append([len(branch.tokens), hidden, branch.role, branch.weight])
+        shapes.append([len(branch.tokens), hidden, branch.role, branch.weight, branch.reference])
     return shapes
 
 
 def _branches(tokens: Sequence[int], shapes: Sequence[Sequence[Any]]) -> tuple[Branch, ...]:
     """The inverse of `_shape`, given the tokens of all branches."""
     found, start = [], 0
-    for length, hidden, role, weight in shapes:
+    for length, hidden, role, weight, reference in shapes:
         mask = tuple(k not in {*hidden} for k in range(length)) if hidden else ()
         own = tuple(tokens[start : start + length])
-        found.append(Branch(tokens=own, mask=mask, role=role, weight=weight))
+        found.append(Branch(tokens=own, mask=mask, role=role, weight=weight, reference=reference))
         start += length
     return tuple(found)

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from residency.core.losses import token_nll
 from residency.core.types import Example, Tensors
 from residency.mitigations.contract import StageModule
-from residency.mitigations.rehearsal.model_views import evaluating, example_nll, passes, swapped
+from residency.mitigations.rehearsal.model_views import evaluating, example_loss, passes, swapped
 
 __all__ = ["interference", "most_interfered", "virtual_step"]
 
@@ -44,14 +43,14 @@ def interference(
     gradients: dict[str, Tensor] = {}
     with evaluating(module), torch.enable_grad():
         for _, batch in passes(module, current):
-            loss = token_nll(module.forward(batch), batch.targets).sum()
+            loss = module.example_losses(batch).sum()
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, found, strict=True):
                 if gradient is not None:
                     gradients[name] = gradients[name] + gradient if name in gradients else gradient
-    before = example_nll(module, candidates)
+    before = example_loss(module, candidates)
     with swapped(leaves, virtual_step(leaves, gradients, size=size)):
-        return example_nll(module, candidates) - before
+        return example_loss(module, candidates) - before
 
 
 def most_interfered(rise: Tensor, count: int) -> list[int]:

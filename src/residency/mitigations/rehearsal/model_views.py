@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.errors import UserError
-from residency.core.losses import token_nll
 from residency.core.types import Batch, Example, Tensors
 from residency.mitigations.contract import StageModule
 
-__all__ = ["evaluating", "example_means", "example_nll", "mean_hidden", "passes", "swapped"]
+__all__ = ["evaluating", "example_loss", "example_means", "mean_hidden", "passes", "swapped"]
 
 PASS_TOKENS = 1024  # without gradients memory is no question
 
@@ -54,12 +53,13 @@ def passes(module: StageModule, examples: Sequence[Example]) -> Iterator[tuple[l
 
 
 @torch.no_grad()
-def example_nll(module: StageModule, examples: Sequence[Example]) -> Tensor:
-    """(n,) mean negative log-likelihood of each completion's tokens, in nats, in evaluation mode."""
+def example_loss(module: StageModule, examples: Sequence[Example]) -> Tensor:
+    """(n,) loss of each example per unit (for a likelihood: nats per token), in evaluation mode."""
     found = torch.zeros(len(examples), device=module.device)
     with evaluating(module):
         for rows, batch in passes(module, examples):
-            found[rows] = example_means(token_nll(module.forward(batch), batch.targets), batch)
+            units = [module.objective.units(example) for example in batch.examples]
+            found[rows] = module.example_losses(batch).float() / torch.tensor(units, device=module.device)
     return found
 
 

@@ -25,7 +25,7 @@ from residency.mitigations.rehearsal.memory import (
     unpack_examples,
 )
 from residency.mitigations.rehearsal.mir import interference, most_interfered
-from residency.mitigations.rehearsal.model_views import example_nll, mean_hidden
+from residency.mitigations.rehearsal.model_views import example_loss, mean_hidden
 from residency.mitigations.rehearsal.selection import cumulative, herding_order, kmeans_order
 
 __all__ = ["Replay"]
@@ -75,6 +75,9 @@ class Replay(Mitigation):
         super().__init__()
         _check(ratio=ratio, capacity=capacity, every=every)
         _check_draw(draw=draw, ratio=ratio, exponent=exponent, candidates=candidates, virtual_step=virtual_step)
+        if draw != "uniform" or policy in ("herding", "kmeans"):
+            # They look at the answers of rows, and a prompt has none.
+            self.follows = self.follows - {"prompt"}
         self.ratio = ratio
         self.capacity = capacity
         self.policy = policy
@@ -155,7 +158,7 @@ class Replay(Mitigation):
             memory = fair_memory(memory, new, capacity=self.capacity, rank=lambda n: self._rank(module, stage, new, n))
         self.state.update(seen=seen + len(new), buffer=pack_examples(memory))
         if self.draw == "loss":
-            self.state["losses"] = example_nll(module, memory)
+            self.state["losses"] = example_loss(module, memory)
 
     def _rank(self, module: StageModule, stage: Stage, new: Sequence[Example], count: int) -> list[Example]:
         """The best `count` of a domain's examples, best first."""

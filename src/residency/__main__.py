@@ -63,14 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_HELP, end="")
-        return EXIT_DONE
-    if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"residency {version('residency')}")
-        return EXIT_DONE
     # A name that this terminal has no letters for must not end a command.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -102,6 +94,8 @@ def _end(text: str, code: int) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help", "--version"):
+        return _about(words)
     verb, rest = words[0], words[1:]
     if verb in (*_STREAM_VERBS, "sweep"):
         from residency.runs.config.imports import take_allow
@@ -148,6 +142,17 @@ def _dispatch(words: list[str]) -> int:
         why="there is no such verb; the verb comes first",
         fix=f"did you mean `residency {near[0]}`?" if near else f"use one of {', '.join(verbs)} (residency --help)",
     )
+
+
+def _about(words: list[str]) -> int:
+    """The help or the version."""
+    if words and words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"residency {version('residency')}")
+    else:
+        print(_HELP, end="")
+    return EXIT_DONE
 
 
 def _stream_verb(verb: str, rest: list[str]) -> int:

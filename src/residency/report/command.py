@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from residency.core.errors import EXIT_DONE, UserError
+from residency.core.text import for_terminal
 
 __all__ = ["report_command"]
 
@@ -73,5 +74,5 @@ def report_command(words: list[str]) -> int:
         wandb_project=options.wandb,
         overwrite=options.overwrite,
     )
-    print(f"report: {page}")
+    print(f"report: {for_terminal(page)}")
     return EXIT_DONE

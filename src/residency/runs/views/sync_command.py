@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, UserError
+from residency.core.text import for_terminal
 
 __all__ = ["offline_runs", "sync_command"]
 
@@ -37,7 +38,7 @@ def sync_command(words: list[str]) -> int:
     options = parser.parse_args(words)
     found = offline_runs(options.folders)
     for run in found:
-        print(run)
+        print(for_terminal(run))
     if options.dry_run or not found:
         print(f"{len(found)} offline runs to upload")
         return EXIT_DONE

@@ -1,0 +1,88 @@
+"""Impossible paths, text from data, readers that go away and signals: a command ends cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.cli import call, tiny_config, write_yaml
+from support.tiny_models import write_domain
+
+
+@pytest.mark.parametrize("path", ["~nouser/x", "x" * 5000, "a/" * 3000, "/dev/null/x", "/proc/self/mem/x"])
+def test_a_path_that_cannot_be_is_told(path: str, llama: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "data", llama)
+    file = write_yaml(tmp_path / "c.yaml", config)
+    for words in (
+        ("report", path),
+        ("store", "ls", path),
+        ("sweep", path),
+        ("test", path),
+        ("fit", "--config", path),
+        ("fit", "--config", file, "--run_dir", f"{path}/run"),
+        ("fit", "--config", file, f"--data.domains.a.test={path}", "--run_dir", tmp_path / "run"),
+    ):
+        if path.startswith("~") and words[:2] == ("fit", "--config") and words[-1] == f"{path}/run":
+            continue  # a name like any other where the shell has left it
+        assert call(*words).code == 2, words
+
+
+def test_no_text_of_data_reaches_the_terminal_raw(llama: Path, tmp_path: Path) -> None:
+    attack = "\x1b[2J\x1b]0;owned\x07"
+    config = tiny_config(tmp_path / "data", llama)
+    config["data"]["domains"] = {"a": write_domain(tmp_path / "data", "a")}
+    config["trainer"]["max_steps"] = 1
+    rows = Path(config["data"]["domains"]["a"]["init_args"]["test"])
+    lines = [json.loads(text) for text in rows.read_text().splitlines()]
+    lines[0]["prompt"] = attack + lines[0]["prompt"]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = write_yaml(tmp_path / "c.yaml", config)
+    assert call("fit", "--config", file, "--run_dir", tmp_path / "run").code == 0
+    predicted = call("predict", tmp_path / "run", "--limit=100")
+    assert predicted.code == 0, predicted.err
+    told = [predicted, call("fit", "--config", file, f"--run_dir={tmp_path}/{attack}", "--name=a/b")]
+    told += [call("report", f"{tmp_path}/{attack}"), call(attack), call("sweep", f"{tmp_path}/{attack}.yaml")]
+    for result in told:
+        assert "\x1b]0" not in result.out + result.err
+        assert "\x1b[2J" not in result.out + result.err
+        assert "\x07" not in result.out + result.err
+
+
+def test_a_reader_that_goes_away_ends_a_command(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m residency --help | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() in ("0", "75")
+    assert "Traceback" not in ended.stderr
+    assert "BrokenPipe" not in ended.stderr
+
+
+def test_a_closed_terminal_ends_a_command_and_nohup_does_not(tmp_path: Path) -> None:
+    program = (
+        "import time, sys; from residency.core.signals import Stopped, stop_on_signals\n"
+        "try:\n"
+        "    with stop_on_signals():\n        print('ready', flush=True); time.sleep(30)\n"
+        "except Stopped as stopped:\n    print(stopped); sys.exit(75)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=20)[0] == "SIGHUP\n"
+    assert process.returncode == 75
+    ignoring = f"import signal, runpy, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{program}"
+    process = subprocess.Popen([sys.executable, "-c", ignoring], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 75

@@ -89,7 +89,7 @@ def closure(roots: Iterable[str], *, followed: frozenset[str], leaving_out: tupl
             continue
         seen.add(name)
         for module, symbol in imports(name):
-            target = home(module, symbol)[0]
+            target = home(module, symbol, followed)[0]
             if is_followed(target, followed):
                 waiting.append(target)
     return frozenset(seen)

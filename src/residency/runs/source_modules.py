@@ -105,10 +105,24 @@ def absolute(module: str, node: ast.ImportFrom) -> str:
 
 
 @cache
-def home(module: str, symbol: str | None, depth: int = 0) -> tuple[str, str | None]:
-    """The module that defines a name, and the name there; (module, `None`) for a module itself."""
-    if symbol is None:
-        return module, None
+def home(
+    module: str, symbol: str | None, followed: frozenset[str] = frozenset({"residency"}), depth: int = 0
+) -> tuple[str, str | None]:
+    """The module that defines a name, and the name there; (module, `None`) for a module itself.
+
+    A name of a library stays where it is imported from: its files are never read.
+
+    Args:
+        module: From which the name is imported.
+        symbol: The name; `None` = the module itself.
+        followed: Top packages whose files are read, as in `is_followed`.
+        depth: How often the name was passed on.
+    """
+    top = module.partition(".")[0]
+    if symbol is None or top in OUTSIDE:
+        return module, symbol
+    if not is_followed(module, followed):
+        return module, symbol
     if source_file(f"{module}.{symbol}") is not None:
         return f"{module}.{symbol}", None
     if symbol not in defined(module) and depth < 20:
@@ -116,7 +130,7 @@ def home(module: str, symbol: str | None, depth: int = 0) -> tuple[str, str | No
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     if (alias.asname or alias.name) == symbol:
-                        return home(absolute(module, node), alias.name, depth + 1)
+                        return home(absolute(module, node), alias.name, followed, depth + 1)
         exported = _submodule_defining(module, symbol) if _is_package(module) else None
         if exported is not None:
             return exported, symbol

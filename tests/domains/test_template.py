@@ -59,7 +59,8 @@ def test_alternatives_are_the_other_labels_in_order() -> None:
 
 def test_a_leading_bos_is_kept_and_a_closing_token_is_not() -> None:
     tokenizer = CharTokenizer(bos=True, closing=True)
-    example = Template(max_prompt_tokens=4, max_tokens=9).encode(tokenizer, domain="d", row=row(prompt="abcdef"))
+    template = Template(max_prompt_tokens=4, max_tokens=9, too_long="truncate")
+    example = template.encode(tokenizer, domain="d", row=row(prompt="abcdef"))
     assert example.prompt == (BOS, *ids("ef\n"))
     assert example.completion == (*ids(" yes"), EOS)
 
@@ -75,7 +76,7 @@ def test_a_leading_bos_is_kept_and_a_closing_token_is_not() -> None:
 def test_limits_keep_the_last_prompt_tokens_and_the_first_of_the_completion(
     prompt: str, completion: str, limit: int, more: int, bos: bool
 ) -> None:
-    template = Template(max_prompt_tokens=limit, max_tokens=limit + more)
+    template = Template(max_prompt_tokens=limit, max_tokens=limit + more, too_long="truncate")
     given_row = row(prompt=prompt, completion=completion)
     example = template.encode(CharTokenizer(bos=bos), domain="d", row=given_row)
     assert 1 <= len(example.prompt) <= limit
@@ -92,7 +93,7 @@ def test_limits_keep_the_last_prompt_tokens_and_the_first_of_the_completion(
 
 
 def test_labels_that_the_limit_makes_equal_are_refused() -> None:
-    template = Template(max_prompt_tokens=3, max_tokens=7)
+    template = Template(max_prompt_tokens=3, max_tokens=7, too_long="truncate")
     with pytest.raises(UserError, match="same first 4 tokens"):
         template.encode(CharTokenizer(), domain="d", row=row(completion="abcd"), labels=("abcd", "abce"))
 
@@ -107,7 +108,7 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
     [
         ({"prompt": "no place"}, "template.prompt"),
         ({"completion": "no place"}, "template.completion"),
-        ({"max_tokens": 96}, "template.max_tokens = 96"),
+        ({"max_prompt_tokens": 96, "max_tokens": 96}, "template.max_tokens = 96"),
         ({"max_prompt_tokens": 0}, "template.max_prompt_tokens = 0"),
     ],
 )

@@ -99,8 +99,17 @@ class CausalLM(Backbone):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the folder."""
-        return load_tokenizer(self.folder)
+        """The tokenizer of the folder, which knows how many tokens the model reads at once and how many there are."""
+        from transformers import AutoConfig
+
+        tokenizer = load_tokenizer(self.folder)
+        config = AutoConfig.from_pretrained(self.folder).get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        if context:
+            # The smaller of both: a tokenizer of another model may claim more than this one reads.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+        tokenizer.model_vocabulary = config.vocab_size
+        return tokenizer
 
     def load(self) -> nn.Module:
         """A fresh pretrained model on the CPU, with every kernel that was found exact on it.

@@ -4,8 +4,9 @@ from typing import Any
 
 from residency.core.plug_ins import load_plug_ins
 from residency.domains.base import Domain, Template
+from residency.domains.chat import Chat
 
-__all__ = ["Domain", "Template", *load_plug_ins(globals(), "Domain", below=False)]
+__all__ = ["Chat", "Domain", "Template", *load_plug_ins(globals(), "Domain", below=False)]
 
 
 def __getattr__(name: str) -> Any:

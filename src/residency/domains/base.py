@@ -7,22 +7,37 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from residency.core.errors import UserError
-from residency.core.types import Kind, Row, Split
+from residency.core.types import Example, Kind, Row, Split
+from residency.domains.chat import Chat
+from residency.domains.lengths import TooLong
 from residency.domains.template import Template
 from residency.scorers.base import Scorer
 from residency.scorers.find import scorers_by_name
 
-__all__ = ["Domain", "Kind", "Template", "drop_ambiguous", "hash_order", "split_by_group"]
+__all__ = ["Domain", "Kind", "RowTemplate", "Template", "drop_ambiguous", "hash_order", "split_by_group"]
 
 _SCORERS: Mapping[Kind, tuple[str, ...]] = {
     "label": ("nll", "accuracy"),
     "generative": ("nll", "exact_match", "rougeL"),
 }
+
+
+class RowTemplate(Protocol):
+    """How rows become tokens: a frozen dataclass, whose fields are part of the domain's fingerprint."""
+
+    @property
+    def too_long(self) -> TooLong | None:
+        """What happens to rows that are too long; `None` = training rows are left out, up to 1 % of them."""
+
+    def encode(
+        self, tokenizer: Any, *, domain: str, row: Row, labels: Sequence[str] = (), split: Split = "train"
+    ) -> Example:
+        """Turn one row into token ids."""
 
 
 class Domain(ABC):
@@ -31,7 +46,8 @@ class Domain(ABC):
     A reader declares `kind`, `source`, `licence`, `attribution` and writes `read`; everything else is here.
 
     Args:
-        template: How rows become text and tokens; by default the plain one (see `Template`).
+        template: How rows become text and tokens: `plain` (see `Template`), `chat` (see `Chat`), or one of them with
+            its options; by default what suits the rows.
         max_train: Rows kept of the training split; null keeps all.
         max_validation: Rows kept of the validation split; null keeps all.
         max_test: Rows kept of the test split; null keeps all.
@@ -48,21 +64,25 @@ class Domain(ABC):
     attribution: str
     default_scorers: ClassVar[tuple[str, ...]] = ()
     """What a reader scores by default if not what its kind suggests."""
+    default_template: ClassVar[Template] = Template(
+        max_prompt_tokens=96, max_tokens=128, too_long="truncate", tokenise="apart"
+    )
+    """What a template leaves open is taken from this one."""
 
     def __init__(
         self,
         *,
-        template: Template | None = None,
+        template: Template | Chat | Literal["plain", "chat"] | None = None,
         max_train: int | None = 2000,
         max_validation: int | None = 48,
         max_test: int | None = 96,
         scorers: list[str | Scorer] | None = None,
     ) -> None:
-        self.template = template or Template()
+        self._template = template
         self.given: dict[Split, int] = {}
         """Rows that were read, before the limits; empty until then, and where another process has read them."""
         self.limits: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
-        self._asked = list(self.default_scorers or _SCORERS[self.kind]) if scorers is None else list(scorers)
+        self._asked = None if scorers is None else list(scorers)
         for split, limit in self.limits.items():
             if limit is not None and limit < 0:
                 raise UserError(
@@ -70,6 +90,16 @@ class Domain(ABC):
                     why="a split cannot have less than no rows",
                     fix=f"give max_{split} a number of rows, or null for all of them",
                 )
+
+    @cached_property
+    def template(self) -> RowTemplate:
+        """How rows become tokens. Reads the rows where they decide: conversations go by the chat template."""
+        wanted = self._template
+        if wanted is None:
+            wanted = "chat" if any(row.messages for row in self.rows("train")[:1]) else "plain"
+        if wanted == "chat":
+            wanted = Chat()
+        return wanted if isinstance(wanted, Chat) else _filled(self.default_template, wanted)
 
     @abstractmethod
     def read(self) -> Mapping[Split, Sequence[Row]]:
@@ -82,7 +112,8 @@ class Domain(ABC):
         Raises:
             UserError: An unknown scorer, or two of one name.
         """
-        return scorers_by_name(self._asked, where="scorers")
+        default = self.default_scorers or _SCORERS[self.kind]
+        return scorers_by_name(default if self._asked is None else self._asked, where="scorers")
 
     def rows(self, split: Split) -> tuple[Row, ...]:
         """The rows of a split after its limit; read and checked once.
@@ -100,7 +131,8 @@ class Domain(ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything the model can see: kind, template, every row of every split, in order."""
-        digest = hashlib.sha256(_line({"kind": self.kind, "template": asdict(self.template)}))
+        template: Any = self.template
+        digest = hashlib.sha256(_line({"kind": self.kind, "template": asdict(template)}))
         for split, rows in self._rows.items():
             for row in rows:
                 digest.update(_line([split, *_values(row)]))
@@ -122,6 +154,14 @@ class Domain(ABC):
         kept = {split: tuple(rows[: self.limits[split]]) for split, rows in splits.items()}
         _check(self, kept)
         return kept
+
+
+def _filled(default: Template, wanted: Template | Literal["plain"]) -> Template:
+    """A template with what it leaves open taken from the default."""
+    if wanted == "plain":
+        return default
+    open_fields = {f.name: getattr(default, f.name) for f in fields(Template) if getattr(wanted, f.name) is None}
+    return replace(wanted, **open_fields)
 
 
 def drop_ambiguous(rows: Iterable[Row]) -> list[Row]:

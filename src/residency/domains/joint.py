@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-from residency.core.types import Row, Split
-from residency.domains.base import Domain, hash_order
-from residency.domains.template import Template
+from residency.core.types import Example, Row, Split
+from residency.domains.base import Domain, RowTemplate, hash_order
+from residency.domains.lengths import TooLong
 
 __all__ = ["Joint"]
 
 
 class Joint(Domain):
-    """The training rows of several domains, each with the text its own template gives it, as one set to train on.
+    """The training rows of several domains, each in the form its own template gives it, as one set to train on.
 
     It has no scores of its own: its parts are scored as probes, under their own names.
 
@@ -27,30 +29,46 @@ class Joint(Domain):
     attribution = "those of its parts"
 
     def __init__(self, *, domains: dict[str, Domain]) -> None:
-        limits = [part.template for part in domains.values()]
-        template = Template(
-            prompt="{prompt}",
-            completion="{completion}",
-            max_prompt_tokens=max((t.max_prompt_tokens for t in limits), default=96),
-            max_tokens=max((t.max_tokens for t in limits), default=128),
-        )
-        super().__init__(template=template, max_train=None, max_validation=None, max_test=None, scorers=[])
+        super().__init__(max_train=None, max_validation=None, max_test=None, scorers=[])
         self.domains = dict(domains)
+
+    @cached_property
+    def template(self) -> RowTemplate:
+        """The templates of the parts."""
+        return _PartTemplates({name: part.template for name, part in self.domains.items()})
 
     def read(self) -> Mapping[Split, Sequence[Row]]:
         """Training rows of all parts; of the other splits the one row that a domain must have."""
-        rows = [_rendered(name, part, row) for name, part in self.domains.items() for row in part.rows("train")]
+        rows = [_named(name, row) for name, part in self.domains.items() for row in part.rows("train")]
         prompts = {" ".join(row.prompt.casefold().split()) for row in rows}
-        tests = [_rendered(name, part, row) for name, part in self.domains.items() for row in part.rows("test")]
+        tests = [_named(name, row) for name, part in self.domains.items() for row in part.rows("test")]
         unseen = [row for row in tests if " ".join(row.prompt.casefold().split()) not in prompts]
         return {"train": hash_order(rows), "validation": (), "test": [replace(row, group="") for row in unseen[:1]]}
 
 
-def _rendered(name: str, part: Domain, row: Row) -> Row:
-    template = part.template
-    return Row(
-        id=f"{name}/{row.id}",
-        prompt=template.prompt.replace("{prompt}", row.prompt),
-        completion=template.completion.replace("{completion}", row.completion),
-        group=f"{name}/{row.group}" if row.group else "",
-    )
+@dataclass(frozen=True)
+class _PartTemplates:
+    """Encodes a row as its own domain does.
+
+    Args:
+        parts: Templates by the name with which `Joint` begins the ids of their rows.
+    """
+
+    parts: dict[str, RowTemplate]
+
+    @property
+    def too_long(self) -> TooLong:
+        """Each part cuts, drops or refuses by its own policy, and what is marked as too long by any is left out."""
+        policies = {part.too_long for part in self.parts.values()}
+        return "truncate" if policies == {"truncate"} else "drop"
+
+    def encode(
+        self, tokenizer: Any, *, domain: str, row: Row, labels: Sequence[str] = (), split: Split = "train"
+    ) -> Example:
+        """Turn one row into token ids."""
+        name = max((name for name in self.parts if row.id.startswith(f"{name}/")), key=len)
+        return self.parts[name].encode(tokenizer, domain=domain, row=row, labels=labels, split=split)
+
+
+def _named(name: str, row: Row) -> Row:
+    return replace(row, id=f"{name}/{row.id}", group=f"{name}/{row.group}" if row.group else "")

@@ -13,6 +13,7 @@ from residency.core.errors import UserError
 from residency.core.types import Example, Split, Stage
 from residency.domains.base import Domain
 from residency.domains.sampler import StageExamples
+from residency.domains.token_counts import TokenCounts, TrainingRows, check_readable, count_tokens
 
 __all__ = ["StreamData"]
 
@@ -52,6 +53,7 @@ class StreamData(LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.num_workers = num_workers
         self._tokenised: dict[tuple[Any, ...], tuple[tuple[Any, ...], tuple[Example, ...]]] = {}
+        self._trained: dict[str, tuple[tuple[Any, ...], tuple[tuple[int, ...], TokenCounts]]] = {}
         self._check_names()
 
     def _check_names(self) -> None:
@@ -98,15 +100,52 @@ class StreamData(LightningDataModule):
         return size
 
     def examples(self, stage: Stage, tokenizer: Any) -> StageExamples:
-        """The training examples of a stage by position, tokenised when read."""
+        """The training examples of a stage by position, tokenised when read; without rows that are left out."""
         domain = self.domains[stage.domain]
-        rows = domain.rows("train")
+        rows, kept = domain.rows("train"), self._training_rows(stage.domain, tokenizer)[0]
 
         @cache
         def encode(index: int) -> Example:
-            return domain.template.encode(tokenizer, domain=stage.domain, row=rows[index])
+            return domain.template.encode(tokenizer, domain=stage.domain, row=rows[kept[index]])
 
-        return StageExamples(rows=len(rows), encode=encode, stage=stage)
+        return StageExamples(rows=len(kept), encode=encode, stage=stage)
+
+    def _training_rows(self, name: str, tokenizer: Any) -> tuple[tuple[int, ...], TokenCounts]:
+        """Which training rows of a domain are used, and their counts; looked at once."""
+        domain = self.domains[name]
+        rows, encode = domain.rows("train"), partial(domain.template.encode, tokenizer, domain=name)
+        source = tokenizer, domain.template, rows
+        known, found = self._trained.get(name, ((), None))
+        if found is None or any(old is not new for old, new in zip(known, source, strict=True)):
+            look = TrainingRows(policy=domain.template.too_long)
+            counts = count_tokens(look.used((encode(row=row), row) for row in rows), tokenizer)
+            look.check(where=name)
+            counts = replace(counts, left_out=len(rows) - len(look.kept))
+            self._trained[name] = source, (found := (tuple(look.kept), counts))
+        return found
+
+    def count_tokens(self, tokenizer: Any, split: Split) -> dict[str, dict[str, TokenCounts]]:
+        """{column: {split: counts}} of what is trained on and of what is scored.
+
+        Args:
+            tokenizer: Of the backbone.
+            split: Which rows are scored.
+
+        Raises:
+            UserError: Rows cannot be read by the model, or are too long without a policy that allows it.
+        """
+        found: dict[str, dict[str, TokenCounts]] = {name: {} for name in self.columns}
+        for name in self.order:
+            found[name]["train"] = self._training_rows(name, tokenizer)[1]
+        for name, domain in self.columns.items():
+            if domain.scorers:
+                examples = self.evaluation_examples(name, split, tokenizer)
+                pairs = zip(examples, domain.rows(split), strict=True)
+                found[name][split] = count_tokens(pairs, tokenizer)
+        for name, parts in found.items():
+            for part, counts in parts.items():
+                check_readable(counts, tokenizer, where=f"{part} rows of {name}")
+        return found
 
     def check(self) -> None:
         """Read every file now, so that a bad row stops the command before anything is trained.
@@ -152,9 +191,8 @@ class StreamData(LightningDataModule):
         known, examples = self._tokenised.get(key, ((), ()))
         if not known or any(old is not new for old, new in zip(known, source, strict=True)):
             count = len(rows) if competing is None else competing
-            encode = partial(domain.template.encode, tokenizer, domain=name)
-            found = (encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows))
-            examples = tuple(replace(example, split=split) for example in found)
+            encode = partial(domain.template.encode, tokenizer, domain=name, split=split)
+            examples = tuple(encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows))
             self._tokenised[key] = source, examples
         return list(examples)
 

@@ -1,27 +1,37 @@
-"""From a row to token ids."""
+"""From a row to token ids, by a plain text around its parts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from residency.core.errors import UserError
-from residency.core.types import Example, Row
+from residency.core.types import Branch, Example, Role, Row, Split
+from residency.domains.lengths import Keep, TooLong, cuttable_tokens, fit_length, model_limits
+from residency.domains.tokens import TokenText, Variant, branch_out, common_start, encode_text, mark_control
 
 __all__ = ["Template"]
+
+Tokenise = Literal["apart", "together"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    r"""How a row becomes text, and how many tokens of it are kept.
+    r"""A plain text around prompt and completion, and how many tokens of it are kept.
+
+    What is null is left to the domain: user data goes as far as the model reads; packaged domains keep 96 tokens of a
+    prompt and 128 in all, and cut what is longer. Prompt and completion are tokenised apart.
 
     Args:
         prompt: Text the model reads; every `{prompt}` is replaced by the row's prompt.
         completion: Text the model should write; every `{completion}` is replaced by the row's completion.
-        max_prompt_tokens: Longest prompt in tokens; of a longer one the last tokens are kept.
-        max_tokens: Longest prompt and completion together in tokens; the end of a longer completion is cut off,
-            and the end-of-text token with it.
+        max_prompt_tokens: Longest prompt in tokens; null = no limit of its own.
+        max_tokens: Longest prompt and completion together in tokens; null = what the model can read.
+        too_long: What happens to longer rows (see `TooLong`); null = training rows are left out, up to 1 % of them.
+        keep_prefix: Characters of a prompt that are never cut (an instruction); `line` = its first line.
+        tokenise: `apart` = prompt and completion each by itself, so that their border is exact; `together` = as one
+            text, as pretraining saw it: a token over the border belongs to the completion.
 
     Raises:
         UserError: A placeholder is missing, or the limits leave no room for a completion.
@@ -29,8 +39,11 @@ class Template:
 
     prompt: str = "{prompt}\n"
     completion: str = " {completion}"
-    max_prompt_tokens: int = 96
-    max_tokens: int = 128
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    too_long: TooLong | None = None
+    keep_prefix: Keep = 0
+    tokenise: Tokenise | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("prompt", self.prompt), ("completion", self.completion)):
@@ -40,54 +53,102 @@ class Template:
                     why=f"without {{{name}}} the text of the rows has no place in it",
                     fix=f"put {{{name}}} where the row's {name} belongs",
                 )
-        if not 1 <= self.max_prompt_tokens < self.max_tokens:
+        prompt, whole = self.max_prompt_tokens, self.max_tokens
+        if (
+            (prompt is not None and prompt < 1)
+            or (whole is not None and whole < 2)
+            or (prompt or 1) >= (whole or 10**9)
+        ):
             raise UserError(
-                f"template.max_prompt_tokens = {self.max_prompt_tokens}, template.max_tokens = {self.max_tokens}",
+                f"template.max_prompt_tokens = {prompt}, template.max_tokens = {whole}",
                 why="a prompt needs at least one token, and the completion at least one more",
                 fix="choose 1 <= max_prompt_tokens < max_tokens",
             )
 
-    def encode(self, tokenizer: Any, *, domain: str, row: Row, labels: Sequence[str] = ()) -> Example:
-        """Turn one row into token ids; prompt and completion are tokenised apart, so their border is exact.
+    def encode(
+        self, tokenizer: Any, *, domain: str, row: Row, labels: Sequence[str] = (), split: Split = "train"
+    ) -> Example:
+        """Turn one row into token ids.
 
         Args:
             tokenizer: A transformers tokenizer.
             domain: Name of the domain, stored in the example.
-            row: The row.
-            labels: All labels of the domain; those other than the row's own become `alternatives`, in this order.
+            row: The row, of any kind but `messages`.
+            labels: All labels of the domain; those other than the row's own become branches behind it, in this order.
+            split: Where the row comes from; says what happens to one that is too long.
 
         Raises:
-            UserError: The tokenizer has no end-of-text token, or the limits cut two labels down to the same tokens.
+            UserError: The tokenizer has no end-of-text token, the row is a conversation, or the limits cut two labels
+                down to the same tokens.
         """
-        prompt = self._prompt_ids(tokenizer, row.prompt)
-        room = self.max_tokens - len(prompt)
-        completion = self._completion_ids(tokenizer, row.completion, room)
-        others = tuple(self._completion_ids(tokenizer, text, room) for text in labels if text != row.completion)
-        if completion in others:
+        if row.messages:
             raise UserError(
-                f"label {row.completion!r} of {domain} has the same first {room} tokens as another label",
-                why="the two cannot be told apart when they are scored",
-                fix="raise template.max_tokens, or shorten the labels",
+                f"row {row.id!r} of {domain} is a conversation",
+                why="a plain template has one prompt and one completion",
+                fix="set template: chat",
             )
-        return Example.of(domain=domain, row=row.id, prompt=prompt, completion=completion, alternatives=others)
-
-    def _prompt_ids(self, tokenizer: Any, text: str) -> tuple[int, ...]:
-        text = self.prompt.replace("{prompt}", text)
-        bos = tokenizer.bos_token_id
-        # Only a leading bos is kept of what the tokenizer adds: a closing token would end the text before the answer.
-        adds_bos = bos is not None and tokenizer("a", add_special_tokens=True).input_ids[0] == bos
-        start = (bos,) if adds_bos else ()
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        room = self.max_prompt_tokens - len(start)
-        # A text without tokens still needs something before the completion: the token between two texts.
-        return (*start, *(ids[-room:] if room else ())) or (tokenizer.eos_token_id,)
-
-    def _completion_ids(self, tokenizer: Any, text: str, room: int) -> tuple[int, ...]:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"tokenizer {type(tokenizer).__name__} without an end-of-text token",
                 why="a completion has to end, or generation never stops",
                 fix="set eos_token in the tokenizer's folder (tokenizer_config.json)",
             )
-        ids = tokenizer(self.completion.replace("{completion}", text), add_special_tokens=False).input_ids
-        return (*ids, tokenizer.eos_token_id)[:room]
+        limits = model_limits(tokenizer, self.max_tokens, self.max_prompt_tokens, self.too_long, split)
+        front = _front(tokenizer)
+        said = "" if row.kind == "text" else self.prompt.replace("{prompt}", mark_control(tokenizer, row.prompt))
+        before = encode_text(tokenizer, said)
+        variants = [self._variant(tokenizer, front, said, before, *answer) for answer in _answers(row, labels)]
+        # A text without tokens still needs something before the completion: the token between two texts.
+        prompt, branches = (*front, *before.ids) or (tokenizer.eos_token_id,), tuple[Branch, ...]()
+        if variants:
+            prompt, branches = branch_out(variants, start=tokenizer.eos_token_id)
+        weighted = tuple(replace(branch, weight=row.weight) for branch in branches)
+        example = Example(domain=domain, row=row.id, prompt=prompt, branches=weighted, split=split)
+        found = fit_length(example, self._cuttable(before, row, len(front), len(prompt)), limits)
+        if found.cut_completion and found.completion in found.alternatives:
+            tokens = len(found.completion)
+            raise UserError(
+                f"label {row.completion!r} of {domain} has the same first {tokens} tokens as another label",
+                why="the two cannot be told apart when they are scored",
+                fix="raise template.max_tokens, or shorten the labels",
+            )
+        return found
+
+    def _variant(
+        self, tokenizer: Any, front: tuple[int, ...], said: str, before: TokenText, text: str, role: Role
+    ) -> Variant:
+        """Prompt and one completion with its end, as token ids."""
+        template = "{completion}" if not said else self.completion
+        answer = template.replace("{completion}", mark_control(tokenizer, text))
+        if self.tokenise == "together" and said:
+            ids = encode_text(tokenizer, said + answer).ids
+            border = common_start([before.ids, ids])
+        else:
+            ids = (*before.ids, *encode_text(tokenizer, answer).ids)
+            border = len(before.ids)
+        whole = (*front, *ids, tokenizer.eos_token_id)
+        mask = (*(False for _ in range(len(front) + border)), *(True for _ in range(len(whole) - len(front) - border)))
+        return Variant(ids=whole, mask=mask, role=role)
+
+    def _cuttable(self, before: TokenText, row: Row, front: int, length: int) -> tuple[int, int]:
+        """The tokens of the prompt that may be cut: the row's own, or all where the tokenizer cannot tell."""
+        first, last = cuttable_tokens(before, row.prompt, self.keep_prefix) if before.spans else (0, len(before.ids))
+        return min(front + first, length), min(front + last, length)
+
+
+def _front(tokenizer: Any) -> tuple[int, ...]:
+    bos = tokenizer.bos_token_id
+    # Only a leading bos is kept of what the tokenizer adds: a closing token would end the text before the answer.
+    adds_bos = bos is not None and tokenizer("a", add_special_tokens=True).input_ids[0] == bos
+    return (bos,) if adds_bos else ()
+
+
+def _answers(row: Row, labels: Sequence[str]) -> list[tuple[str, Role]]:
+    """What may follow the prompt of a row, its own first."""
+    if row.kind == "prompt":
+        return []
+    if row.kind == "pair":
+        return [(row.completion, "chosen"), (row.rejected, "rejected")]
+    role: Role = "completion" if row.kind != "unpaired" else "chosen" if row.wanted else "rejected"
+    others: list[tuple[str, Role]] = [(label, "label") for label in labels if label != row.completion]
+    return [(row.completion, role), *others]

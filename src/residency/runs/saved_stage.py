@@ -113,9 +113,11 @@ def predict_saved(
     source = data.columns[name]
     rows = source.rows("test")[:limit]
     tokenizer = module.backbone.tokenizer
-    prompts = [source.template.encode(tokenizer, domain=name, row=row).prompt for row in rows]
-    length = source.template.max_tokens - source.template.max_prompt_tokens
-    written = _write(module, prompts, length)
+    encoded = (source.template.encode(tokenizer, domain=name, row=row, split="test") for row in rows)
+    examples = [example.last_turn() for example in encoded]
+    # A quarter more than the longest reference: who writes more goes round in circles.
+    length = max([32, *(len(example.completion) * 5 // 4 + 1 for example in examples)])
+    written = _write(module, [example.prompt for example in examples], length)
     texts: Sequence[str] = [tokenizer.decode(ids).strip() for ids in written]
     return [
         {"row": row.id, "prompt": row.prompt, "completion": row.completion, "written": text}

@@ -111,6 +111,7 @@ class StageRunner:
             total=facts["total"],
             resumed=resumed,
             split=self.settings.split,
+            data=self.data.count_tokens(self.module.backbone.tokenizer, self.settings.split),
         )
 
     # -- states -------------------------------------------------------------------------------------------------

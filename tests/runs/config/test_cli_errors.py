@@ -64,7 +64,7 @@ FILE: dict[str, tuple[Change, tuple[str, ...]]] = {
     "key of the Trainer": (lambda c: c["trainer"].update(max_step=3), ("trainer.max_step", "'trainer.max_steps'")),
     "key of a domain": (
         lambda c: _domain(c).update(trian="x"),
-        ("data.domains.a.init_args.trian: x (in ", "tiny.yaml)", "train, test, validation", "did you mean 'train'?"),
+        ("data.domains.a.init_args.trian: x (in ", "tiny.yaml)", "did you mean 'train'?"),
     ),
     "key of a template": (
         lambda c: _domain(c)["template"].update(promt="x"),
@@ -84,7 +84,7 @@ FILE: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("data.domains.a.init_args.template.max_tokens: x", "an integer"),
     ),
     "type of a mitigation": (_mitigation("EWC", strength="big"), ("init_args.strength: big", "a number")),
-    "choice": (lambda c: _domain(c).update(kind="labels"), ("kind: labels", "label or generative", "'label'")),
+    "choice": (lambda c: _domain(c).update(kind="labels"), ("kind: labels", "label, generative or null", "'label'")),
     "mitigations as a list": (
         lambda c: c["model"].update(mitigations=[{"class_path": "EWC"}]),
         ("model.mitigations: [{", "a mapping (key: value) or null"),

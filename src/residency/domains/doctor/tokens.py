@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,11 +12,11 @@ from residency.core.errors import UserError
 from residency.core.types import Row, Split
 from residency.domains.base import Domain
 from residency.domains.doctor.finding import Column, Finding, make_finding
+from residency.domains.template import Template
 
 __all__ = ["LengthCounts", "Reader", "check_tokens", "check_vocabulary", "count_lengths"]
 
 _SAMPLE = 20_000  # rows of a split whose texts go through the tokenizer and back
-_FREE = 1_000_000  # tokens; no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,22 +82,15 @@ def count_lengths(column: Column, split: Split, reader: Reader) -> tuple[LengthC
     A row with fewer bytes than the limit has tokens cannot be cut, and is not tokenised.
     """
     rows, template = column.splits[split], column.domain.template
-    frame = len(template.prompt.encode()) + len(template.completion.encode()) + 8
-    room, whole = template.max_prompt_tokens, template.max_tokens
-    per = reader.tokens_per_byte
     prompts, answers, lost, gone, longest = [], [], 0, 0, 0
-    free = replace(template, max_prompt_tokens=_FREE, max_tokens=2 * _FREE)
     for row in rows:
-        asked, said = len(row.prompt) * per, len(row.completion) * per
-        if (asked + said + frame) * 4 < whole and (asked + frame) * 4 < room:
+        if _is_short(template, row, reader):
             continue
-        asked, said = len(row.prompt.encode("utf-8", "replace")) * per, len(row.completion.encode()) * per
-        if asked + said + frame < whole and asked + frame < room:
-            continue
-        example = free.encode(reader.tokenizer, domain=column.name, row=row)
-        cut = max(0, len(example.prompt) - room)
-        short = max(0, len(example.prompt) - cut + len(example.completion) - whole)
-        longest = max(longest, len(example.prompt) + len(example.completion))
+        example = template.encode(reader.tokenizer, domain=column.name, row=row, split=split)
+        cut, short = example.cut_prompt, example.cut_completion
+        # Of a row that is left out nothing is cut: all of it is still there.
+        whole = len(example) + short + (cut if len(example.branches) and template.too_long == "truncate" else 0)
+        longest = max(longest, whole)
         if cut:
             prompts.append(row.id)
         if short:
@@ -115,6 +108,15 @@ def count_lengths(column: Column, split: Split, reader: Reader) -> tuple[LengthC
     return counts, prompts, answers
 
 
+def _is_short(template: Any, row: Row, reader: Reader) -> bool:
+    """Whether a row has fewer bytes than the limits of a plain template have tokens."""
+    if not isinstance(template, Template) or template.max_tokens is None or template.max_prompt_tokens is None:
+        return False
+    per, frame = reader.tokens_per_byte, len(template.prompt.encode()) + len(template.completion.encode()) + 8
+    asked, said = (len(text.encode("utf-8", "replace")) * per for text in (row.prompt, row.completion))
+    return asked + said + frame < template.max_tokens and asked + frame < template.max_prompt_tokens
+
+
 def length_findings(
     column: Column, split: Split, counts: LengthCounts, prompts: Sequence[str], answers: Sequence[str]
 ) -> Iterator[Finding]:
@@ -130,7 +132,7 @@ def length_findings(
         yield make_finding(
             "cut_prompt", "warning" if len(prompts) > 0.05 * counts.rows else "info", where, prompts, of=counts.rows,
             got=f"{{n}} prompts lose {counts.cut_prompt_tokens} tokens at their beginning "
-            f"(max_prompt_tokens {template.max_prompt_tokens})",
+            f"(max_prompt_tokens {getattr(template, 'max_prompt_tokens', None)})",
             why="instructions and questions usually stand there",
             fix=f"raise template.max_prompt_tokens; the longest row has {counts.longest} tokens",
         )  # fmt: skip
@@ -138,7 +140,7 @@ def length_findings(
         yield make_finding(
             "cut_answer", "error" if len(answers) > 0.01 * counts.rows else "warning", where, answers, of=counts.rows,
             got=f"{{n}} completions lose {counts.cut_answer_tokens} tokens and their end token "
-            f"(max_tokens {template.max_tokens})",
+            f"(max_tokens {getattr(template, 'max_tokens', None)})",
             why="the model does not learn to stop, and what is scored by text cannot be written in full",
             fix=f"raise template.max_tokens; the longest row has {counts.longest} tokens",
         )  # fmt: skip
@@ -217,7 +219,7 @@ def check_vocabulary(columns: Sequence[Column], reader: Reader) -> Iterator[Find
     size = reader.vocabulary
     beyond = sorted((i, t) for t, i in reader.tokenizer.get_vocab().items() if size is not None and i >= size)
     for column in columns:
-        limit = column.domain.template.max_tokens
+        limit = getattr(column.domain.template, "max_tokens", None)
         if reader.context is not None and limit is not None and limit > reader.context:
             yield make_finding(
                 "too_long_for_model", "error", (column.name, "train"), (), of=1, count=1,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Callback
 
 from residency.core.types import Stage
+from residency.domains.token_counts import TokenCounts
 
 __all__ = ["RunInfo", "View"]
 
@@ -29,6 +30,7 @@ class RunInfo:
         total: Number of parameters.
         resumed: Stages that were complete before this call.
         split: Rows that are scored.
+        data: {column: {split: what became of its rows and tokens}}.
     """
 
     cell: str
@@ -41,6 +43,7 @@ class RunInfo:
     total: int
     resumed: int
     split: str = "test"
+    data: Mapping[str, Mapping[str, TokenCounts]] = field(default_factory=dict)
 
 
 class View:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from residency.core.text import for_terminal
 from residency.core.types import Stage
+from residency.domains.token_counts import losses
 from residency.runs.data_check import told
 from residency.runs.views.base import RunInfo, View
 from residency.runs.views.heatmap import heat_map, save
@@ -49,6 +50,10 @@ class ConsoleView(View):
         self.console.print(
             f"  {info.trainable:,} of {info.total:,} parameters move ({share:.2%}); batches {escape(info.layout)}"
         )
+        for name, parts in info.data.items():
+            for part, counts in parts.items():
+                if lost := losses(counts):
+                    self.console.print(f"  [yellow]{escape(printable(name))}, {part}:[/yellow] {'; '.join(lost)}")
         if info.resumed:
             self.console.print(f"  going on after stage {info.resumed} of {len(info.domains)}")
 

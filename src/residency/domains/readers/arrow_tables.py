@@ -1,0 +1,136 @@
+"""Typed tables: Parquet, Arrow, folders of `Dataset.save_to_disk`, and data sets of the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from residency.core.errors import UserError
+from residency.core.types import Split
+from residency.domains.readers.containers import FileOptions, Record, Records
+from residency.domains.readers.strict_json import check_text
+
+__all__ = ["is_saved_dataset", "read_arrow_file", "read_hub", "read_saved_dataset"]
+
+_ALIASES: Mapping[str, Split] = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}
+_WHY = "every row has to be an object whose keys are its columns"
+
+
+def read_arrow_file(path: Path, name: str, split: Split) -> Records:
+    """The rows of a Parquet or Arrow file, with the class names that `datasets` wrote into it.
+
+    Raises:
+        UserError: It is not there or not what its suffix says.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path) if path.suffix.lower() == ".parquet" else _arrow(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{split} file {name!r}: {str(error).splitlines()[0][:200]}",
+            why="the domain's rows are read from it",
+            fix="give the path of a readable Parquet or Arrow file, as its suffix says",
+        ) from error
+    return Records(rows=list(_records(table.to_pylist(), name)), class_names=_class_names(table.schema.metadata))
+
+
+def _arrow(path: Path) -> Any:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            return pa.ipc.open_file(source).read_all()
+        except pa.ArrowInvalid:
+            source.seek(0)
+            return pa.ipc.open_stream(source).read_all()
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:
+    stored = (metadata or {}).get(b"huggingface")
+    features = json.loads(stored).get("info", {}).get("features", {}) if stored else {}
+    return {
+        column: feature["names"]
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+def _records(rows: Sequence[Mapping[str, Any]], name: str) -> Iterator[Record]:
+    for number, row in enumerate(rows, 1):
+        where = f"{name}, row {number}"
+        # Arrow gives every struct all keys of all rows, as nulls: what is null was not there.
+        value = {key: _without_nulls(item) for key, item in row.items() if item is not None}
+        for text in (item for item in value.values() if isinstance(item, str)):
+            check_text(text, where, why=_WHY)
+        yield Record(where, number, value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk` of `datasets`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def read_saved_dataset(path: Path) -> dict[Split, Records]:
+    """The splits of a folder of `save_to_disk`; one data set alone is `train`.
+
+    Raises:
+        UserError: The folder is damaged, or has splits whose meaning is not known.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+    except Exception as error:
+        raise UserError(
+            f"{str(path)!r}: {str(error)[:200]}",
+            why="the folder was written by save_to_disk and cannot be read",
+            fix="write it again with this version of datasets, or save it as Parquet",
+        ) from error
+    parts = dict(found) if isinstance(found, DatasetDict) else {"train": found}
+    return _splits(parts, str(path))
+
+
+def read_hub(name: str, options: FileOptions) -> dict[Split, Records]:
+    """The splits of a data set of the hub (or of its cache).
+
+    Raises:
+        UserError: It is neither cached nor reachable.
+    """
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset(name, options.config, revision=options.revision)
+    except Exception as error:
+        raise UserError(
+            f"{name!r}: {type(error).__name__}: {str(error)[:200]}",
+            why="it is no file or folder here, and as a hub id it is neither cached nor reachable",
+            fix="check the path, or fetch it once (`hf download --repo-type dataset ...`) and name the folder",
+        ) from error
+    return _splits(dict(found), name)
+
+
+def _splits(parts: Mapping[str, Any], name: str) -> dict[Split, Records]:
+    read: dict[Split, Records] = {}
+    for key, part in parts.items():
+        split = _ALIASES.get(key, cast("Split", key))
+        if split not in get_args(Split) or split in read:
+            raise UserError(
+                f"{name!r} has the splits {', '.join(parts)}",
+                why="train, validation (val, valid, dev, eval) and test are read, each once",
+                fix="save the splits you mean as files and name them: train, validation, test",
+            )
+        table = part.with_format("arrow")[:]
+        names = {c: f.names for c, f in part.features.items() if hasattr(f, "names") and hasattr(f, "str2int")}
+        rows = list(_records(table.to_pylist(), f"{name} ({key})"))
+        read[split] = Records(rows=rows, class_names=names)
+    return read

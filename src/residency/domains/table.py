@@ -1,0 +1,133 @@
+"""A domain from your own files, whatever their format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from residency.core.errors import UserError
+from residency.core.types import Row, Split
+from residency.domains.base import Domain, Kind, hash_order, split_by_group
+from residency.domains.readers.arrow_tables import is_saved_dataset, read_hub, read_saved_dataset
+from residency.domains.readers.columns import infer_format, rename
+from residency.domains.readers.containers import FileOptions, Records, read_file, split_files
+from residency.domains.readers.formats import LABELS, Format, RowMaker
+from residency.domains.readers.published import olora_records, superni_records
+from residency.domains.readers.turns import split_into_turns
+from residency.domains.template import Template
+
+__all__ = ["Table"]
+
+
+class Table(Domain):
+    """Rows from JSON Lines, JSON, CSV, TSV, Parquet or Arrow files, a folder of them, or a data set of the hub.
+
+    All rows and all their tokens are used unless you say otherwise, and what is left out is counted. The format of the
+    rows is known by their columns: `prompt` and `completion`; `messages` (with `tools`); `text`; `instruction`, `input`
+    and `output` (Alpaca); `conversations` (ShareGPT); `prompt`, `chosen` and `rejected`; the same with one completion
+    and a `label` that is true or false; `text` and `label`; `prompt` alone. Folders may also be those of TRACE, O-LoRA
+    and Natural Instructions. `id`, `group` (rows of one group stay in one split), `weight` and `references` (further
+    right answers) are optional columns. The order of the rows does not matter.
+
+    Args:
+        train: File of the training rows.
+        test: File of the test rows; null takes a tenth of the groups of `train`.
+        validation: File of the validation rows; null takes a tenth of the groups of `train`.
+        path: Instead of files: a folder with a file per split (`train*`, `validation*`, `test*`), one written by
+            `save_to_disk`, or a hub id.
+        format: What the rows are, where their columns allow more than one reading.
+        kind: `label` if the completions are a closed set of classes, else `generative`; null = as the format says.
+        columns: Our names of columns and what the file calls them, such as {prompt: question, completion: answer}.
+        labels: Names of the classes where labels are numbers, in order.
+        files: How files are read, where their names do not tell.
+        strip: Whether blanks around completions are removed; code needs them.
+        split_turns: Make a row of every answer of a conversation, with what came before it as its prompt.
+
+    Raises:
+        UserError: On reading: a file or a row is not as described; the message names file and line.
+    """
+
+    licence = "not stated"
+    attribution = "data given by the user"
+    default_template: ClassVar[Template] = Template(tokenise="apart")
+
+    def __init__(
+        self,
+        *,
+        train: str | None = None,
+        test: str | None = None,
+        validation: str | None = None,
+        path: str | None = None,
+        format: Format | None = None,
+        kind: Kind | None = None,
+        columns: dict[str, str] | None = None,
+        labels: list[str] | None = None,
+        files: FileOptions | None = None,
+        strip: bool = True,
+        split_turns: bool = False,
+        max_train: int | None = None,
+        max_validation: int | None = None,
+        max_test: int | None = None,
+        **options: Any,
+    ) -> None:
+        if (train is None) == (path is None):
+            raise UserError(
+                f"a table with train: {train} and path: {path}",
+                why="its rows come from files, one per split, or from one folder or hub id",
+                fix="give train (and test, validation), or give path",
+            )
+        super().__init__(max_train=max_train, max_validation=max_validation, max_test=max_test, **options)
+        self.source = str(train or path)
+        self.train, self.test, self.validation, self.path = train, test, validation, path
+        self.format = format
+        self.columns = dict(columns or {})
+        self.class_names = list(labels or [])
+        self.files = files or FileOptions()
+        self.strip = strip
+        self.split_turns = split_turns
+        if kind is not None:
+            self.kind = kind
+
+    @cached_property
+    def kind(self) -> Kind:  # type: ignore[override]
+        """`label` if the rows are labelled."""
+        return "label" if any(row.kind == "labelled" for row in self.rows("train")[:1]) else "generative"
+
+    def read(self) -> Mapping[Split, Sequence[Row]]:
+        """Rows of the files, in hash order."""
+        rows = {split: self._rows_of(split, records) for split, records in self._records().items()}
+        validation, test = (0.0 if split in rows else 0.1 for split in ("validation", "test"))
+        carved = split_by_group(rows.pop("train"), validation=validation, test=test)
+        return {**carved, **{split: hash_order(part) for split, part in rows.items()}}
+
+    def _records(self) -> dict[Split, Records]:
+        if self.path is None:
+            named: dict[Split, str | None] = {"train": self.train, "validation": self.validation, "test": self.test}
+            return {split: read_file(name, split, self.files) for split, name in named.items() if name is not None}
+        folder = Path(self.path).expanduser()
+        if not folder.exists():
+            return read_hub(self.path, self.files)
+        if is_saved_dataset(folder):
+            return read_saved_dataset(folder)
+        if not folder.is_dir():
+            raise UserError(
+                f"path: {self.path!r} is a file",
+                why="a path is a folder with a file per split, or a hub id",
+                fix="give the file as train: (a tenth of it each becomes validation and test)",
+            )
+        found = {split: read_file(name, split, self.files) for split, name in split_files(folder).items()}
+        return olora_records(folder, found) if (folder / "labels.json").is_file() else found
+
+    def _rows_of(self, split: Split, records: Records) -> list[Row]:
+        if records.document is not None:
+            records = superni_records(records.document, f"{split} of {self.source}")
+        rows = rename(records.rows, self.columns)
+        chosen = self.format or infer_format(rows, f"{split} of {self.source}")
+        ours = {theirs: our for our, theirs in self.columns.items()}
+        named = {ours.get(column, column): list(names) for column, names in records.class_names.items()}
+        names = self.class_names or next((named[column] for column in LABELS if column in named), [])
+        maker = RowMaker(format=chosen, prefix=split, strip=self.strip, class_names=names)
+        made = [maker.row(record) for record in rows]
+        return split_into_turns(made) if self.split_turns else made

@@ -57,19 +57,23 @@ def fit_length(example: Example, cuttable: tuple[int, int], limits: Limits) -> E
         UserError: Cutting the prompt alone cannot make it fit.
     """
     longest = max((len(branch.tokens) for branch in example.branches), default=0)
-    allowed = min(limits.tokens, limits.tokens if limits.prompt is None else limits.prompt)
+    allowed = limits.tokens if limits.prompt is None else min(limits.prompt, limits.tokens)
+    over = max(len(example.prompt) + longest - limits.tokens, len(example.prompt) - allowed)
+    if over <= 0:
+        return example
+    if limits.policy in ("drop", "refuse") and example.split == "train":
+        return replace(example, cut_prompt=over)
     cuts_end = limits.policy == "truncate"
-    # Where the end is cut too, the prompt keeps three quarters at most, so that something can be learnt.
-    room = min(allowed, max(limits.tokens - longest, limits.tokens * 3 // 4 if limits.prompt is None else allowed))
-    room = room if cuts_end else min(allowed, limits.tokens - longest)
+    room = min(allowed, limits.tokens - longest)
+    if cuts_end:
+        # Where the end is cut too, the prompt keeps three quarters at most, so that something can be learnt.
+        room = max(room, allowed if limits.prompt is not None else limits.tokens * 3 // 4)
     prompt, lost = _cut_left(example.prompt, cuttable, len(example.prompt) - room)
     left = limits.tokens - len(prompt)
-    if left < 1 or (not cuts_end and (len(prompt) > room or longest > left)):
-        if limits.policy in ("drop", "refuse") and example.split == "train":
-            return replace(example, cut_prompt=max(lost, len(example.prompt) + longest - limits.tokens, 1))
+    if left < 1 or limits.policy == "refuse" or (not cuts_end and (len(prompt) > room or longest > left)):
         raise UserError(
-            f"row {example.row!r} of {example.domain}: {len(prompt)} tokens that cannot be cut and {longest} to write, "
-            f"limit {limits.tokens}",
+            f"row {example.row!r} of {example.domain} ({example.split}): {len(example.prompt)} tokens to read, "
+            f"{len(prompt)} of them not to be cut, and {longest} to write; limit {limits.tokens}",
             why="a row that is scored is never left out, and its completion is never cut without being asked to",
             fix=f"raise template.max_tokens to {len(prompt) + longest}, or set template.too_long: truncate",
         )

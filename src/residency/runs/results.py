@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from residency.core.environment import versions
@@ -45,7 +44,6 @@ def build_record(
         "scores": scores,
         "summary": summaries(scores, domains=len(data.order)),
         **judgement(scores, data=data, stages=stages),
-        "data": {name: {split: asdict(c) for split, c in parts.items()} for name, parts in info.data.items()},
         "cost": _cost(stages, info),
         "provenance": {
             "versions": versions(),

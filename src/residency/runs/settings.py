@@ -102,12 +102,15 @@ def check_lengths(backbone: Backbone, data: StreamData) -> None:
     """
     most = backbone.longest_text()
     for name, domain in data.columns.items():
-        if most is None or domain.template.max_tokens <= most:
+        limit = getattr(domain.template, "max_tokens", None)
+        if most is None or (limit is not None and limit <= most):
             continue
-        rows = [row for split in get_args(Split) for row in domain.rows(split)]
-        for row in rows:
-            tokens = len(domain.template.encode(backbone.tokenizer, domain=name, row=row))
-            if tokens > most:
+        rows = [(split, row) for split in get_args(Split) for row in domain.rows(split)]
+        for split, row in rows:
+            example = domain.template.encode(backbone.tokenizer, domain=name, row=row, split=split)
+            tokens = len(example)
+            # A training row that is too long is left out, or refused, where rows are counted.
+            if tokens > most and not example.cut_prompt:
                 raise UserError(
                     f"data.domains.{name}: row {row.id!r} has {tokens} tokens, and the model reads {most} tokens",
                     why="it has no positions for more, or positions that change what shorter rows beside it score",

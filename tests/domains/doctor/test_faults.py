@@ -255,10 +255,13 @@ FAULTS: dict[str, Fault] = {
         plant=put("train", *range(40), prompt=lambda text: text * 9), check="cut_prompt", severity="warning", count=40
     ),
     "control text in an answer": Fault(
-        plant=put("train", 5, completion="stop <|end|> here"), check="control_text", count=1
+        plant=put("train", 5, completion="stop <|end|> here"), check="control_text", severity="info", count=1
     ),
     "control text in a prompt": Fault(
-        plant=put("test", 5, prompt=lambda t: f"<|end|>{t} <|end|>"), check="control_text", split="test"
+        plant=put("test", 5, prompt=lambda t: f"<|end|>{t} <|end|>"),
+        check="control_text",
+        severity="info",
+        split="test",
     ),
     "control characters": Fault(
         plant=put("train", 5, completion="a\x07b"), check="control_characters", severity="warning", count=1
@@ -398,7 +401,7 @@ def test_what_cannot_be_read_is_one_finding_of_many(reader: Reader, tmp_path: Pa
 def test_counts_are_those_of_the_template(reader: Reader) -> None:
     """Row by row, by the template that training uses."""
     rows = clean_rows("a", "generative")
-    template = Template(max_prompt_tokens=70, max_tokens=104)
+    template = Template(max_prompt_tokens=70, max_tokens=104, too_long="truncate")
     found = diagnose(rows, "generative", reader, template=template, max_train=400).counts["a"]["train"]
     free = Template(max_prompt_tokens=10_000, max_tokens=20_000)
     cut_prompts = cut_answers = tokens = 0

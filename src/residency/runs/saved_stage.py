@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from residency.core.errors import UserError
 from residency.core.tensor_files import write_json
-from residency.core.types import Split
+from residency.core.types import Row, Split
 from residency.engine.scoring.evaluation import Evaluation, evaluate, means
 from residency.runs.folder import RunFolder
 from residency.runs.stream import check_stream
@@ -90,16 +93,17 @@ def predict_saved(
     stage: int | None,
     seed: int,
     domain: str | None,
-    limit: int,
+    limit: int | None,
+    prompts: str | None = None,
     device: torch.device,
 ) -> list[Mapping[str, str]]:
-    """Let a saved stage complete test prompts of a domain.
+    """Let a saved stage complete test prompts of a domain, or prompts from a file with the domain's template.
 
     Returns:
-        [{"row", "prompt", "completion" (the reference), "written"}].
+        [{"row", "prompt", "completion" (the reference; empty for prompts from a file), "written"}].
 
     Raises:
-        UserError: There is no such domain.
+        UserError: There is no such domain, or the file cannot be read.
     """
     name = domain or data.order[0]
     if name not in data.columns:
@@ -108,21 +112,40 @@ def predict_saved(
             why="only a domain or a probe of the config has prompts",
             fix="give one of these names",
         )
+    given = None if prompts is None else _read_prompts(Path(prompts))[:limit]
     load_stage(module, data, folder, stage=stage, seed=seed)
     module.to(device)
     source = data.columns[name]
-    rows = source.rows("test")[:limit]
+    rows = given or source.rows("test")[:limit]
     tokenizer = module.backbone.tokenizer
-    encoded = (source.template.encode(tokenizer, domain=name, row=row, split="test") for row in rows)
-    examples = [example.last_turn() for example in encoded]
+    encode = partial(source.template.encode, tokenizer, domain=name, split="test")
+    examples = [encode(row=row).last_turn() for row in rows]
+    references = examples if given is None else [encode(row=row).last_turn() for row in source.rows("test")[:limit]]
     # A quarter more than the longest reference: who writes more goes round in circles.
-    length = max([32, *(len(example.completion) * 5 // 4 + 1 for example in examples)])
+    length = max([32, *(len(example.completion) * 5 // 4 + 1 for example in references)])
     written = _write(module, [example.prompt for example in examples], length)
     texts: Sequence[str] = [tokenizer.decode(ids).strip() for ids in written]
     return [
         {"row": row.id, "prompt": row.prompt, "completion": row.completion, "written": text}
         for row, text in zip(rows, texts, strict=True)
     ]
+
+
+def _read_prompts(path: Path) -> list[Row]:
+    """A row per line: an object with a prompt, or the line itself."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        if path.suffix == ".jsonl":
+            texts = [str(json.loads(line)["prompt"]) for line in lines if line.strip()]
+        else:
+            texts = [line for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--prompts {path}: {type(error).__name__} {error}",
+            why="every line holds a prompt",
+            fix='give a text file of one prompt per line, or a .jsonl file of {"prompt": "..."}',
+        ) from error
+    return [Row(id=str(number), prompt=text, completion="") for number, text in enumerate(texts, 1)]
 
 
 def _write(module: ContinualModule, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,37 @@ import polars as pl
 from residency.core.errors import UserError
 from residency.core.parquet_files import ParquetRefused, read_parquet
 from residency.core.tensor_files import read_json
+from residency.runs.export.push import push
 from residency.runs.folder import RunFolder
+from residency.runs.listing import RunSummary, find_runs, read_run, remove_run
+from residency.runs.listing_command import describe
+from residency.study.starter.command import init
 
-__all__ = ["Run", "StudyRuns", "export", "fit", "load_run", "load_study", "sweep"]
+__all__ = [
+    "Run",
+    "StudyRuns",
+    "compare",
+    "export",
+    "fit",
+    "init",
+    "list_runs",
+    "load_run",
+    "load_study",
+    "predict",
+    "push",
+    "remove_run",
+    "sweep",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run.
+    """A run, as far as it is.
 
     Args:
         path: Its folder.
-        record: What results.json holds: scores, summary, cost, provenance.
+        record: What results.json holds: scores, summary, cost, provenance. Of an unfinished run: status, domains, seed
+            and the rows of scores that there are.
         history: One row per logged step: stage, domain, step, stream_step, loss, loss/task, ...
         scores: One row per scored example: stage (0 = before training), column (domain or probe), row, scorer, value,
             tokens.
@@ -34,6 +53,9 @@ class Run:
     record: Mapping[str, Any]
     history: pl.DataFrame
     scores: pl.DataFrame
+
+    def __repr__(self) -> str:
+        return describe(read_run(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +73,16 @@ class StudyRuns:
     runs: Mapping[str, Run]
     summary: pl.DataFrame
 
+    def __repr__(self) -> str:
+        lines = [f"{self.path}: {len(self.runs)} of {self.summary['cell'].n_unique()} cells are done"]
+        return "\n".join([*lines, *(f"  {cell}" for cell in [*self.runs][:20]), *["  ..."] * (len(self.runs) > 20)])
+
 
 def fit(config: Mapping[str, Any] | str | Path, *, run_dir: str | Path | None = None) -> dict[str, Any]:
     """Train a stream, or go on with it, as `residency fit --config CONFIG --run_dir RUN_DIR` does.
 
     Args:
-        config: Keys and values as in a config file, or the path of one.
+        config: Keys and values as in a config file, the path of one, or the name of a preset.
         run_dir: Folder of the run; runs/<name> by default.
 
     Returns:
@@ -77,7 +103,7 @@ def sweep(study: str | Path, *, study_dir: str | Path | None = None) -> StudyRun
     """Run what is missing of a study, as `residency sweep STUDY --study_dir STUDY_DIR` does.
 
     Args:
-        study: Path of a study file.
+        study: Path of a study file, or the name of a preset.
         study_dir: Folder of the study; studies/<name> by default.
 
     Returns:
@@ -130,30 +156,106 @@ def export(
     return found
 
 
+def predict(
+    run: str | Path,
+    *,
+    stage: int | None = None,
+    domain: str | None = None,
+    limit: int | None = None,
+    prompts: str | Path | None = None,
+) -> list[Mapping[str, str]]:
+    """Let a saved stage write, as `residency predict RUN` does.
+
+    Args:
+        run: Folder of the run.
+        stage: 0 = base, 1 ... T; the last one that is saved by default.
+        domain: Whose test rows, and whose template; the first one by default.
+        limit: How many rows; all by default.
+        prompts: File of prompts to use instead of the test rows.
+
+    Returns:
+        [{"row", "prompt", "completion", "written"}].
+
+    Raises:
+        UserError: What the user can mend.
+    """
+    from residency.runs.cli import ResidencyCLI
+    from residency.runs.saved_stage import predict_saved
+
+    folder = Path(run)
+    words = ["predict", "--config", str(folder / "config.yaml"), "--run_dir", str(folder)]
+    cli = ResidencyCLI(words, run=False)
+    return predict_saved(
+        module=cli.model,
+        data=cli.datamodule,
+        folder=cli.folder,
+        stage=stage,
+        seed=cli.settings.seed,
+        domain=domain,
+        limit=limit,
+        prompts=None if prompts is None else str(prompts),
+        device=cli.trainers.root_device,
+    )
+
+
+def list_runs(*folders: str | Path) -> list[RunSummary]:
+    """Every run in or below some folders, unfinished ones too, the newest last, as `residency ls` lists them.
+
+    Args:
+        folders: `runs` and `studies` by default.
+    """
+    return find_runs([Path(folder) for folder in folders or ("runs", "studies")])
+
+
+def compare(folders: Sequence[str | Path], *, scorer: str = "nll") -> pl.DataFrame:
+    """One row per run below these folders, with the figures of one scorer; null where a run is not finished."""
+    rows = [
+        {
+            "path": str(run.path),
+            "status": run.status,
+            "stages": run.stages,
+            "adapter": run.adapter,
+            "mitigations": "+".join(run.mitigations),
+            "seed": run.seed,
+            **{metric: run.figure(scorer, metric) for metric in ("average", "learning", "bwt", "forgetting")},
+        }
+        for run in list_runs(*folders)
+    ]
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
 def load_run(path: str | Path) -> Run:
-    """Read a finished run.
+    """Read a run, finished or as far as it is.
 
     Args:
         path: Its folder.
 
     Raises:
-        UserError: There is no finished run.
+        UserError: There is no run.
     """
     folder = RunFolder(Path(path))
-    record = folder.results()
-    if record is None:
-        raise UserError(
-            f"{path} holds no finished run",
-            why="results.json is written when a run is complete, and it is not there",
-            fix="check the path, or finish the run with the command that began it",
-        )
+    record = folder.results() or _partial_record(Path(path))
     names = ["base", *record["domains"]]
+    files = [folder.stage(k, name) / "scores.parquet" for k, name in enumerate(names)]
     frames = [
-        _scores(folder.stage(k, name) / "scores.parquet").insert_column(0, pl.lit(k).alias("stage"))
-        for k, name in enumerate(names)
+        _scores(file).insert_column(0, pl.lit(k).alias("stage"))
+        for k, file in enumerate(files)
+        if (file.parent / "stage.json").is_file()
     ]
     history = pl.DataFrame(folder.history(), infer_schema_length=None)
-    return Run(path=Path(path), record=record, history=history, scores=pl.concat(frames))
+    return Run(path=Path(path), record=record, history=history, scores=pl.concat(frames) if frames else pl.DataFrame())
+
+
+def _partial_record(path: Path) -> dict[str, Any]:
+    run = read_run(path)
+    return {
+        "cell": path.name,
+        "status": run.status,
+        "seed": run.seed,
+        "domains": list(run.domains),
+        "scores": run.scores,
+        "summary": {},
+    }
 
 
 def _scores(path: Path) -> pl.DataFrame:

@@ -1,8 +1,7 @@
-"""`residency sweep`: plan, make what is missing, compare."""
+"""A study, carried out: plan, make what is missing, compare."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from rich.markup import escape
 
 from residency.core.errors import EXIT_DONE, UserError
 from residency.core.markers import FolderKind, check_place, claim
+from residency.core.presets import named_file
 from residency.core.tensor_files import read_json
 from residency.core.yaml_files import read_yaml
 from residency.runs.store.store import STORE
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from residency.study.runner import StudyRunner
     from residency.study.views.events import Watcher
 
-__all__ = ["STUDY", "sweep", "sweep_command"]
+__all__ = ["STUDY", "sweep"]
 
 
 def _made_before_markers(path: Path) -> bool:
@@ -50,53 +50,6 @@ def _made_before_markers(path: Path) -> bool:
 
 
 STUDY = FolderKind(name="study", option="--study_dir", proof=_made_before_markers)
-
-
-def sweep_command(words: list[str]) -> int:
-    """Carry the command out.
-
-    Args:
-        words: What follows `residency sweep`.
-    """
-    parser = argparse.ArgumentParser(
-        prog="residency sweep",
-        description="Run every combination of a study's axes, then compare them. Stages that cells have in common are "
-        "trained once; what is in the store is not trained again; a stopped study goes on with the same command.",
-    )
-    parser.add_argument("study", type=Path, help="study file, for example configs/studies/quickstart.yaml")
-    parser.add_argument("--study_dir", type=Path, help="folder of the study; default studies/<name>")
-    parser.add_argument("--store", type=Path, help="folder of the stages; studies may share it; default STUDY/store")
-    parser.add_argument("--dry-run", action="store_true", help="only check everything and show the plan")
-    parser.add_argument(
-        "--measure", action="store_true", help="with --dry-run: try a few steps, to estimate time and disk"
-    )
-    parser.add_argument("--workers", type=int, help="stages at once; default one per GPU, or per core, or per run")
-    parser.add_argument("--threads", type=int, help="threads of each; default what a short measurement finds best")
-    parser.add_argument(
-        "--executor", choices=("local", "ray"), help="where stages run; default what the study says, else this machine"
-    )
-    parser.add_argument("--emit-wandb", type=Path, metavar="FILE", help="only write a W&B sweep file of the study")
-    parser.add_argument("--overwrite", action="store_true", help="use a folder, or a FILE, that holds something else")
-    options = parser.parse_args(words)
-    for name in ("workers", "threads"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            raise UserError(
-                f"--{name}={given}",
-                why="at least one is needed to run anything",
-                fix=f"give a positive number, or leave --{name} out",
-            )
-    return sweep(
-        options.study,
-        study_dir=options.study_dir,
-        store=options.store,
-        dry_run=options.dry_run or options.measure,
-        measure=options.measure,
-        workers=options.workers,
-        threads=options.threads,
-        where=options.executor,
-        emit_wandb=options.emit_wandb,
-        overwrite=options.overwrite,
-    )
 
 
 def sweep(
@@ -147,7 +100,8 @@ def sweep(
     place = (store or (Path(study.store) if study.store else folder / "store")).resolve()
     kind = where or study.executor
     if emit_wandb is not None:
-        return _emit(study, path, emit_wandb, place, console, overwrite=overwrite)
+        source = named_file(str(path), kinds=("study",), what="the study")
+        return _emit(study, source, emit_wandb, place, console, overwrite=overwrite)
     check_place(place, STORE)
     cores = _cores(study, folder, kind, workers, threads)
     _set_threads(cores.threads)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from residency import adapters, backbones, domains, inspection, mitigations, objectives
+from residency.core.presets import component_kind, list_presets
 from residency.domains import packaged
 
-__all__ = ["class_names"]
+__all__ = ["class_names", "part_names"]
 
 _PARTS: dict[str, type] = {
     "model.backbone": backbones.Backbone,
@@ -26,3 +27,10 @@ def class_names() -> dict[str, list[str]]:
         key: [part.__name__ for part in classes if issubclass(part, base) and part is not base]
         for key, base in _PARTS.items()
     }
+
+
+def part_names() -> dict[str, list[str]]:
+    """What may be written for a key: names of classes and of presets, by the start of the keys that take them."""
+    kinds = {key: component_kind(key) or component_kind(f"{key}.x") for key in _PARTS}
+    presets = {key: [] if kind is None else [p.name for p in list_presets(kind)] for key, kind in kinds.items()}
+    return {key: [*names, *presets[key]] for key, names in class_names().items()}

@@ -101,8 +101,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _nearest(word: str, names: Sequence[str], *, cutoff: float = 0.6) -> str | None:
-    """The name that was probably meant; upper and lower case do not count."""
-    known = {name.lower(): name for name in names}
+    """The name that was probably meant; upper and lower case count least."""
+    # Of a class and a preset of one name, the one that is spelt as the word is: EWC, ewc.
+    known = {name.lower(): name for name in sorted(names, key=lambda name: name.islower() == word.islower())}
     found = get_close_matches(word.lower(), known, 1, cutoff)
     return known[found[0]] if found else None
 

@@ -18,7 +18,15 @@ from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings
 from residency.runs.views.wandb_view import WandbSettings
 
-__all__ = ["add_export_options", "add_run_options", "run_folder", "run_settings", "wandb_settings"]
+__all__ = [
+    "add_export_options",
+    "add_predict_options",
+    "add_run_options",
+    "add_stage_option",
+    "run_folder",
+    "run_settings",
+    "wandb_settings",
+]
 
 Option = Callable[[str], Any]
 
@@ -65,6 +73,23 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     )
     parser.add_class_arguments(EvaluationSettings, "evaluation")
     parser.add_class_arguments(WandbSettings, "wandb")
+
+
+def add_stage_option(parser: LightningArgumentParser) -> None:
+    """Add what every verb of a saved stage takes."""
+    parser.add_argument(
+        "--stage", type=int | None, default=None, help="Which saved stage: 0 = base, 1, 2, ...; default the last."
+    )
+
+
+def add_predict_options(parser: LightningArgumentParser) -> None:
+    """Add what `predict` takes beside the stage."""
+    parser.add_argument("--domain", type=str | None, default=None, help="Which domain; default the first.")
+    parser.add_argument("--limit", type=int | None, default=8, help="How many rows; null = all.")
+    parser.add_argument(
+        "--prompts", type=str | None, default=None, help="File of your own prompts, one JSON object or text per line."
+    )
+    parser.add_argument("--output", type=str | None, default=None, help="JSON Lines file to write.")
 
 
 def add_export_options(parser: LightningArgumentParser) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.core.errors import UserError
+from residency.core.presets import component_kind, find_preset
 from residency.core.yaml_files import YamlRefused, parse_yaml, read_yaml
 
 __all__ = ["ConfigEntry", "check_configs", "pairs", "written"]
@@ -89,8 +90,7 @@ def _flat(value: Any, key: str, place: str, folder: Path, within: tuple[Path, ..
     if isinstance(value, dict):
         for name, part in value.items():
             yield from _flat(part, f"{key}.{name}" if key else str(name), place, folder, within)
-    elif isinstance(value, str) and value.endswith((".yaml", ".yml")) and _is_file(folder / value):
-        preset = folder / value
+    elif isinstance(value, str) and (preset := _preset(value, key, folder)) is not None:
         if (real := preset.resolve()) in within:
             raise UserError(
                 f"{preset} names itself: {' -> '.join(file.name for file in (*within, real))}",
@@ -108,3 +108,11 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def _preset(value: str, key: str, folder: Path) -> Path | None:
+    """The file that stands in the place of a value: by its path, or by the name of a preset."""
+    if value.endswith((".yaml", ".yml")) and _is_file(folder / value):
+        return folder / value
+    kind = component_kind(key)
+    return None if kind is None else find_preset(kind, value)

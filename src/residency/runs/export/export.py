@@ -18,6 +18,7 @@ from residency.core.folders import replace_folder
 from residency.core.tensor_files import write_json
 from residency.core.types import untyped
 from residency.engine.scoring.evaluation import evaluate, means
+from residency.runs.export.hub_base import HubModel, hub_model, name_base
 from residency.runs.export.model_card import model_card
 from residency.runs.folder import RunFolder
 from residency.runs.saved_stage import load_stage
@@ -86,9 +87,12 @@ def export_saved(
             tax = difference(again, scores)
         with quiet_transformers():
             module.adapter.export(module.model.cpu(), temporary)
+        base = _hub(module.backbone)
+        name_base(temporary, base)
         module.backbone.tokenizer.save_pretrained(temporary)
         facts = {
             **_origin(data, settings, module.backbone, stage=chosen),
+            "hub": None if base is None else {"id": base.id, "commit": base.commit},
             "adapter": kind,
             "format": written_format(temporary),
             "merged": merge,
@@ -173,6 +177,11 @@ def written_format(folder: Path) -> Literal["peft", "transformers", "residency"]
     if (folder / "adapter_config.json").is_file():
         return "peft"
     return "transformers" if (folder / "config.json").is_file() else "residency"
+
+
+def _hub(backbone: Backbone) -> HubModel | None:
+    folder = getattr(backbone, "folder", None)
+    return None if folder is None else hub_model(Path(folder))
 
 
 def _backbone(backbone: Backbone) -> dict[str, str]:

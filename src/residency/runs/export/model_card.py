@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from residency.core.text import printable
 
@@ -15,6 +15,9 @@ __all__ = ["model_card", "text"]
 
 # Licences that a hub knows by these names; everything else is "other", and is spelled out below.
 _HUB_LICENCES = frozenset({"apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0"})
+
+# What a packaged model was made from; its weights are a copy, as the card says.
+_BASES = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 _TOLD = "These scores were taken with the name of each domain known, which decided which part of the adapter answered."
 
@@ -77,14 +80,33 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    licence = str(facts["backbone"]["licence"]).lower()
-    head = {
-        "license": licence if licence in _HUB_LICENCES else "other",
-        "library_name": {"peft": "peft", "transformers": "transformers"}.get(facts["format"], "residency"),
-        "pipeline_tag": "text-generation",
-        "tags": ["residency", "continual-learning"],
-    }
-    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
+    licence, hub = str(facts["backbone"]["licence"]).lower(), facts.get("hub") or {}
+    data = ModelCardData(
+        base_model=hub.get("id") or _BASES.get(str(facts["backbone"]["name"])),
+        eval_results=_results(facts),
+        library_name={"peft": "peft", "transformers": "transformers"}.get(facts["format"], "residency"),
+        license=licence if licence in _HUB_LICENCES else "other",
+        model_name=f"{printable(facts['name'])} stage {facts['stage']}",
+        pipeline_tag="text-generation",
+        tags=["residency", "continual-learning", *(["adapter"] if facts["format"] == "peft" else [])],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _results(facts: Mapping[str, Any]) -> list[EvalResult]:
+    """Every mean of this stage, as hubs read results."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^A-Za-z0-9_-]+", "_", column)[:60].strip("_") or "domain",
+            dataset_name=printable(column),
+            dataset_split=str(facts["split"]),
+            metric_type=scorer,
+            metric_value=value,
+        )
+        for scorer, row in facts["scores"].items()
+        for column, value in row.items()
+    ]
 
 
 def _scores(facts: Mapping[str, Any]) -> list[str]:

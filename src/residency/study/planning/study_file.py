@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from residency.core.errors import UserError
+from residency.core.presets import component_kind, find_preset, named_file
 from residency.core.yaml_files import read_yaml
 from residency.study.planning.search_space import Search, check_search, make_search
 
@@ -37,8 +38,8 @@ class Study:
 
     Args:
         name: Its folder is studies/<name>.
-        base: Config of a run, relative to the study file.
-        axes: {axis: {value: {dotted key: preset file or literal}}}. A preset file is relative to the study file;
+        base: Config of a run: the name of a preset, or a file relative to the study file.
+        axes: {axis: {value: {dotted key: preset or literal}}}. A preset is a name or a file beside the study;
             `{}` changes nothing.
         exclude: Combinations that are left out, each as {axis: value, or list of values}.
         seeds: One run per combination, order and seed.
@@ -87,6 +88,7 @@ def load_study(path: Path) -> Study:
     from residency.runs.config.explain import ParseFailure, explain
     from residency.runs.config.parser import ResidencyParser
 
+    path = named_file(str(path), kinds=("study",), what="the study")
     content = read_yaml(path, what="the study")
     _check_keys(content, path)
     parser = ResidencyParser()
@@ -101,7 +103,8 @@ def load_study(path: Path) -> Study:
         _name(axis, path): {_name(value, path): _absolute(keys, folder, path) for value, keys in values.items()}
         for axis, values in (content.get("axes") or {}).items()
     }
-    own: dict[str, Any] = {"axes": axes, "base": str(folder / parsed.base), "budget": _budget(parsed.budget, path)}
+    base = find_preset("config", parsed.base) or folder / parsed.base
+    own: dict[str, Any] = {"axes": axes, "base": str(base), "budget": _budget(parsed.budget, path)}
     if parsed.search is not None:
         own["search"] = make_search(
             parsed.search,
@@ -109,7 +112,7 @@ def load_study(path: Path) -> Study:
             absolute=lambda value: _absolute({"search": value}, folder, path)["search"],
         )
     if parsed.per_domain is not None:
-        own["per_domain"] = _absolute({"per_domain": parsed.per_domain}, folder, path)["per_domain"]
+        own["per_domain"] = _absolute({"model.adapter": parsed.per_domain}, folder, path)["model.adapter"]
     study = Study(**{**vars(parsed), **own})
     _check(study, path)
     return study
@@ -144,10 +147,13 @@ def _name(key: Any, path: Path) -> str:
 
 
 def _absolute(keys: Mapping[str, Any] | None, folder: Path, path: Path) -> dict[str, Any]:
-    """Overrides with absolute paths of their preset files."""
+    """Overrides with absolute paths of their preset files, which may be given by name."""
     found = {}
     for key, value in (keys or {}).items():
-        if isinstance(value, str) and value.endswith(_PRESET):
+        kind = component_kind(str(key))
+        if isinstance(value, str) and kind is not None and (preset := find_preset(kind, value)) is not None:
+            value = str(preset)
+        elif isinstance(value, str) and value.endswith(_PRESET):
             if not (folder / value).is_file():
                 raise UserError(
                     f"{path}: {key}: {value}, and there is no file {folder / value}",

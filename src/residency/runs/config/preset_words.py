@@ -1,0 +1,164 @@
+"""Presets on a command line: names become files, files of named parts become their content.
+
+    --config quickstart                          -> --config=.../configs/quickstart.yaml
+    --model.adapter lora                         -> --model.adapter=.../configs/adapter/lora.yaml
+    --model.mitigations.replay replay            -> --model.mitigations.replay={"class_path": ...}
+    --model.adapter lora --model.adapter.r 16    -> ... --model.adapter.config.r=16
+
+jsonargparse reads files for plain arguments but not for entries of a dict; and an argument of PEFT's config lies one
+level below the adapter that holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from residency.core.errors import UserError
+from residency.core.presets import CONFIGS, component_kind, find_preset, named_file
+from residency.core.yaml_files import YamlRefused, parse_yaml, read_yaml
+
+__all__ = ["CONFIG_OPTIONS", "expand_presets", "insert_presets"]
+
+CONFIG_OPTIONS = ("--config", "-c")
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+_SCORERS = re.compile(r"--data\.(domains|probes)\.[^=]+\.scorers\+?")
+_ENTRIES = ("mitigation", "domain", "inspection")  # kinds whose keys are entries of a dict
+_INNER = "config"  # the argument of an adapter that holds a config of PEFT
+
+
+def expand_presets(words: Sequence[str]) -> list[str]:
+    """A command line without names of presets.
+
+    Raises:
+        UserError: There is no preset of that name; or a file is missing, is not YAML or holds no component.
+    """
+    expanded: list[str] = []
+    inner: dict[str, set[str]] = {}  # key of a component -> arguments of its inner config
+    for word in _joined(words):
+        option, equals, value = word.partition("=")
+        key = option.lstrip("-")
+        if option in CONFIG_OPTIONS and equals and not value.lstrip().startswith("{"):
+            path = named_file(value, kinds=CONFIGS, what="the config")
+            inner |= _inner_of_config(path)
+            expanded.append(f"{option}={path}")
+        elif equals and (kind := component_kind(key)) is not None:
+            content = _component(key, kind, value)
+            inner[key] = _inner_arguments(content)
+            expanded.append(
+                f"{option}={json.dumps(content)}" if content and kind in _ENTRIES else _plain(option, kind, value)
+            )
+        elif _SCORERS.fullmatch(option) and value.startswith("["):
+            expanded.append(f"{option}={json.dumps([_scorer(one, key) for one in _list(value, key)])}")
+        else:
+            expanded.append(_below(word, inner))
+    return expanded
+
+
+def _plain(option: str, kind: str, value: str) -> str:
+    """A plain component as jsonargparse takes it: a file, or what was written."""
+    return f"{option}={find_preset(kind, value) or value}"
+
+
+def insert_presets(config: Any, *, folder: Path, prefix: str = "") -> Any:
+    """A config in which every name of a preset, and every file of a named part, is replaced by its content.
+
+    Args:
+        config: As read from YAML.
+        folder: Of the config; files are relative to it.
+        prefix: Key of `config`, for the recursion.
+    """
+    if isinstance(config, Mapping):
+        return {
+            name: insert_presets(value, folder=folder, prefix=f"{prefix}.{name}" if prefix else str(name))
+            for name, value in config.items()
+        }
+    kind = component_kind(prefix)
+    if not isinstance(config, str) or kind is None:
+        return config
+    found = find_preset(kind, config)
+    if found is None and kind in _ENTRIES and config.endswith(_SUFFIXES):
+        found = folder / config
+    return config if found is None else _checked(found, prefix, config)
+
+
+def _list(text: str, key: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except YamlRefused as error:
+        raise UserError(f"--{key}={text}", why=f"it is no list: {error}", fix="write it as [a, b]") from error
+
+
+def _scorer(given: Any, key: str) -> Any:
+    """One entry of a list of scorers: the content of a preset file, anything else as it is."""
+    is_file = isinstance(given, str) and given.endswith(_SUFFIXES)
+    return read_yaml(Path(given), what=key) if is_file else given
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """`--key value` of a component or a config as `--key=value`."""
+    joined: list[str] = []
+    for word in words:
+        waiting = joined[-1] if joined else ""
+        takes = waiting in CONFIG_OPTIONS or (waiting.startswith("--") and "=" not in waiting)
+        if takes and not word.startswith("-") and (waiting in CONFIG_OPTIONS or _about_component(waiting)):
+            joined[-1] = f"{waiting}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _about_component(option: str) -> bool:
+    """Whether an option chooses a component, or is an argument of the adapter."""
+    key = option.lstrip("-")
+    return component_kind(key) is not None or (key.startswith("model.adapter.") and not key.endswith(".help"))
+
+
+def _component(key: str, kind: str, value: str) -> Mapping[str, Any] | None:
+    """What a preset or a file holds; `None` where a class or anything else is given."""
+    found = find_preset(kind, value)
+    if found is None and value.endswith(_SUFFIXES):
+        found = Path(value)
+        if kind not in _ENTRIES and not found.is_file():
+            return None  # refused where all plain arguments are
+    return None if found is None else _checked(found, key, f"--{key}={value}")
+
+
+def _checked(path: Path, key: str, written: str) -> Mapping[str, Any]:
+    content = read_yaml(path, what=key)
+    if not (isinstance(content, dict) and "class_path" in content):
+        raise UserError(
+            f"{written}: the file has no class_path",
+            why="a preset is one component: class_path and init_args",
+            fix=f"start from a preset (`residency presets {component_kind(key)}`)",
+        )
+    return content
+
+
+def _inner_of_config(path: Path) -> dict[str, set[str]]:
+    """{key: arguments of the inner config} of the adapter of a config file."""
+    content = read_yaml(path, what="the config")
+    adapter = (content.get("model") or {}).get("adapter") if isinstance(content, dict) else None
+    if isinstance(adapter, str):
+        named = find_preset("adapter", adapter) or path.parent / adapter
+        adapter = read_yaml(named, what="model.adapter") if named.is_file() else None
+    return {"model.adapter": _inner_arguments(adapter)} if isinstance(adapter, Mapping) else {}
+
+
+def _inner_arguments(component: Mapping[str, Any] | None) -> set[str]:
+    arguments = (component or {}).get("init_args") or {}
+    inner = arguments.get(_INNER)
+    return {*(inner.get("init_args") or {})} - {*arguments} if isinstance(inner, Mapping) else set()
+
+
+def _below(word: str, inner: Mapping[str, set[str]]) -> str:
+    """`--model.adapter.r=16` with its place inside the adapter's config."""
+    for key, arguments in inner.items():
+        start = f"--{key}."
+        if word.startswith(start) and word.removeprefix(start).partition("=")[0].partition(".")[0] in arguments:
+            return f"{start}{_INNER}.{word.removeprefix(start)}"
+    return word

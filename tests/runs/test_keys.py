@@ -38,7 +38,7 @@ def lineage(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def keys(overrides: tuple[str, ...]) -> RunKeys:
         cli = parse(["fit", "--config", str(config), f"--store={folder / 'store'}", *overrides])
         parts: dict[str, Any] = {"module": cli.model, "data": cli.datamodule, "trainers": cli.trainers}
-        return open_stage_cache(**parts, settings=cli.settings, config=cli.resolved).lineage
+        return open_stage_cache(**parts, settings=cli.settings, config=cli.resolved).keys
 
     def call(overrides: Mapping[str, Any] | None = None, *words: str) -> RunKeys:
         import json

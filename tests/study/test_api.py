@@ -56,7 +56,7 @@ def test_run(run: Path) -> None:
     found = residency.load_run(run)
     assert found.history.select("stage", "step").rows() == [(k, n) for k in (1, 2) for n in (1, 2, 3)]
     assert {"loss", "loss/task", "lr", "tokens"} <= set(found.history.columns)
-    assert found.scores.columns == ["stage", "column", "row", "scorer", "value", "tokens"]
+    assert found.scores.columns == ["stage", "column", "row", "scorer", "value", "tokens", "weight"]
     nll = found.scores.filter(pl.col("scorer") == "nll")
     means = nll.group_by("stage", "column").agg((pl.col("value") * pl.col("tokens")).sum() / pl.col("tokens").sum())
     matrix = {(stage, column): value for stage, column, value in means.rows()}
@@ -65,7 +65,7 @@ def test_run(run: Path) -> None:
 
 
 def test_folders_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(residency.UserError, match="no finished run"):
+    with pytest.raises(residency.UserError, match="holds no run"):
         residency.load_run(tmp_path)
     with pytest.raises(residency.UserError, match=r"plan\.json"):
         residency.load_study(tmp_path)

@@ -121,9 +121,8 @@ def sweep(
     early = executor is None and kind == "local" and not (folder / "plan.json").exists()
     with _only_sweep(folder, overwrite=overwrite), _started(make, folder / "logs", early=early) as start:
         keep_cores(folder, cores)
-        views = watchers if watchers is not None else [_view(path, study_dir, console)]
         made = runner()
-        code = made.sweep(start, views)
+        code = made.sweep(start, watchers if watchers is not None else [_view(path, study_dir, console)])
         if made.finished is not None:
             keep_finished(path, folder, **made.finished, store=str(place), threads=cores.threads)
         return code

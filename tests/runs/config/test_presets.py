@@ -36,7 +36,7 @@ def _in(*folders: str) -> list[Path]:
 
 
 PRESETS, OVERLAYS, STUDIES, RUNS = _in(*KEYS), _in("backbone", "stream", "trainer"), _in("studies"), _in("")
-SCORERS = _in("scorer")
+SCORERS, LOGGERS = _in("scorer"), _in("logger")
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def _parts(given: Any, resolved: Any) -> list[tuple[str, set[str], set[str]]]:
 def test_every_file_is_visited() -> None:
     on_disk = sum(len(files) for _, _, files in os.walk(ROOT / "configs"))
     assert len(FILES) == on_disk >= 16
-    assert sorted([*PRESETS, *SCORERS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
+    assert sorted([*PRESETS, *SCORERS, *LOGGERS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
     assert {path.suffix for path in FILES} == {".yaml"}
 
 
@@ -162,6 +162,13 @@ def _part_of(given: Any, resolved: Any) -> bool:
     if isinstance(given, dict):
         return all(_part_of(value, resolved[key]) for key, value in given.items())
     return bool(given == resolved)
+
+
+@pytest.mark.parametrize("path", LOGGERS, ids=str)
+def test_a_logger_is_lightnings_own_with_its_arguments(path: Path) -> None:
+    found = printed_config("fit", "--config", QUICKSTART, "--trainer.logger", path)["trainer"]["logger"]
+    assert found == {"class_path": _read(path)["class_path"], "init_args": found["init_args"]}
+    assert _read(path)["init_args"].items() <= found["init_args"].items()
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=str)

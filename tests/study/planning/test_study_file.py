@@ -70,13 +70,13 @@ def test_literals_are_written_as_the_parser_reads_them(folder: Path) -> None:
 
 
 def test_numbers_are_names(folder: Path) -> None:
-    study = load(folder, axes={"rank": {8: {"r": 8}, 0.5: {}}}, baseline="8")
+    study = load(folder, axes={"rank": {"8": {"r": 8}, "0.5": {}}}, baseline="8")
     assert [cell.id for cell in plan_cells(study)] == ["8-s0", "0.5-s0"]
     assert [cell.axes for cell in plan_cells(study)] == [{"rank": "8"}, {"rank": "0.5"}]
 
 
-@pytest.mark.parametrize("name", [True, False, None])
-def test_words_that_yaml_takes_for_truth_values(name: object, folder: Path) -> None:
+@pytest.mark.parametrize("name", [True, False, None, 8, 0.5])
+def test_words_that_yaml_takes_for_something_else(name: object, folder: Path) -> None:
     refused(folder, "in quotes", axes={"replay": {name: {}}})
 
 
@@ -147,7 +147,6 @@ def test_the_name_is_one_folder(name: str, folder: Path) -> None:
             {"axes": {"x": {"a": {"model.adapter": "presets/three.yaml"}}}},
             ("model.adapter: presets/three.yaml", "no file"),
         ),
-        ({"scorer": "bleu"}, ("bleu", "rougeL")),
     ],
 )
 def test_mistakes(content: dict[str, Any], parts: tuple[str, ...], folder: Path) -> None:

@@ -54,7 +54,7 @@ def run_task(spec: Mapping[str, Any]) -> int:
 
 
 def note(path: Path) -> dict[str, Any]:
-    """What a chore has left behind, as soon as it is there."""
+    """What a task has left behind, as soon as it is there."""
     deadline = time.monotonic() + 20
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)

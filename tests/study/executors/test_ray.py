@@ -23,13 +23,13 @@ def executor(cluster: Any, tmp_path: Path) -> Iterator[RayExecutor]:
     """Connected to the cluster, whose second node is there."""
     if not cluster.worker_nodes:
         cluster.add_node(num_cpus=1, include_dashboard=False)
-    found = RayExecutor(threads=1, logs=tmp_path / "logs", address=cluster.address, call="chores.run_task")
+    found = RayExecutor(threads=1, logs=tmp_path / "logs", address=cluster.address, call="support.executor_tasks.run_task")
     yield found
     found.close()
 
 
 def task(folder: Path, name: str, **spec: Any) -> Task:
-    """A chore that leaves a note under its name."""
+    """A task that leaves a note under its name."""
     spec = {"note": str(folder / name), "status": str(folder / f"{name}.json"), "name": name, **spec}
     return Task(id=name, spec=spec)
 

@@ -71,7 +71,7 @@ def sweep(
     """Run a study.
 
     Args:
-        path: Study file.
+        path: Study file, or the name of a preset.
         study_dir: Its folder; studies/<name> by default.
         store: Folder of the stages; what the study says, or `store` in its folder, by default.
         dry_run: Stop after the plan.
@@ -93,14 +93,14 @@ def sweep(
         UserError: The study, a preset or a resolved cell is wrong; nothing has run then.
     """
     console = console or Console()
-    if executor is None and not (dry_run or emit_wandb) and _show_again(path, study_dir, store, threads, console):
+    source = named_file(str(path), kinds=("study",), what="the study")
+    if executor is None and not (dry_run or emit_wandb) and _show_again(source, study_dir, store, threads, console):
         return EXIT_DONE
-    study = load_study(path)
+    study = load_study(source)
     folder = (study_dir or Path("studies") / study.name).resolve()
     place = (store or (Path(study.store) if study.store else folder / "store")).resolve()
     kind = where or study.executor
     if emit_wandb is not None:
-        source = named_file(str(path), kinds=("study",), what="the study")
         return _emit(study, source, emit_wandb, place, console, overwrite=overwrite)
     check_place(place, STORE)
     cores = _cores(study, folder, kind, workers, threads)
@@ -124,7 +124,7 @@ def sweep(
         made = runner()
         code = made.sweep(start, watchers if watchers is not None else [_view(path, study_dir, console)])
         if made.finished is not None:
-            keep_finished(path, folder, **made.finished, store=str(place), threads=cores.threads)
+            keep_finished(source, folder, **made.finished, store=str(place), threads=cores.threads)
         return code
 
 

@@ -157,6 +157,17 @@ def test_data_that_cannot_be_scored_is_refused(change: dict[Split, Any], options
         Given(rows=some_rows() | change, **options).rows("train")
 
 
+def test_rows_that_are_refused_can_be_looked_at_and_stay_refused() -> None:
+    leak = {"test": [row("x", prompt="prompt t1"), row("y")]}
+    domain = Given(rows=some_rows() | leak, max_test=1)
+    assert [r.id for r in domain.rows("test", checked=False)] == ["x"], "after the limit"
+    assert {**domain.given} == {"train": 5, "validation": 1, "test": 2}
+    for _ in range(2):
+        with pytest.raises(UserError, match="share their prompt"):
+            domain.rows("test")
+    assert domain.reads == 1
+
+
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(UserError, match="max_test = -1"):
         Given(rows=some_rows(), max_test=-1)

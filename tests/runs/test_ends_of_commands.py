@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support.cli import call, tiny_config, write_yaml
+from support.cli import Result, call, tiny_config, write_yaml
 from support.tiny_models import write_domain
 
 
@@ -35,24 +36,32 @@ def test_a_path_that_cannot_be_is_told(path: str, llama: Path, tmp_path: Path) -
 
 
 def test_no_text_of_data_reaches_the_terminal_raw(llama: Path, tmp_path: Path) -> None:
-    attack = "\x1b[2J\x1b]0;owned\x07"
+    # What a reader refuses (C0: rests of binary files) and what it accepts: C1 also begins escape sequences.
+    refused, accepted = "\x1b[2J\x1b]0;owned\x07", "\x9b2J\x9d0;owned\x9c\u202e\x85\x7f"
     config = tiny_config(tmp_path / "data", llama)
     config["data"]["domains"] = {"a": write_domain(tmp_path / "data", "a")}
     config["trainer"]["max_steps"] = 1
     rows = Path(config["data"]["domains"]["a"]["init_args"]["test"])
-    lines = [json.loads(text) for text in rows.read_text().splitlines()]
-    lines[0]["prompt"] = attack + lines[0]["prompt"]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompt, *others = [json.loads(text) for text in rows.read_text().splitlines()]
     file = write_yaml(tmp_path / "c.yaml", config)
-    assert call("fit", "--config", file, "--run_dir", tmp_path / "run").code == 0
-    predicted = call("predict", tmp_path / "run", "--limit=100")
-    assert predicted.code == 0, predicted.err
-    told = [predicted, call("fit", "--config", file, f"--run_dir={tmp_path}/{attack}", "--name=a/b")]
-    told += [call("report", f"{tmp_path}/{attack}"), call(attack), call("sweep", f"{tmp_path}/{attack}.yaml")]
+
+    def fit_with(attack: str) -> Result:
+        lines = [{**prompt, "prompt": attack + prompt["prompt"]}, *others]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return call("fit", "--config", file, "--run_dir", tmp_path / "run")
+
+    told = [fit_with(refused)]
+    assert told[0].code == 2
+    assert "control character U+001B" in told[0].err
+    told += [fit_with(accepted), call("predict", tmp_path / "run", "--limit=100")]
+    assert [result.code for result in told[1:]] == [0, 0], told[1].err
+    assert "\\x9b2J" in told[-1].out, "it is shown, not left out"
+    for attack in (refused, accepted):
+        told += [call("fit", "--config", file, f"--run_dir={tmp_path}/{attack}", "--name=a/b")]
+        told += [call("report", f"{tmp_path}/{attack}"), call(attack), call("sweep", f"{tmp_path}/{attack}.yaml")]
     for result in told:
-        assert "\x1b]0" not in result.out + result.err
-        assert "\x1b[2J" not in result.out + result.err
-        assert "\x07" not in result.out + result.err
+        assert not {*"\x07\x7f\x85\x9b\x9c\x9d\u202e"} & {*result.out, *result.err}
+        assert not re.search(r"\x1b\]0|\x1b\[2J", result.out + result.err)
 
 
 def test_a_reader_that_goes_away_ends_a_command(tmp_path: Path) -> None:

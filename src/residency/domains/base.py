@@ -96,7 +96,9 @@ class Domain(ABC):
         """How rows become tokens. Reads the rows where they decide: conversations go by the chat template."""
         wanted = self._template
         if wanted is None:
-            wanted = "chat" if any(row.messages for row in self.rows("train")[:1]) else "plain"
+            # Not the checked ones: the doctor looks at rows that a run refuses as the model would read them.
+            first = self.rows("train", checked=False)[:1]
+            wanted = "chat" if any(row.messages for row in first) else "plain"
         if wanted == "chat":
             wanted = Chat()
         return wanted if isinstance(wanted, Chat) else _filled(self.default_template, wanted)
@@ -115,13 +117,18 @@ class Domain(ABC):
         default = self.default_scorers or _SCORERS[self.kind]
         return scorers_by_name(default if self._asked is None else self._asked, where="scorers")
 
-    def rows(self, split: Split) -> tuple[Row, ...]:
+    def rows(self, split: Split, *, checked: bool = True) -> tuple[Row, ...]:
         """The rows of a split after its limit; read and checked once.
+
+        Args:
+            split: Which.
+            checked: If not, the rows as they were read, also where scores on them would mean nothing: for what looks
+                for the reasons.
 
         Raises:
             UserError: No row to train or to test on, an id twice in a split, or training rows that return in the test.
         """
-        return self._rows[split]
+        return (self._rows if checked else self._unchecked)[split]
 
     def labels(self) -> tuple[str, ...]:
         """The distinct completions of all splits, sorted; empty if the domain is generative."""
@@ -144,16 +151,20 @@ class Domain(ABC):
 
     def take_rows(self, given: Mapping[Split, Sequence[Sequence[Any]]]) -> None:
         """Use the rows that `give_rows` gave, instead of reading them again."""
-        self.__dict__["_rows"] = {split: tuple(map(_row_of, part)) for split, part in given.items()}
+        rows = {split: tuple(map(_row_of, part)) for split, part in given.items()}
+        self.__dict__.update(_unchecked=rows, _rows=rows)
 
     @cached_property
     def _rows(self) -> dict[Split, tuple[Row, ...]]:
+        _check(self, self._unchecked)
+        return self._unchecked
+
+    @cached_property
+    def _unchecked(self) -> dict[Split, tuple[Row, ...]]:
         read = self.read()
         splits: dict[Split, Sequence[Row]] = {split: read.get(split, ()) for split in get_args(Split)}
         self.given = {split: len(rows) for split, rows in splits.items()}
-        kept = {split: tuple(rows[: self.limits[split]]) for split, rows in splits.items()}
-        _check(self, kept)
-        return kept
+        return {split: tuple(rows[: self.limits[split]]) for split, rows in splits.items()}
 
 
 def _filled(default: Template, wanted: Template | Literal["plain"]) -> Template:

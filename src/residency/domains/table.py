@@ -93,7 +93,8 @@ class Table(Domain):
     @cached_property
     def kind(self) -> Kind:  # type: ignore[override]
         """`label` if the rows are labelled."""
-        return "label" if any(row.kind == "labelled" for row in self.rows("train")[:1]) else "generative"
+        first = self.rows("train", checked=False)[:1]
+        return "label" if any(row.kind == "labelled" for row in first) else "generative"
 
     def read(self) -> Mapping[Split, Sequence[Row]]:
         """Rows of the files, in hash order."""

@@ -82,10 +82,7 @@ def open_columns(
     columns, findings = [], []
     for name, domain in domains.items():
         try:
-            read: Mapping[Split, Sequence[Row]] = domain.read() if not strict else {}
-            splits: dict[Split, Sequence[Row]] = {}
-            for split in get_args(Split):
-                splits[split] = domain.rows(split) if strict else read.get(split, ())[: domain.limits[split]]
+            splits: dict[Split, Sequence[Row]] = {s: domain.rows(s, checked=strict) for s in get_args(Split)}
         except UserError as error:
             findings.append(
                 make_finding(
@@ -93,8 +90,7 @@ def open_columns(
                 )
             )
             continue
-        given = {split: len(rows) for split, rows in read.items()} or domain.given
-        columns.append(Column(name=name, domain=domain, splits=splits, given=given, probe=name in probes))
+        columns.append(Column(name=name, domain=domain, splits=splits, given=domain.given, probe=name in probes))
     return columns, findings
 
 

@@ -23,7 +23,8 @@ def executor(cluster: Any, tmp_path: Path) -> Iterator[RayExecutor]:
     """Connected to the cluster, whose second node is there."""
     if not cluster.worker_nodes:
         cluster.add_node(num_cpus=1, include_dashboard=False)
-    found = RayExecutor(threads=1, logs=tmp_path / "logs", address=cluster.address, call="support.executor_tasks.run_task")
+    call = "support.executor_tasks.run_task"
+    found = RayExecutor(threads=1, logs=tmp_path / "logs", address=cluster.address, call=call)
     yield found
     found.close()
 

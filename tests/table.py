@@ -34,6 +34,7 @@ from residency.backbones import Quantisation
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
+from residency.domains.table import Table
 from residency.mitigations import (
     AGEM,
     DARE,
@@ -418,5 +419,6 @@ SCORERS: dict[str, ScorerRow] = {
 
 READERS: dict[str, type[Domain]] = {
     "jsonl": Jsonl,
+    "table": Table,
     **{name: getattr(packaged, name) for name in packaged.__all__},
 }

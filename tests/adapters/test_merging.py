@@ -54,7 +54,7 @@ def test_the_same_logits_and_the_same_bits_afterwards(
     batch = make_batch(ROWS, layout="packed")
     wanted, before, names = backbone.logits(model, batch), bits(model), [*dict(model.named_parameters())]
     parameters = [id(p) for p in model.parameters()]
-    with adapter.scoring(model):
+    with adapter.folded_for_scoring(model):
         merged = backbone.logits(model, batch)
         changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
     torch.testing.assert_close(merged, wanted, atol=1e-5, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_what_must_not_be_folded(llama: Path, monkeypatch: pytest.MonkeyPatch) -
     before = bits(model)
 
     def untouched(adapter: Any, model: nn.Module) -> bool:
-        with adapter.scoring(model):
+        with adapter.folded_for_scoring(model):
             return all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
     assert untouched(adapter, model)
@@ -119,7 +119,7 @@ def test_what_must_not_be_folded(llama: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_error_inside_restores_too(llama: Path) -> None:
     adapter, model = attached(CausalLM(path=str(llama)))
     before = bits(model)
-    with pytest.raises(RuntimeError, match="out of memory"), torch.inference_mode(), adapter.scoring(model):
+    with pytest.raises(RuntimeError, match="out of memory"), torch.inference_mode(), adapter.folded_for_scoring(model):
         raise RuntimeError("out of memory")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     layer = next(m for m in model.modules() if hasattr(m, "merged_adapters"))

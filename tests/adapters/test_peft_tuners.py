@@ -18,6 +18,7 @@ from residency.adapters.peft_tools.tuners import _REFUSED, _REFUSED_INITS, _REFU
 from residency.backbones.layout import choose_layout
 from residency.core.errors import UserError
 from support.peft_configs import CONFIGS
+from support.same_run import assert_same_run
 from support.tiny_runs import Kill, in_child
 from support.tuned_models import EXAMPLES, attach, backbone, layer, learn, logits, merged_weight, weight
 
@@ -145,8 +146,6 @@ def test_a_target_that_is_not_there_is_told(llama: Path) -> None:
 @pytest.mark.parametrize("name", ["pissa", "qlora", "osf"])
 def test_a_killed_run_equals_the_uninterrupted_one(name: str, llama: Path, tmp_path: Path) -> None:
     """Where the frozen part is not the pretrained weight, a new process must find the same one again."""
-    from test_kill import assert_same_run
-
     kinds = {"a": "generative", "b": "label"}
     assert in_child(tmp_path / "whole", llama, name, [], kinds=kinds) == 0
     assert in_child(tmp_path / "killed", llama, name, [], Kill(stage=2, step=3), kinds=kinds) == -9

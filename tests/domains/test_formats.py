@@ -228,9 +228,9 @@ def test_columns_are_renamed_and_answers_split_into_rows(tmp_path: Path) -> None
     )
     assert sorted((row.prompt, row.completion) for row in renamed.rows("train")) == sorted(FIVE)
     (tmp_path / "b.jsonl").write_text(lines([{"messages": [*said("a", "b"), *said("c", "d")]}]), encoding="utf-8")
-    first, second = Table(
-        train=str(tmp_path / "b.jsonl"), test=str(tmp_path / "held-out.jsonl"), split_turns=True
-    )._rows["train"] or (None, None)
+    (tmp_path / "held-out.jsonl").write_text(lines([{"messages": said("e", "f")}]), encoding="utf-8")
+    split = Table(train=str(tmp_path / "b.jsonl"), test=str(tmp_path / "held-out.jsonl"), split_turns=True)
+    first, second = split.rows("train")
     assert {(first.completion, second.completion)} <= {("b", "d"), ("d", "b")}
     assert first.group == second.group
 

@@ -13,7 +13,7 @@ import pytest
 from residency.report.advice.advice import Advice, advise
 from residency.report.evidence.of_records import findings_of
 from residency.report.records.arms import arms_of
-from residency.report.records.records import read_material
+from residency.report.records.records import read_records
 from support.synthetic_studies import QUICKSTART, write_cell, write_study
 
 BASE = [[5.0, 5.0], [1.0, 5.0], [3.0, 1.0]]
@@ -21,7 +21,7 @@ BASE = [[5.0, 5.0], [1.0, 5.0], [3.0, 1.0]]
 
 def advice(folder: Path, **options: Any) -> Advice:
     """The summary of a study folder."""
-    material = read_material([folder], **options)
+    material = read_records([folder], **options)
     arms = arms_of(material)
     return advise(material, arms, findings_of(material, arms))
 

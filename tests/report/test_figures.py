@@ -11,7 +11,7 @@ import yaml
 
 from residency.report.charts.theme import Figure, config
 from residency.report.page.build import Report
-from residency.report.records.records import read_material
+from residency.report.records.records import read_records
 from support.synthetic_studies import QUICKSTART, write_cell
 
 STRENGTHS = (1, 10, 100)
@@ -40,7 +40,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figure]:
             record["inside"] = [{}, *({"weights": drift, "calibration": ece} for _ in range(3))]
             (place / "results.json").write_text(json.dumps(record))
     (folder / "plan.json").write_text(json.dumps({"study": {"name": "s"}, "cells": cells}))
-    return {figure.id: figure for figure in Report.of(read_material([folder])).figures}
+    return {figure.id: figure for figure in Report.of(read_records([folder])).figures}
 
 
 def rows(figure: Figure) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from residency.report.evidence.of_records import findings_of
 from residency.report.gate import Limit, judge
 from residency.report.page.build import Report, write_report
-from residency.report.records.records import read_material
+from residency.report.records.records import read_records
 from residency.report.tables.console import methods_table, spoken
 from support.synthetic_studies import QUICKSTART, write_study
 
@@ -32,7 +32,7 @@ SIDES = {"better": "shown to be better", "worse": "shown to be worse"}
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, str]:
     matrices, headline = STUDIES[request.param]
     folder = write_study(tmp_path_factory.mktemp("t") / "s", matrices, domains=("a", "b"), seeds=range(5))
-    return folder, Report.of(read_material([folder])), headline
+    return folder, Report.of(read_records([folder])), headline
 
 
 def test_headline_facts_tables_and_forest_say_the_same(study: tuple[Path, Report, str]) -> None:
@@ -62,7 +62,7 @@ def test_headline_facts_tables_and_forest_say_the_same(study: tuple[Path, Report
 
 def test_the_page_prints_these_words(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", STUDIES["one is better"][0], domains=("a", "b"), seeds=range(5))
-    report = Report.of(read_material([folder]))
+    report = Report.of(read_records([folder]))
     html = unescape(write_report(report, tmp_path / "out").read_text())
     assert f"<h1>{report.advice.headline}</h1>" in html
     assert f'class="evidence {report.advice.strength}"' in html
@@ -105,7 +105,7 @@ def test_the_first_screen_names_the_domains_of_a_task_score(tmp_path: Path) -> N
         for line in record["scores"]["accuracy"]["R"]:
             line[1] = None
         path.write_text(json.dumps(record))
-    report = Report.of(read_material([folder]))
+    report = Report.of(read_records([folder]))
     rows = {row["score"].split(",")[0]: row for row in report.frames.first.to_dicts()}
     assert rows["nll"]["domains"] == "medical, legal, code"
     assert rows["accuracy"]["domains"] == "medical, code"

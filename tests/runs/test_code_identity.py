@@ -163,12 +163,14 @@ def test_the_core_holds_every_module_that_decides_a_state_or_a_score(llama: Path
     module = cli.model
     parts = [module.backbone, module.adapter, module.objective, *module.mitigations.values()]
     parts += cli.datamodule.domains.values()
+    parts += [scorer for domain in cli.datamodule.domains.values() for scorer in domain.scorers.values()]
     answered = closure([type(part).__module__ for part in parts], followed=frozenset({"residency"}))
     # What watches, and what makes the objects of a config, which itself is part of every key.
     watching = (
         "residency.runs.views",
         "residency.inspection",
         "residency.runs.code_identity",
+        "residency.runs.source_modules",
         "residency.runs.cli",
     )
     watching += ("residency.runs.config.instantiate", "residency.core.errors")

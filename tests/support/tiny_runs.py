@@ -143,7 +143,7 @@ def _kill_at_write(kill: Kill) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         original(path, write)
 
-    for owner in ("residency.core.tensor_files", "residency.runs.folder"):
+    for owner in ("residency.core.tensor_files", "residency.runs.score_files"):
         import_module(owner).replace_file = replace_file  # type: ignore[attr-defined]
 
 

@@ -116,7 +116,7 @@ class SinkhornResidual(Adapter):
         self.structural_lr_ratio = structural_lr_ratio
         self.gate_lr_ratio = gate_lr_ratio
         self.provides, self.continues = _OWN & self.inner.provides, self.inner.continues
-        self.task_id_at_test, self.scorers = self.inner.task_id_at_test, self.inner.scorers
+        self.task_id_at_test, self.scorers = self.inner.task_id_at_test, dict(self.inner.scorers)
 
     # -- attaching ----------------------------------------------------------------------------------------------
 

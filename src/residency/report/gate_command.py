@@ -103,9 +103,9 @@ class _Found:
 def _read(folder: Path, scorer: str | None) -> _Found:
     from residency.report.evidence.samples import METRICS
     from residency.report.records.arms import arms_of
-    from residency.report.records.records import read_material
+    from residency.report.records.records import read_records
 
-    records = read_material([folder], scorer=scorer)
+    records = read_records([folder], scorer=scorer)
     arms = arms_of(records)
     done = [entry for entry in records.done if entry.reference is None]
     if not done:

@@ -40,7 +40,7 @@ def compare(
         `None` if a view was not made.
     """
     from residency.report.page.build import Report, write_report
-    from residency.report.records.records import read_material
+    from residency.report.records.records import read_records
     from residency.report.tables.console import spoken
     from residency.runs.views.heatmap import comparison, save
 
@@ -48,7 +48,7 @@ def compare(
     baseline = study.baseline or next(iter(next(iter(study.axes.values()), {"none": {}})))
     if not finished:
         return None
-    report = Report.of(read_material([folder], scorer=study.scorer, baseline=study.baseline))
+    report = Report.of(read_records([folder], scorer=study.scorer, baseline=study.baseline))
     told = {"methods": report.frames.methods.to_dicts(), "said": spoken(report.advice)}
     show_tables(records, scorer=study.scorer, told=told, console=console)
     # A view that cannot be drawn or written must not look like a study that failed.

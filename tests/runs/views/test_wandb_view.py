@@ -18,7 +18,7 @@ from wandb.proto import wandb_internal_pb2
 from residency.core.errors import UserError
 from residency.report.page.build import Report
 from residency.report.page.wandb_report import track_report
-from residency.report.records.records import read_material
+from residency.report.records.records import read_records
 from residency.runs.views.flat_config import flat_config
 from residency.runs.views.wandb_view import WandbSettings, WandbView
 from support.synthetic_studies import write_study
@@ -232,23 +232,23 @@ def test_names_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_study_is_one_run_of_its_group(tmp_path: Path) -> None:
-    report = Report.of(read_material([write_study(tmp_path / "quick", rows=0)]))
+    report = Report.of(read_records([write_study(tmp_path / "quick", rows=0, seeds=range(5))]))
     page = tmp_path / "out" / "index.html"
     page.parent.mkdir()
     page.write_text("<p>what to take, and why</p>")
-    track_report(page, report.material, report.advice, report.frames.items(), project="study")
+    track_report(page, report.records, report.advice, report.frames.items(), project="study")
     (found,) = runs(tmp_path / "out")
     run = found.run
     assert (run.project, run.run_group, run.job_type, run.display_name) == ("study", "quick", "report", "quick report")
-    assert found.config == {"scorer": "nll", "subject": "mitigation", "baseline": "none", "cells": 4}
-    tables = {"methods", "comparisons", "scores", "domains", "costs", "cells"}
+    assert found.config == {"scorer": "nll", "subject": "mitigation", "baseline": "none", "cells": 20}
+    tables = {"first", "methods", "comparisons", "scores", "domains", "costs", "cells"}
     assert {key for line in found.history for key in line} == {f"report/{name}" for name in (*tables, "page")}
     facts = {key: value for key, value in found.summary.items() if key.split("/")[-1] not in {*tables, "page"}}
     facts = {key: value for key, value in facts.items() if not key.startswith("_")}
     metrics = {"average", "learning", "forgetting", "bwt", "fwt"}
     names = {f"report/{name}" for name in ("choice", "evidence", "headline", "count", "missing")}
     assert {*facts} == names | {f"final/nll/{name}" for name in metrics}
-    assert (facts["report/choice"], facts["report/count"], facts["report/missing"]) == ("replay", 4, 0)
+    assert (facts["report/choice"], facts["report/count"], facts["report/missing"]) == ("replay", 20, 0)
     methods = json.loads(next(found.folder.rglob("methods_*.table.json")).read_text())
     assert "replay" in [row[methods["columns"].index("method")] for row in methods["data"]]
     assert next(found.folder.rglob("page_*.html")).read_bytes() == page.read_bytes()

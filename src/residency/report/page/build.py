@@ -32,7 +32,7 @@ from residency.report.page.files import (
 from residency.report.page.glossary import WORDS
 from residency.report.page.matrix_viewer import viewer_data
 from residency.report.records.arms import Arm, arms_of
-from residency.report.records.records import Records, read_material
+from residency.report.records.records import Records, read_records
 from residency.report.tables.frames import Frames, frames_of
 from residency.report.tables.html_tables import Grid, comparisons_grid, domains_grid, first_grid, methods_grid
 from residency.report.tables.provenance import configs, missing, provenance
@@ -95,7 +95,7 @@ def build(
         UserError: A folder holds no records, or a name is unknown; nothing has been written then.
     """
     several = [paths] if isinstance(paths, str | Path) else list(paths)
-    records = read_material(several, scorer=scorer, baseline=baseline)
+    records = read_records(several, scorer=scorer, baseline=baseline)
     beside = published(references)
     report = Report.of(records)
     folder = Path(output) if output is not None else records.home

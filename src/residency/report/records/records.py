@@ -18,7 +18,7 @@ from residency.core.yaml_files import parse_yaml
 from residency.runs.views.flat_config import flat_config
 from residency.runs.views.tables import Record, printable
 
-__all__ = ["Entry", "Records", "read_material"]
+__all__ = ["Entry", "Records", "read_records"]
 
 # What of a config tells two runs apart that belong to no study, in the order of interest.
 _TELLING = ("mitigation", "adapter", "objective", "stream", "backbone")
@@ -109,7 +109,7 @@ class Records:
         return [entry for entry in self.entries if entry.done]
 
 
-def read_material(paths: Sequence[str | Path], *, scorer: str | None = None, baseline: str | None = None) -> Records:
+def read_records(paths: Sequence[str | Path], *, scorer: str | None = None, baseline: str | None = None) -> Records:
     """Read runs and studies.
 
     Args:

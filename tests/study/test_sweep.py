@@ -83,6 +83,16 @@ def test_a_sweep(folder: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert {path: path.read_bytes() for path in (folder / "out").rglob("*.json")} == before
     assert again.out.splitlines()[-8:] == result.out.splitlines()[-8:]
 
+    # So does one by the name of a preset, from wherever it is called.
+    (folder / "studies").mkdir()
+    (folder / "studies" / "by_name.yaml").symlink_to(folder / "study.yaml")
+    monkeypatch.setenv("RESIDENCY_PRESETS", str(folder))
+    named = call("sweep", "by_name", "--study_dir", folder / "out", "--workers=1", "--threads=1")
+    assert (named.code, named.out, ran) == (0, again.out, []), named.err
+    unknown = call("sweep", "by_nam", "--study_dir", folder / "out")
+    assert unknown.code == 2
+    assert "did you mean 'by_name'?" in unknown.err
+
     found = residency.sweep(folder / "study.yaml", study_dir=folder / "out")
     assert list(found.runs) == ["none-s0", "replay-s0"]
     assert set(found.summary["status"]) == {"done"}

@@ -104,10 +104,13 @@ def test_a_folder_in_use(config: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(config: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+    file = tmp_path / "file"
+    for folder, told in ((file, f"{file} is a file"), (file / "run", f"{file / 'run'} cannot be made")):
         result = call("fit", "--config", config, "--run_dir", folder)
         assert (result.code, result.out) == (2, "")
-        assert f"{folder} cannot be made" in result.err
+        assert told in result.err
+        assert "--run_dir" in result.err
+        assert file.read_text() == ""
 
 
 def test_a_full_disk(config: Path, tmp_path: Path, fitted: Path) -> None:

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 import residency
 from residency.core.errors import UserError
+from residency.runs.listing import read_run
 from support.cli import call, read_json, tiny_config, write_yaml
 
 
@@ -52,6 +53,18 @@ def test_an_unfinished_run_loads_as_far_as_it_is(runs: Path) -> None:
     assert half.record["status"] == "unfinished"
     assert len(repr(whole).splitlines()) < 24
     assert max(map(len, repr(whole).splitlines()[1:])) <= 80
+
+
+@pytest.mark.parametrize("content", ['{"": 1}', "[" * 5000, "null", '{"stage": 0, "means": {}, "checksum": "0"}'])
+def test_a_damaged_record_counts_as_missing(content: str, runs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "whole", run)
+    (run / "results.json").write_text(content)
+    assert (read_run(run).status, read_run(run).stages) == ("unfinished", 2)
+    last = max((run / "stages").glob("*/stage.json"))
+    last.write_text(content)
+    assert read_run(run).stages == 1
+    assert residency.load_run(run).record["status"] == "unfinished"
 
 
 def test_compare_has_the_figures_of_the_record_in_80_columns(runs: Path) -> None:

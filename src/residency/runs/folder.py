@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from residency.core.digests import Damaged, check_files, digest_file, digest_files, seal, unseal
 from residency.core.errors import UserError
-from residency.core.markers import claim, owns
+from residency.core.markers import owns
 from residency.core.tensor_files import (
     load_tree,
     read_json,
@@ -28,6 +27,7 @@ from residency.core.text import safe_name
 from residency.engine.scoring.evaluation import Evaluation, means
 from residency.runs.kept_config import RUN, config_digest, differences, kept_config
 from residency.runs.run_history import HISTORY, RunHistory
+from residency.runs.run_lock import claim_run, lock_run
 from residency.runs.score_files import write_scores
 from residency.runs.whole_run import KEYS
 
@@ -70,14 +70,7 @@ class RunFolder:
         Raises:
             UserError: Something else lies there, or it cannot be made.
         """
-        try:
-            claim(self.path, RUN, overwrite=self.overwrite)
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be made: {error.strerror}",
-                why="the files of a run need a folder",
-                fix="choose another --run_dir",
-            ) from error
+        claim_run(self.path, overwrite=self.overwrite)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -86,21 +79,13 @@ class RunFolder:
         Raises:
             UserError: Another living process does, or the folder is not a run's.
         """
-        self.claim()
-        try:
-            with FileLock(self.path / ".lock", timeout=0):
-                # Nobody else writes here now, so these are what a killed process left half written.
-                for folder in (self.path, *self._stages()):
-                    for stale in folder.iterdir() if folder.is_dir() else ():
-                        if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
-                            stale.unlink(missing_ok=True)
-                yield
-        except Timeout as error:
-            raise UserError(
-                f"{self.path} is in use by another process",
-                why="two processes would overwrite each other's stages",
-                fix="wait for it, stop it, or choose another --run_dir",
-            ) from error
+        with lock_run(self.path, overwrite=self.overwrite):
+            # Nobody else writes here now, so these are what a killed process left half written.
+            for folder in (self.path, *self._stages()):
+                for stale in folder.iterdir() if folder.is_dir() else ():
+                    if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
+                        stale.unlink(missing_ok=True)
+            yield
 
     def stage(self, k: int, domain: str) -> Path:
         """Folder of the k-th stage (0 = before training); the name is safe whatever the domain is called."""

@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from residency.core.digests import CannotRead, lost_or_unreadable, unseal
 from residency.core.errors import UserError
 from residency.core.yaml_files import read_yaml
+from residency.runs.whole_run import KEYS
 
 __all__ = ["RunSummary", "find_runs", "partial_matrix", "read_run", "remove_run"]
 
@@ -83,8 +85,10 @@ def _is_run(folder: Path) -> bool:
 def read_run(path: Path) -> RunSummary:
     """Read a run, finished or not.
 
+    A damaged record counts as missing, as it does for the command that goes on with the run.
+
     Raises:
-        UserError: There is no run in that folder, or a file of it is damaged.
+        UserError: There is no run in that folder, or a file of it cannot be read.
     """
     if not _is_run(path):
         raise UserError(
@@ -93,7 +97,7 @@ def read_run(path: Path) -> RunSummary:
             fix="`residency ls` lists the runs below a folder; by default those in runs and studies",
         )
     config = read_yaml(path / "config.yaml", what="the run")
-    record = _json(path / "results.json")
+    record = _record(path / "results.json", keys=KEYS)
     model, data = config.get("model") or {}, config.get("data") or {}
     domains = record["domains"] if record else list(data.get("order") or data.get("domains") or ())
     rows = _rows(path)
@@ -114,14 +118,14 @@ def read_run(path: Path) -> RunSummary:
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    """The records of row 0, 1, ... up to the first that is missing."""
+    """The records of row 0, 1, ... up to the first that is missing or damaged."""
     numbered = {
         int(match[1]): file
         for file in (path / "stages").glob("*/stage.json")
         if (match := re.match(r"(\d+)-", file.parent.name))
     }
     rows: list[Mapping[str, Any]] = []
-    while len(rows) in numbered and (record := _json(numbered[len(rows)])) is not None:
+    while len(rows) in numbered and (record := _record(numbered[len(rows)], keys=("stage", "means"))) is not None:
         rows.append(record)
     return rows
 
@@ -171,12 +175,14 @@ def remove_run(path: Path) -> int:
     return run.size
 
 
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
+def _record(path: Path, *, keys: tuple[str, ...]) -> dict[str, Any] | None:
+    """The record in a file; `None` if there is none, or it is not what was written."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}", why="it is damaged", fix="run the command that wrote it again"
-        ) from error
+        return unseal(json.loads(path.read_bytes()), name=path.name, required=False, keys=keys)
+    except (ValueError, RecursionError):
+        return None
+    except OSError as error:
+        found = lost_or_unreadable(error, path)
+        if isinstance(found, CannotRead):
+            raise found from error
+        return None

@@ -15,13 +15,28 @@ from residency.study.planning.study_file import Study
 from residency.study.repeat import show_files, show_tables
 from residency.study.schedule import Failure
 
-__all__ = ["compare", "failed_record"]
+__all__ = ["compare", "failed_record", "told_failure"]
 
 
 def failed_record(cell: Cell, failure: Failure) -> dict[str, Any]:
     """What stands for a cell that has no result, in tables."""
-    status = f"failed (exit code {failure.code})"
-    return {"cell": cell.id, "status": status, "axes": dict(cell.axes), "seed": cell.seed, "scores": {}, "summary": {}}
+    return {
+        "cell": cell.id,
+        "status": _status(failure),
+        "axes": dict(cell.axes),
+        "seed": cell.seed,
+        "scores": {},
+        "summary": {},
+    }
+
+
+def told_failure(failure: Failure) -> str:
+    """Which task failed, whether its exit code says that the user can mend it, and what it told."""
+    return f"{failure.title} {_status(failure)}: {failure.message}"
+
+
+def _status(failure: Failure) -> str:
+    return f"failed (exit code {failure.code})"
 
 
 def compare(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER, UserError
-from residency.study.compare import compare, failed_record
+from residency.study.compare import compare, failed_record, told_failure
 from residency.study.executors.base import Executor
 from residency.study.planning.cells import Cell
 from residency.study.planning.estimate import Estimate, describe, estimate
@@ -159,8 +159,7 @@ class StudyRunner:
             self.finished = None if made is None else {**made, **names, "name": self.study.name}
             return EXIT_DONE
         self.console.print(f"{len(failures)} of {len(prepared.cells)} cells failed: {escape(', '.join(failures))}")
-        told = dict.fromkeys(f"{failure.title}: {failure.message}" for failure in failures.values())
-        for message in told:
+        for message in dict.fromkeys(map(told_failure, failures.values())):
             self.console.print(f"  {escape(message)}", highlight=False)
         mendable = {failure.code for failure in failures.values()} == {EXIT_USER}
         return EXIT_USER if len(failures) == len(prepared.cells) and mendable else EXIT_SOME_FAILED

@@ -112,7 +112,7 @@ def load_study(path: Path) -> Study:
             absolute=lambda value: _absolute({"search": value}, folder, path)["search"],
         )
     if parsed.per_domain is not None:
-        own["per_domain"] = _absolute({"model.adapter": parsed.per_domain}, folder, path)["model.adapter"]
+        own["per_domain"] = _preset("per_domain", parsed.per_domain, "adapter", folder, path)
     study = Study(**{**vars(parsed), **own})
     _check(study, path)
     return study
@@ -148,21 +148,33 @@ def _name(key: Any, path: Path) -> str:
 
 def _absolute(keys: Mapping[str, Any] | None, folder: Path, path: Path) -> dict[str, Any]:
     """Overrides with absolute paths of their preset files, which may be given by name."""
-    found = {}
-    for key, value in (keys or {}).items():
-        kind = component_kind(str(key))
-        if isinstance(value, str) and kind is not None and (preset := find_preset(kind, value)) is not None:
-            value = str(preset)
-        elif isinstance(value, str) and value.endswith(_PRESET):
-            if not (folder / value).is_file():
-                raise UserError(
-                    f"{path}: {key}: {value}, and there is no file {folder / value}",
-                    why="presets are looked for relative to the study file",
-                    fix="correct the path",
-                )
-            value = str(folder / value)
-        found[str(key)] = value
-    return found
+    found = ((str(key), value) for key, value in (keys or {}).items())
+    return {key: _preset(key, value, component_kind(key), folder, path) for key, value in found}
+
+
+def _preset(key: str, value: Any, kind: str | None, folder: Path, path: Path) -> Any:
+    """The absolute path of a preset that a study names; any other value as it is.
+
+    Args:
+        key: Where in the study it stands, for the message.
+        value: What stands there.
+        kind: Of the presets that may be given by name.
+        folder: Of the study file.
+        path: The study file.
+    """
+    if not isinstance(value, str):
+        return value
+    if kind is not None and (preset := find_preset(kind, value)) is not None:
+        return str(preset)
+    if not value.endswith(_PRESET):
+        return value
+    if not (folder / value).is_file():
+        raise UserError(
+            f"{path}: {key}: {value}, and there is no file {folder / value}",
+            why="presets are looked for relative to the study file",
+            fix="correct the path",
+        )
+    return str(folder / value)
 
 
 def _check(study: Study, path: Path) -> None:

@@ -53,6 +53,16 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         residency.init(tmp_path / "mine", data=files)
 
 
+def test_enough_rows_always_leave_some_to_test_on(tmp_path: Path) -> None:
+    for number in range(200):
+        path = tmp_path / f"law{number}.jsonl"
+        rows = [{"prompt": f"law {number} {n}?", "completion": f"answer {n}"} for n in range(30)]
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        (domain,) = collect([path])
+        assert len(domain.rows["train"]) + len(domain.rows["validation"]) + len(domain.rows["test"]) == 30
+        assert domain.rows["test"]
+
+
 def test_rows_are_dealt_out_whole(tmp_path: Path) -> None:
     for domain in collect(_files(tmp_path)):
         rows = [row for part in domain.rows.values() for row in part]

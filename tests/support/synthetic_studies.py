@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import yaml
 
+from residency.engine.scoring.evaluation import RowScore
 from residency.metrics.matrix import summary
 from residency.runs.folder import RunFolder
 
@@ -85,13 +85,13 @@ def write_cell(
             values *= R[k, j] / np.average(values, weights=tokens)
             right = own.random(rows).argsort() < round(means["accuracy"][k, j] * rows)
             for i in range(rows):
-                table.append((name, f"{i:03}", "nll", float(values[i]), int(tokens[i])))
-                table.append((name, f"{i:03}", "accuracy", float(right[i]), int(tokens[i])))
+                count = int(tokens[i])
+                table.append(RowScore(name, f"{i:03}", "nll", float(values[i]), count, weight=count))
+                table.append(RowScore(name, f"{i:03}", "accuracy", float(right[i]), count))
             means["accuracy"][k, j] = right.mean()
         stage = RunFolder(folder).stage(k, "base" if k == 0 else domains[k - 1])
         stage.mkdir(parents=True, exist_ok=True)
-        schema = ["column", "row", "scorer", "value", "tokens"]
-        pl.DataFrame(table, schema=schema, orient="row").write_parquet(stage / "scores.parquet")
+        RunFolder(folder).complete_stage(stage, table, {"stage": k})
     scores = {
         s: {"higher_is_better": s != "nll", "unit": _UNITS[s], "R": [[float(v) for v in row] for row in M]}
         for s, M in means.items()

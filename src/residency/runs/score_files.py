@@ -11,7 +11,17 @@ from residency.core.parquet_files import ParquetRefused, read_parquet
 from residency.core.tensor_files import replace_file
 from residency.engine.scoring.evaluation import Evaluation, RowScore
 
-__all__ = ["read_scores", "write_scores"]
+__all__ = ["SCORE_FIELDS", "read_scores", "write_scores"]
+
+SCORE_FIELDS = {
+    "column": pl.String,
+    "row": pl.String,
+    "scorer": pl.String,
+    "value": pl.Float64,
+    "tokens": pl.Int64,
+    "weight": pl.Int64,
+}
+"""The columns of the file: those of `RowScore`."""
 
 # Scores whose means were over tokens when the files did not say so.
 _WEIGHED_BY_TOKENS = ("nll", "nll_routed", "nll_newest")
@@ -19,15 +29,7 @@ _WEIGHED_BY_TOKENS = ("nll", "nll_routed", "nll_newest")
 
 def write_scores(path: Path, scores: Evaluation) -> None:
     """Write the score of every row as Parquet, atomically."""
-    fields = {
-        "column": pl.String,
-        "row": pl.String,
-        "scorer": pl.String,
-        "value": pl.Float64,
-        "tokens": pl.Int64,
-        "weight": pl.Int64,
-    }
-    frame = pl.DataFrame({f: [getattr(s, f) for s in scores] for f in fields}, schema=fields)
+    frame = pl.DataFrame({f: [getattr(s, f) for s in scores] for f in SCORE_FIELDS}, schema=SCORE_FIELDS)
     replace_file(path, lambda temporary: frame.write_parquet(temporary))
 
 

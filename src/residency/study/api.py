@@ -17,6 +17,7 @@ from residency.runs.export.push import push
 from residency.runs.folder import RunFolder
 from residency.runs.listing import RunSummary, find_runs, read_run, remove_run
 from residency.runs.listing_command import describe
+from residency.runs.score_files import SCORE_FIELDS
 from residency.study.starter.command import init
 
 __all__ = [
@@ -46,7 +47,7 @@ class Run:
             and the rows of scores that there are.
         history: One row per logged step: stage, domain, step, stream_step, loss, loss/task, ...
         scores: One row per scored example: stage (0 = before training), column (domain or probe), row, scorer, value,
-            tokens.
+            tokens, weight (with which the mean of a column weighs the row).
     """
 
     path: Path
@@ -243,7 +244,8 @@ def load_run(path: str | Path) -> Run:
         if (file.parent / "stage.json").is_file()
     ]
     history = pl.DataFrame(folder.history(), infer_schema_length=None)
-    return Run(path=Path(path), record=record, history=history, scores=pl.concat(frames) if frames else pl.DataFrame())
+    scores = pl.concat(frames) if frames else pl.DataFrame(schema={"stage": pl.Int32, **SCORE_FIELDS})
+    return Run(path=Path(path), record=record, history=history, scores=scores)
 
 
 def _partial_record(path: Path) -> dict[str, Any]:

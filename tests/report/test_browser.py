@@ -83,6 +83,8 @@ def test_the_first_screen_says_what_to_take_and_why(window: Browser, page: Path)
     window.open(page)
     below = window.run("document.querySelector('.limits').getBoundingClientRect().bottom / innerHeight")
     assert below <= 1.0
+    table = window.run("document.querySelector('.scores').getBoundingClientRect().top / innerHeight")
+    assert table <= 1.05, "every score by its name begins where the summary ends"
     assert text(window, "h1") == ["Take replay"]
     assert window.run("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off at the side"
 

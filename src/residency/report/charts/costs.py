@@ -81,4 +81,5 @@ def costs(rows: Sequence[Row], *, chosen: str | None, baseline: str | None) -> a
             base.mark_text(align="left", dx=5, fontSize=12).encode(text="text:N"),
         ]
         panels.append(alt.LayerChart(layer=layers, width=165, height=max(80, 28 * len(names))))
-    return alt.hconcat(*panels, spacing=18) if panels else None
+    # Parts of the time and methods have colours of their own.
+    return alt.hconcat(*panels, spacing=18).resolve_scale(color="independent") if panels else None

@@ -38,7 +38,8 @@ def methods_table(rows: Sequence[Mapping[str, Any]], *, scorer: str, unit: str, 
     notes = any(row.get("note") for row in own)
     names = ("seeds", *_METRICS.values(), "better by", "evidence", "seconds", "extra state")
     columns = [Column("method", overflow="fold", min_width=8)]
-    columns += [Column(name, justify="right", no_wrap=True) for name in names]
+    # Headings of two words stand in two lines: the names of the methods need the room on a terminal of 80 columns.
+    columns += [Column("\n".join(name.rsplit(" ", 1)), justify="right", no_wrap=True) for name in names]
     columns += [Column("note", overflow="fold", min_width=8)] * notes
     caption = (
         f"{printable(scorer)} in {printable(unit)}: {'higher' if higher else 'lower'} is better; bwt < 0 and "

@@ -77,7 +77,8 @@ def test_nats_per_token_do_not_rank_tokenizers(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", seeds=range(4))
     for path in folder.glob("cells/replay-*/stages/*/scores.parquet"):
         frame = pl.read_parquet(path)
-        frame.with_columns(tokens=pl.col("tokens") * 2).write_parquet(path)
+        more = {name: pl.col(name) * 2 for name in ("tokens", "weight")}
+        frame.with_columns(**more).write_parquet(path)
     found = advice(folder)
     assert (found.headline, found.choice) == ("nll ranks nobody here", None)
     assert any("bits_per_byte" in limit for limit in found.limits)

@@ -368,6 +368,7 @@ class ScorerRow:
         make: A fresh scorer.
         prompt: What is asked.
         completion: The right answer.
+        rejected: The other answer of a pair, where it reads pairs.
         good: An answer that deserves the best score.
         bad: One that deserves less.
         best: The best score.
@@ -376,6 +377,7 @@ class ScorerRow:
     make: Callable[[], Scorer]
     prompt: str = "the source text"
     completion: str = "the cat sat on the mat"
+    rejected: str = ""
     good: Answer = field(default_factory=lambda: Answer(text="the cat sat on the mat"))
     bad: Answer = field(default_factory=lambda: Answer(text="dogs"))
     best: float = 1.0
@@ -399,6 +401,7 @@ SCORERS: dict[str, ScorerRow] = {
     "nll": ScorerRow(make=scorers.NLL, best=0.5, **_LABELS),
     "accuracy": ScorerRow(make=scorers.Accuracy, **_LABELS),
     "accuracy_norm": ScorerRow(make=scorers.NormalisedAccuracy, **_LABELS),
+    "preference_accuracy": ScorerRow(make=scorers.PreferenceAccuracy, rejected="b", **_LABELS),
     "bits_per_byte": ScorerRow(make=scorers.BitsPerByte, best=1 / (8 * math.log(2)), **_LABELS),
     "exact_match": ScorerRow(make=scorers.ExactMatch),
     "f1": ScorerRow(make=scorers.F1),

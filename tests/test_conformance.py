@@ -20,7 +20,7 @@ from residency.core.errors import UserError
 from residency.core.signals import Stopped
 from residency.core.tensor_files import load_tree
 from residency.core.tensors import snapshot
-from residency.core.types import Example, Row
+from residency.core.types import Example, Row, RowKind
 from residency.mitigations import Mitigation
 from residency.objectives.sft import token_nll
 from support.comparisons import differing
@@ -448,7 +448,8 @@ def test_evaluation_changes_nothing(name: str, llama: Path, plain: Any, tmp_path
 def test_a_scorer_tells_good_from_bad(name: str) -> None:
     """Row by row, in any company and order; in the direction that it declares; under the name of its row."""
     line, scorer = SCORERS[name], SCORERS[name].make()
-    row = Row(id="1", prompt=line.prompt, completion=line.completion)
+    kind: RowKind = "pair" if line.rejected else "completion"
+    row = Row(id="1", prompt=line.prompt, completion=line.completion, rejected=line.rejected, kind=kind)
     scorer.check([row])
     good, bad = scorer([row, row], [line.good, line.bad])
     assert good == pytest.approx(line.best)
@@ -467,7 +468,8 @@ def test_a_scorer_tells_good_from_bad(name: str) -> None:
 def test_every_score_is_a_column_of_the_record(llama: Path, tmp_path: Path) -> None:
     """Through model, matrix and summary, without an edit anywhere: all scorers of the table at once."""
     readers = domains(tmp_path / "data", {"a": "label", "b": "generative"})
-    rows = {name: row for name, row in SCORERS.items() if name not in ("numeric", "sql_valid", "sql_execution")}
+    special = ("numeric", "sql_valid", "sql_execution", "preference_accuracy")
+    rows = {name: row for name, row in SCORERS.items() if name not in special}
     readers["a"].scorers = readers["b"].scorers = {name: row.make() for name, row in rows.items()}
     record, _ = run("full", llama, tmp_path / "run", data={"domains": readers}, steps=2)
     assert [*record["scores"]] == [*rows]

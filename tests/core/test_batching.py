@@ -314,3 +314,17 @@ def test_a_model_that_leaks_is_still_right_when_padded(llama: Path) -> None:
     padded, packed = (backbone.logits(model, make_batch(PLAIN, layout=layout)) for layout in ("padded", "packed"))
     torch.testing.assert_close(padded, single, atol=1e-5, rtol=0)
     assert float((packed - single).abs().max()) > 1e-2
+
+
+@torch.no_grad()
+def test_a_prompt_alone_is_read_and_has_no_target(llama: Path) -> None:
+    backbone = CausalLM(path=str(llama))
+    model = backbone.load()
+    bare = Example(domain="a", row="bare", prompt=(5, 6, 7), branches=())
+    mixed = [PLAIN[0], bare, PLAIN[1]]
+    for layout in ("packed", "padded"):
+        batch = make_batch(mixed, layout=layout)
+        assert {*batch.target_example.tolist()} == {0, 2}
+        assert batch.tokens == make_batch([PLAIN[0], PLAIN[1]], layout=layout).tokens + 3
+        expected = backbone.logits(model, make_batch([PLAIN[0], PLAIN[1]], layout="padded"))
+        torch.testing.assert_close(backbone.logits(model, batch), expected, atol=1e-5, rtol=0)

@@ -10,6 +10,7 @@ import pytest
 from residency.core.errors import UserError
 from residency.objectives.rewards import (
     Answer,
+    ByScorer,
     Contains,
     ExactLabel,
     JsonValid,
@@ -23,7 +24,7 @@ from residency.objectives.rewards import (
 
 
 def value(reward: Reward, text: str, reference: str = "", *, tokens: int = 3) -> float | None:
-    question = Question(prompt="?", reference=reference, row="a 1")
+    question = Question(prompt="?", reference=reference, row="a 1", extra={"solution": "#### 42"})
     (found,) = reward([question], [Answer(text=text, tokens=tokens, ended=True)])
     assert found is None or reward.lowest <= found <= reward.highest
     return found
@@ -45,6 +46,12 @@ def value(reward: Reward, text: str, reference: str = "", *, tokens: int = 3) ->
         (Regex(pattern=r"[A-Z]\d{2}(\.\d)?"), "K52.9 or so", "", 0.0),
         (Regex(), "yes", "yes|no", 1.0),
         (Regex(pattern="a+"), "a" * 10_001, "", 0.0),
+        (NumericEqual(column="solution"), "it is 42", "41", 1.0),
+        (Contains(column="solution"), "it is #### 42.", "", 1.0),
+        (ByScorer(scorer="exact_match"), " a  b ", "a b", 1.0),
+        (ByScorer(scorer="exact_match", column="solution"), "#### 42", "a b", 1.0),
+        (ByScorer(scorer="numeric"), "so 3", "4", 0.0),
+        (ByScorer(scorer="json_valid"), "[1]", "", 1.0),
         (JsonValid(), '{"a": [1, 2]}', "", 1.0),
         (JsonValid(), '{"a": [1, 2]', "", 0.0),
         (JsonValid(), "[" * 200_000, "", 0.0),
@@ -105,3 +112,15 @@ def test_patterns_that_end_are_not(pattern: str) -> None:
 def test_refusals(make: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make()
+
+
+def test_a_likelihood_is_no_reward() -> None:
+    with pytest.raises(UserError, match="reads likelihoods"):
+        ByScorer(scorer="nll")
+
+
+@pytest.mark.parametrize("reward", [ExactLabel(column="label"), ByScorer(scorer="exact_match", column="label")])
+def test_a_column_that_no_row_has(reward: Reward) -> None:
+    question = Question(prompt="?", reference="there is one", row="a 1", extra={"solution": "4"})
+    with pytest.raises(UserError, match="its columns are solution"):
+        reward.check([question])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from residency.runs.folder import RunFolder
 from support.same_run import assert_same_run
 from support.tiny_runs import Kill, in_child
 
@@ -37,3 +38,20 @@ def test_killed_run_equals_the_uninterrupted_one(
     assert not (killed / "results.json").exists()
     assert in_child(killed, llama_dropout, adapter, mitigations) == 0
     assert_same_run(whole, killed)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ["grpo", pytest.param("dapo", marks=pytest.mark.slow), pytest.param("grpo_pretrained", marks=pytest.mark.slow)],
+)
+def test_on_policy_with_replay_and_ewc_goes_on_exactly(objective: str, llama_dropout: Path, tmp_path: Path) -> None:
+    """Answers are functions of weights and numbers: `dapo` is killed between the two updates of one rollout, too."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    names, options = ["ewc", "replay"], {"objective": objective, "steps": 5, "every": 1}
+    assert in_child(whole, llama_dropout, "lora", names, **options) == 0
+    kills = [Kill(stage=1, step=3), Kill(stage=2, step=2), Kill(stage=2, step=3), Kill(write=2, moment="middle")]
+    assert [in_child(killed, llama_dropout, "lora", names, kill, **options) for kill in kills] == [-9] * len(kills)
+    assert in_child(killed, llama_dropout, "lora", names, **options) == 0
+    assert_same_run(whole, killed)
+    rewards = [line["reward"] for line in RunFolder(killed).history()]
+    assert len({*rewards}) > 1, "the policy was rewarded, and not always alike"

@@ -13,12 +13,14 @@ __all__ = ["by_token_budget", "make_batch", "own_places", "prefix_tree", "wanted
 
 _Tree = tuple[Segment, list[tuple[int, int]], list[list[int]]]
 
+_NOTHING = (Branch(tokens=()),)  # what goes on from a prompt alone
+
 
 def make_batch(examples: Sequence[Example], *, layout: Layout) -> Batch:
     """Lay examples out for one forward pass.
 
     Args:
-        examples: At least one; each with at least one prompt token and one branch of at least one token.
+        examples: At least one; each with at least one prompt token. One without a branch is read and has no target.
         layout: `packed` puts them side by side in one row; an example's branches share its prompt and the beginnings
             they have in common. `padded` gives every (example, branch) a row of its own, padded on the right.
 
@@ -45,7 +47,7 @@ def _packed(examples: Sequence[Example]) -> Batch:
     segments: list[Segment] = []
     targets: list[tuple[int, int, int, int]] = []
     for index, example in enumerate(examples):
-        start, prompt, branches = len(ids), len(example.prompt), example.branches
+        start, prompt, branches = len(ids), len(example.prompt), example.branches or _NOTHING
         # The last token of a branch is a target only: nothing follows it, so the model need not read it.
         inputs = [branch.tokens[:-1] for branch in branches]
         segment, tree, places = prefix_tree(prompt, inputs) if len(branches) > 1 else _single(prompt, inputs[0])
@@ -98,21 +100,22 @@ def _longer(branches: Iterable[tuple[int, ...]], depth: int) -> list[tuple[int, 
 
 
 def _padded(examples: Sequence[Example]) -> Batch:
-    rows = [(i, b, e.prompt, branch) for i, e in enumerate(examples) for b, branch in enumerate(e.branches)]
-    width = max(len(prompt) + len(branch.tokens) - 1 for _, _, prompt, branch in rows)
+    rows = [(i, b, e.prompt, branch) for i, e in enumerate(examples) for b, branch in enumerate(e.branches or _NOTHING)]
+    lengths = [len(prompt) + len(branch.tokens[:-1]) for _, _, prompt, branch in rows]
+    width = max(lengths)
     ids: list[list[int]] = []
     positions: list[list[int]] = []
     mask: list[list[int]] = []
     targets: list[tuple[int, int, int, int]] = []
     for row, (index, number, prompt, branch) in enumerate(rows):
-        length = len(prompt) + len(branch.tokens) - 1
+        length = lengths[row]
         # Padding is id 0 and is told apart by the mask only: in many tokenizers the pad token is the end token.
         ids.append([*prompt, *branch.tokens[:-1], *[0] * (width - length)])
         positions.append([*range(length), *[0] * (width - length)])
         mask.append([1] * length + [0] * (width - length))
         first = row * width + len(prompt) - 1
         targets += _targets(branch, range(first, first + len(branch.tokens)), index, number)
-    segments: list[Segment] = [(len(prompt) + len(branch.tokens) - 1,) for _, _, prompt, branch in rows]
+    segments: list[Segment] = [(length,) for length in lengths]
     return _batch("padded", ids, positions, torch.tensor(mask), segments, targets, examples)
 
 

@@ -110,6 +110,7 @@ class Example:
             nothing about the tokens and takes no part in comparisons.
         cut_prompt: How many tokens of the prompt a limit has cost.
         cut_completion: How many tokens of the longest branch; with them its end token is gone.
+        extra: `Row.extra`: what a reward needs beside the answer.
     """
 
     domain: str
@@ -119,6 +120,7 @@ class Example:
     split: Split = field(default="train", compare=False)
     cut_prompt: int = field(default=0, compare=False)
     cut_completion: int = field(default=0, compare=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(

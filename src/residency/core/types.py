@@ -183,7 +183,7 @@ class Outputs:
             the micro-batches of a step is the loss of the global batch (`Batch.normaliser`).
         logits: (M, V) at the supervised positions, attached to the graph, or `None` if the objective has none or no
             mitigation reads them (`Mitigation.uses_logits`).
-        log: Named detached scalars to be logged as `train/<name>`.
+        log: Named detached scalars for the history, under these names (`rewards/margins`, `kl`).
     """
 
     loss: Tensor

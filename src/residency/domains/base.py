@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from residency.core.errors import UserError
-from residency.core.types import Example, Kind, Row, Split
+from residency.core.types import Example, Kind, Row, RowKind, Split
 from residency.domains.chat import Chat
 from residency.domains.lengths import TooLong
 from residency.domains.template import Template
@@ -25,6 +25,14 @@ _SCORERS: Mapping[Kind, tuple[str, ...]] = {
     "label": ("nll", "accuracy"),
     "generative": ("nll", "exact_match", "rougeL"),
 }
+
+
+_SCORERS_OF_ROWS: Mapping[RowKind, tuple[str, ...]] = {
+    "pair": ("nll", "preference_accuracy"),
+    "unpaired": ("nll",),
+    "prompt": (),
+}
+"""Prompts alone have nothing to be compared with; whether an answer is right is for a scorer of its form to say."""
 
 
 class RowTemplate(Protocol):
@@ -52,7 +60,8 @@ class Domain(ABC):
         max_validation: Rows kept of the validation split; null keeps all.
         max_test: Rows kept of the test split; null keeps all.
         scorers: Short names, class paths or scorers (`residency.scorers`); by default nll and accuracy for labels, nll,
-            exact_match and rougeL for text.
+            exact_match and rougeL for text, nll and preference_accuracy for pairs, nll (of what is wanted) for unpaired
+            answers, none for prompts alone.
 
     Raises:
         UserError: A limit is negative.
@@ -114,8 +123,11 @@ class Domain(ABC):
         Raises:
             UserError: An unknown scorer, or two of one name.
         """
-        default = self.default_scorers or _SCORERS[self.kind]
-        return scorers_by_name(default if self._asked is None else self._asked, where="scorers")
+        if self._asked is not None:
+            return scorers_by_name(self._asked, where="scorers")
+        first = self.rows("train", checked=False)[:1]
+        of_rows = _SCORERS_OF_ROWS.get(first[0].kind if first else "completion", _SCORERS[self.kind])
+        return scorers_by_name(self.default_scorers or of_rows, where="scorers")
 
     def rows(self, split: Split, *, checked: bool = True) -> tuple[Row, ...]:
         """The rows of a split after its limit; read and checked once.

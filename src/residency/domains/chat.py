@@ -95,7 +95,7 @@ class Chat:
         where = f"row {row.id!r} of {domain}"
         page = ChatPage(source=source, options=self.options, tokenizer=tokenizer, row=row, where=where)
         limits = model_limits(tokenizer, self.max_tokens, self.max_prompt_tokens, self.too_long, split)
-        bare = Example(domain=domain, row=row.id, prompt=(), branches=(), split=split)
+        bare = Example(domain=domain, row=row.id, prompt=(), branches=(), split=split, extra=dict(row.extra))
         before, answers = _turns(row, self.system, labels)
         if not answers:
             text = encode_text(tokenizer, page.render(before, asks=True))

@@ -103,7 +103,9 @@ class Template:
         if variants:
             prompt, branches = branch_out(variants, start=tokenizer.eos_token_id)
         weighted = tuple(replace(branch, weight=row.weight) for branch in branches)
-        example = Example(domain=domain, row=row.id, prompt=prompt, branches=weighted, split=split)
+        example = Example(
+            domain=domain, row=row.id, prompt=prompt, branches=weighted, split=split, extra=dict(row.extra)
+        )
         found = fit_length(example, self._cuttable(before, row, len(front), len(prompt)), limits)
         if found.cut_completion and found.completion in found.alternatives:
             tokens = len(found.completion)

@@ -86,6 +86,7 @@ class History(Callback):
         self.optimizer_state_bytes = 0
         self.totals = {"seconds": 0.0, "tokens": 0, "steps": 0, "prepare_seconds": 0.0}
         self._window: dict[str, float] = {}
+        self._figures: dict[str, list[float]] = {}
         self._micro = 0
         self._last = (0.0, 0)
         self._clock = time.perf_counter()
@@ -109,11 +110,12 @@ class History(Callback):
         complete = step != self.totals["steps"]
         if due or (step + 1) % self.every_n_steps == 0 or step + 1 == self.stage.steps:
             self._add(trainer.callback_metrics, step, ("loss", "adapter", *module.mitigations))
+            self._add_figures(module.objective_log)
         if complete:
             self.totals["steps"] = step
             if due and trainer.is_global_zero:
                 self.write(self._line(trainer, step))
-            self._window, self._micro = {}, 0
+            self._window, self._figures, self._micro = {}, {}, 0
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """What the optimizer kept is gone with the Trainer."""
@@ -128,6 +130,14 @@ class History(Callback):
                     raise _not_finite(name, number, self.stage, step)
                 self._window[name] = self._window.get(name, 0.0) + number
 
+    def _add_figures(self, figures: Mapping[str, torch.Tensor]) -> None:
+        """What the objective says of a micro-batch; some have nothing to say, such as how wanted answers fare where
+        there are none, and what cannot be known is no number.
+        """
+        for name, value in figures.items():
+            if math.isfinite(number := float(value)):
+                self._figures.setdefault(name, []).append(number)
+
     def _line(self, trainer: Trainer, step: int) -> dict[str, Any]:
         seconds, tokens = self._last
         self._last = (self.totals["seconds"], int(self.totals["tokens"]))
@@ -137,6 +147,7 @@ class History(Callback):
             "step": step,
             "stream_step": self.offset + step,
             **{name: value / self._micro for name, value in self._window.items()},
+            **{name: sum(values) / len(values) for name, values in self._figures.items()},
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": self._last[1] - tokens,
             "seconds": round(self._last[0] - seconds, 4),

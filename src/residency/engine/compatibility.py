@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 from residency.adapters.base import Adapter
 from residency.core.errors import UserError
+from residency.core.types import RowKind
+from residency.domains.base import Domain
+from residency.domains.readers.formats import WANTED
 from residency.domains.stream_data import StreamData
 from residency.mitigations.base import Mitigation, overrides
 from residency.mitigations.composition import check_pairs
-from residency.objectives.base import Objective
+from residency.objectives.base import Objective, Reads
 
-__all__ = ["check_mitigations", "check_objective", "check_steps", "check_validation"]
+__all__ = ["check_mitigations", "check_objective", "check_rows", "check_steps", "check_validation"]
 
 
 def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -> None:
@@ -72,6 +75,43 @@ def check_objective(objective: Objective, adapter: Adapter, mitigations: Mapping
                 f"objective reads {objective.reads} rows",
                 fix="use configs/mitigation/ewc.yaml or weight_mixing.yaml, which follow every objective",
             )
+
+
+_READABLE: Mapping[Reads, frozenset[RowKind]] = {
+    "completion": frozenset({"completion", "messages", "text", "labelled"}),
+    "label": frozenset({"completion", "labelled"}),
+    "pair": frozenset({"pair"}),
+    "unpaired": frozenset({"unpaired"}),
+    "prompt": frozenset({"prompt", "completion", "labelled", "messages", "pair"}),
+}
+_LEARNT_BY: Mapping[RowKind, str] = {
+    "pair": "objective/dpo.yaml",
+    "unpaired": "objective/kto.yaml",
+    "prompt": "objective/grpo.yaml",
+}
+
+
+def check_rows(objective: Objective, domain: Domain, name: str) -> None:
+    """An objective can read the training rows of a domain, before a model is loaded.
+
+    Args:
+        objective: Of the stage.
+        domain: Of the stage.
+        name: Of the domain.
+
+    Raises:
+        UserError: Naming the first row that it cannot read, what it reads, and which objective reads such rows.
+    """
+    readable = _READABLE[objective.reads]
+    odd = next((row for row in domain.rows("train") if row.kind not in readable), None)
+    if odd is not None:
+        wanted = " or ".join(WANTED[kind] for kind in sorted(readable))
+        raise UserError(
+            f"model.objective {type(objective).__name__} and data.domains.{name}, whose row {odd.id!r} is "
+            f"{WANTED[odd.kind]}",
+            why=f"it learns from rows of the form {wanted}",
+            fix=f"give such rows, or learn these with configs/{_LEARNT_BY.get(odd.kind, 'objective/sft.yaml')}",
+        )
 
 
 def check_validation(mitigations: Mapping[str, Mitigation], data: StreamData) -> None:

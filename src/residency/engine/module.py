@@ -108,7 +108,7 @@ class ContinualModule(LightningModule):
         self.ended_early = False
         self.base_weights: Tensors = {}
         self._base_state: dict[str, Tensor] = {}
-        self.weights_log: dict[str, float] = {}
+        self.weights_log, self.objective_log = dict[str, float](), dict[str, Tensor]()
         self._before_stage: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         self._started = False
@@ -151,10 +151,8 @@ class ContinualModule(LightningModule):
             validation: Gives the validation rows of its domain, as `self.validation()` then does to mitigations.
             stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
         """
-        self.stage = stage
-        self.validation = validation
+        self.stage, self.validation, self.weights_log = stage, validation, {}
         self.ended_early = self._started = False
-        self.weights_log = {}
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
         self.dataset = examples
@@ -210,7 +208,8 @@ class ContinualModule(LightningModule):
         logged: dict[str, Any] = {f"loss/{name}": value.detach() for name, value in terms.items()}
         if logs_step(self.global_step + 1, every=untyped(self.trainer).log_every_n_steps, last=self.stage.steps):
             logged |= folds.metrics_to_log(self, self.mitigations.values())
-        self.log_dict(logged | {"loss": loss.detach()} | dict(outputs.log), batch_size=batch.size)
+        self.objective_log = dict(outputs.log)
+        self.log_dict(logged | {"loss": loss.detach()} | self.objective_log, batch_size=batch.size)
         return loss
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -225,9 +224,10 @@ class ContinualModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then fold the update."""
         replaces = bool(self._active["transform_update"]) or self._adapts_update
-        leaves = self.adapter.trainable(self.model) if replaces or self.global_step == 0 else {}
+        first = self.global_step == 0
+        leaves = self.adapter.trainable(self.model) if replaces or first else {}
         before = snapshot(leaves) if replaces else {}
-        with told_if_lost(leaves if self.global_step == 0 else {}):
+        with told_if_lost(leaves if first else {}):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if replaces:
             folds.write_update(self, self._active["transform_update"], before, adapts=self._adapts_update)

@@ -100,7 +100,7 @@ def questions(learner: Learner, examples: Sequence[Example]) -> list[Question]:
         return str(tokenizer.decode([t for t in tokens if t != tokenizer.eos_token_id]))
 
     return [
-        Question(prompt=text(e.prompt), reference=text(e.completion).strip(), row=f"{e.domain} {e.row}")
+        Question(prompt=text(e.prompt), reference=text(e.completion).strip(), row=f"{e.domain} {e.row}", extra=e.extra)
         for e in examples
     ]
 

@@ -16,7 +16,7 @@ from residency.core.errors import UserError
 from residency.core.types import Batch, Branch, Example, Stage
 from residency.objectives.answers import Scored, answer_log_probs, as_example, questions, rewarded, write_answers
 from residency.objectives.base import Forward, Learner, target_nll
-from residency.objectives.dataset import Repeated, distinct
+from residency.objectives.dataset import Mapped, Repeated, distinct
 from residency.objectives.rewards.base import Reward
 
 __all__ = ["GroupWriter", "Truncated"]
@@ -112,6 +112,7 @@ class GroupWriter:
             UserError: The reward cannot judge a row, or hardly any group of answers has unequal rewards.
         """
         self._rollout = None
+        dataset = Mapped(dataset, Example.last_turn)  # of a conversation the last answer is written
         examples = distinct(dataset)
         self.reward.check(questions(learner, examples))
         if self.informative:

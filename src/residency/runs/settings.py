@@ -75,8 +75,22 @@ def _scorers(domain: Domain, name: str) -> dict[str, ScoreInfo]:
 def _check_rows(domain: Domain, name: str) -> None:
     """Every scorer can judge the rows of its domain."""
     with named(name):
-        for scorer in domain.scorers.values():
-            scorer.check([row for split in ("validation", "test") for row in domain.rows(split)])
+        rows = [row for split in ("validation", "test") for row in domain.rows(split)]
+        bare = next((row for row in rows if not row.completion), None)
+        if domain.scorers and rows and not any(row.wanted for row in domain.rows("test")):
+            raise UserError(
+                "test has no answer that is wanted",
+                why="scores are taken on the answers that a model should write",
+                fix="put rows with label true into the test file, or set scorers: []",
+            )
+        for label, scorer in domain.scorers.items():
+            if bare is not None and scorer.compares:
+                raise UserError(
+                    f"scorers has {label!r}, and row {bare.id!r} is a prompt without a completion",
+                    why="it compares what the model does with the row's completion",
+                    fix="give scored rows a completion, or scorers that need none: json_valid, python_compiles, Regex",
+                )
+            scorer.check(rows)
 
 
 @contextmanager

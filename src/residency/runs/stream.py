@@ -13,7 +13,7 @@ from residency.core.markers import check_place
 from residency.core.tensor_files import append_line, load_whole_tree
 from residency.core.types import Tensors
 from residency.domains.stream_data import StreamData
-from residency.engine.compatibility import check_validation
+from residency.engine.compatibility import check_rows, check_validation
 from residency.engine.dummy_step import check_optimization
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, means
@@ -123,6 +123,8 @@ def _stage_runner(
     check_stream(data)
     check_devices(data, trainers, module.adapter)
     check_validation(module.mitigations, data)
+    for name in data.order:
+        check_rows(module.objective, data.domains[name], name)
     tokenizer = None if settings.stage_tokens is None else module.backbone.tokenizer
     stages = plan_stages(data, trainers, settings, tokenizer)
     check_lengths(module.backbone, data)

@@ -57,7 +57,8 @@ class Answer:
         nll: Nats of the row's own completion, summed over its tokens, end token included.
         tokens: Supervised tokens of the completion, end token included.
         best: Whether the row's own label is strictly the most likely one; `None` without other labels.
-        labels: {label: its likelihood} of every label of the domain, the row's own included; `labels = "all"` only.
+        labels: {label: its likelihood} of every label of the domain, the row's own included; of a pair, of its two
+            answers; `labels = "all"` only.
         text_nll: Nats of the completion without its end token.
         text_bytes: UTF-8 bytes that those tokens spell.
         text: What was generated, stripped; `None` where nothing was.
@@ -116,6 +117,11 @@ class Scorer(ABC):
             if json.dumps(type(self)(**options).options(), sort_keys=True) == mine:
                 return name
         return type(self).__name__.lower()
+
+    @property
+    def compares(self) -> bool:
+        """Whether it reads the row's completion; rows of prompts alone have none."""
+        return True
 
     def weights(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Sequence[int]:
         """(rows,) weights of the rows in a column's mean; 1 by default."""

@@ -209,6 +209,11 @@ class Regex(Scorer):
         """The label."""
         return self.label
 
+    @property
+    def compares(self) -> bool:
+        """What is captured."""
+        return self.capture
+
     def __call__(self, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
         """(rows,) 0 or 1."""
         return [float(self._right(row, answer.text or "")) for row, answer in zip(rows, answers, strict=True)]

@@ -64,6 +64,11 @@ class JsonValid(Scorer):
 
     fences: Fences = "keep"
 
+    @property
+    def compares(self) -> bool:
+        """No."""
+        return False
+
     def __call__(self, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
         """(rows,) 0 or 1."""
         return [float(_parsed(answer.text or "", self.fences)[0]) for answer in answers]
@@ -100,6 +105,11 @@ class JsonSchema(Scorer):
     def options(self) -> dict[str, Any]:
         """The schema by its content, so that an edited file is another scorer."""
         return {"schema": self._content(), "fences": self.fences}
+
+    @property
+    def compares(self) -> bool:
+        """No."""
+        return False
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
         """(rows,) 0 or 1."""
@@ -164,6 +174,11 @@ class PythonCompiles(Scorer):
     libraries: ClassVar[tuple[str, ...]] = ()
 
     fences: Fences = "strip"
+
+    @property
+    def compares(self) -> bool:
+        """No."""
+        return False
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
         """(rows,) 0 or 1; an empty answer is no program."""

@@ -18,7 +18,7 @@ from residency.backbones import CausalLM
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree, save_tree
-from residency.core.types import Example, Stage
+from residency.core.types import Branch, Example, Stage
 from residency.domains.sampler import StageExamples
 from residency.domains.stream_data import StreamData
 from residency.mitigations import Replay
@@ -208,12 +208,18 @@ def test_full_memory_has_the_gradient_of_joint_training() -> None:
             Example.of(domain='心臓 🫀\n"quoted"', row="ä/1", prompt=(0,), completion=(1,)),
             Example.of(domain="", row="\u2028", prompt=tuple(range(300)), completion=(2**31 - 1, 0, 70_000)),
         ],
+        [
+            Example(domain="a", row="1", prompt=(1, 2), branches=(), extra={"solution": "4", "tests": [1, "ü"]}),
+            Example(domain="a", row="2", prompt=(3,), branches=()),
+            Example(domain="a", row="3", prompt=(3,), branches=(Branch(tokens=(5, 6)),), extra={"solution": 7}),
+        ],
     ],
-    ids=["empty", "plain", "unicode"],
+    ids=["empty", "plain", "unicode", "prompts"],
 )
 def test_examples_survive_packing_and_a_file(examples: list[Example], tmp_path: Path) -> None:
     packed = pack_examples(examples)
     assert unpack_examples(packed) == examples
+    assert [e.extra for e in unpack_examples(packed)] == [e.extra for e in examples]
     save_tree(tmp_path / "state.safetensors", {"buffer": packed})
     assert unpack_examples(load_tree(tmp_path / "state.safetensors")["buffer"]) == examples
 

@@ -71,8 +71,9 @@ def check_text(column: Column) -> Iterator[Finding]:
     """Empty texts and signs that an export or a wrong encoding leaves behind."""
     for split, rows in column.splits.items():
         where, of = (column.name, split), len(rows)
+        answered = [r for r in rows if r.kind != "prompt"]
         for name, part in (("prompt", [r.id for r in rows if not r.prompt.strip()]),
-                           ("completion", [r.id for r in rows if not r.completion.strip()])):  # fmt: skip
+                           ("completion", [r.id for r in answered if not r.completion.strip()])):  # fmt: skip
             if part:
                 yield make_finding(
                     f"empty_{name}", "error" if name == "completion" else "warning", where, part, of=of,

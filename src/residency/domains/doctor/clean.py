@@ -45,7 +45,7 @@ def cleaned(column: Column, others: Sequence[Column] = ()) -> tuple[dict[Split, 
         kept[split], seen = [], set()
         for row in rows:
             key = f"{text_key(row.prompt)}\0{text_key(row.completion)}"
-            if not row.completion.strip():
+            if not row.completion.strip() and row.kind != "prompt":
                 done["rows without a completion"] += 1
             elif text_key(row.prompt) in forbidden[split]:
                 done[f"{split} rows that are scored elsewhere"] += 1

@@ -35,7 +35,9 @@ def check_duplicates(column: Column) -> Iterator[Finding]:
                 why="repeated rows count several times in training and in scores",
                 fix="`--fix` keeps the first of each",
             )  # fmt: skip
-        unclear = [row.id for row in rows if len(answers[text_key(row.prompt)]) > 1 and row.prompt.strip()]
+        # Preferences are several answers to one prompt.
+        single = [row for row in rows if row.kind not in ("pair", "unpaired")]
+        unclear = [row.id for row in single if len(answers[text_key(row.prompt)]) > 1 and row.prompt.strip()]
         if unclear:
             grave = column.kind == "label" and len(unclear) > 0.01 * len(rows)
             yield make_finding(

@@ -37,6 +37,7 @@ PROMPTS = ("prompt", "question", "query")
 COMPLETIONS = ("completion", "answer", "response", "output", "target")
 TEXTS = ("text", "sentence", "content")
 LABELS = ("label", "labels", "intent", "category")
+_ASKED_AGAIN = ("pair", "unpaired", "prompt")
 _COMMON = ("id", "group", "weight", "references", "tools", "system")
 
 
@@ -66,7 +67,7 @@ class RowMaker:
         facts = _MAKERS[self.format](self, value, where)
         common: dict[str, Any] = {
             "id": self._word(value, "id", where) or f"{self.prefix}:{record.number}",
-            "group": self._word(value, "group", where),
+            "group": self._word(value, "group", where) or self._asked(facts),
             "weight": self._weight(value, where),
             "references": self._references(value, where),
         }
@@ -162,6 +163,10 @@ class RowMaker:
         else:
             prompt = self._text(value, self._one(value, (*PROMPTS, *TEXTS), where), where)
         return {"kind": "labelled", "prompt": prompt, "completion": self._label(value, column, where)}
+
+    def _asked(self, facts: Mapping[str, Any]) -> str:
+        """Preferences and prompts ask the same thing more than once: what was asked is their group."""
+        return " ".join(facts["prompt"].casefold().split()) if facts.get("kind") in _ASKED_AGAIN else ""
 
     # -- parts --------------------------------------------------------------------------------------------------
 

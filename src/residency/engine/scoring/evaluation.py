@@ -41,12 +41,14 @@ class EvaluationSettings:
             is that of its labels: 22 long ones cost up to seven plain rows.
         generation_rows: Rows per domain that are generated for scorers of texts; `null` = every row.
         generation_batch: Prompts that are continued together.
+        generation_tokens: Most tokens that are written where no row has a completion; else its longest completion's.
     """
 
     batch_tokens: int = 1024
     accuracy_rows: int | None = None
     generation_rows: int | None = None
     generation_batch: int = 48
+    generation_tokens: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +191,14 @@ def _likelihoods(
 ) -> dict[str, Answer]:
     """{row: what the likelihoods say}, as much of it as the domain's scorers read."""
     budget, scorers = settings.batch_tokens, domain.scorers.values()
+    # A prompt alone has no likelihood to read.
+    bare, examples = [e.row for e in examples if not e.branches], [e for e in examples if e.branches]
     found = completions_and_labels(module, examples, batch_tokens=budget, advance=advance)
     everything = [e for e in examples if e.alternatives] if any(s.labels == "all" for s in scorers) else []
     nll = branch_nll(module, everything, batch_tokens=budget)
     labels = {e.row: _label_scores(domain, e, nll[e.row].tolist()) for e in everything}
     texts = text_nll(module, examples, batch_tokens=budget) if any(s.text_likelihood for s in scorers) else {}
-    return {
+    return {row: Answer() for row in bare} | {
         e.row: Answer(
             nll=found[e.row][0],
             tokens=e.targets,
@@ -207,10 +211,13 @@ def _likelihoods(
 
 
 def _label_scores(domain: Domain, example: Example, nll: Sequence[float]) -> dict[str, LabelScore]:
-    """Of every label, the row's own first, then the others in the order in which the template encoded them."""
+    """Of every label, the row's own first, then the others in the order in which the template encoded them; of a pair,
+    the chosen answer and the rejected one.
+    """
     tokens = [example.completion, *example.alternatives]
-    own = next(row.completion for row in domain.rows(example.split) if row.id == example.row)
-    texts = [own, *(label for label in domain.labels() if label != own)]
+    row = next(row for row in domain.rows(example.split) if row.id == example.row)
+    others = (row.rejected,) if row.kind == "pair" else domain.labels()
+    texts = [row.completion, *(label for label in others if label != row.completion)]
     return {
         text: LabelScore(nll=value, tokens=len(ids), bytes=len(text.encode()))
         for text, ids, value in zip(texts, tokens, nll, strict=True)
@@ -229,7 +236,7 @@ def _generations(
     if not examples:
         return {}
     # Whoever writes more than the longest reference has not written it exactly, and need not be waited for.
-    limit = max(len(e.completion) for e in examples)
+    limit = max(len(e.completion) for e in examples) or settings.generation_tokens
     for first in range(0, len(ordered), settings.generation_batch):
         group = ordered[first : first + settings.generation_batch]
         prompts = [e.prompt for e in group]
@@ -252,7 +259,8 @@ def _judged(domain: Domain, examples: Sequence[Example], answers: Mapping[str, A
     rows = {row.id: row for row in domain.rows(split)}
     scores: Evaluation = []
     for name, scorer in domain.scorers.items():
-        able = [e for e in examples if _judges(scorer, answers[e.row])]
+        # An answer that is not wanted is nothing to be good at.
+        able = [e for e in examples if rows[e.row].wanted and _judges(scorer, answers[e.row])]
         of, own = [rows[e.row] for e in able], [answers[e.row] for e in able]
         judged = zip(able, scorer(of, own), scorer.weights(of, own), strict=True)
         scores += [RowScore(e.domain, e.row, name, float(v), e.targets, int(w)) for e, v, w in judged]

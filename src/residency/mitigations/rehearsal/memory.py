@@ -211,17 +211,22 @@ def unpack_examples(packed: dict[str, Tensor]) -> list[Example]:
     examples, start = [], 0
     for (prompt, rest), (domain, row, *shape) in zip(packed["lengths"].tolist(), origin, strict=True):
         middle, end = start + prompt, start + prompt + rest
-        branches = _branches(tokens[middle:end], shape or [[rest, [], "completion", 1.0, None]])
-        examples.append(Example(domain=domain, row=row, prompt=tuple(tokens[start:middle]), branches=branches))
+        extra = shape.pop(0) if shape and isinstance(shape[0], dict) else None
+        shape = shape if shape or extra is not None else [[rest, [], "completion", 1.0, None]]
+        branches, extra = _branches(tokens[middle:end], shape), extra or {}
+        asked = tuple(tokens[start:middle])
+        examples.append(Example(domain=domain, row=row, prompt=asked, branches=branches, extra=extra))
         start = end
     return examples
 
 
 def _shape(example: Example) -> list[Any]:
-    """(length, unsupervised places, role, weight, reference) per branch; nothing for one plain completion."""
-    if example.branches == (Branch(tokens=example.completion),):
+    """(length, unsupervised places, role, weight, reference) per branch; nothing for one plain completion. Columns for
+    a reward, and that there is no branch, are told by a mapping before them.
+    """
+    if example.branches == (Branch(tokens=example.completion),) and not example.extra:
         return []
-    shapes = []
+    shapes: list[Any] = [dict(example.extra)] if example.extra or not example.branches else []
     for branch in example.branches:
         hidden = [k for k, on in enumerate(branch.mask) if not on]
         shapes.append([len(branch.tokens), hidden, branch.role, branch.weight, branch.reference])

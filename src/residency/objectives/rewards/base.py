@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from residency.core.errors import UserError
 
@@ -19,11 +20,13 @@ class Question:
         prompt: Text of the prompt.
         reference: Text of the row's own completion; empty where it has none.
         row: Domain and id, for messages.
+        extra: Other columns of the row.
     """
 
     prompt: str
     reference: str
     row: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,9 @@ class Reward(ABC):
     needs_reference: bool = False
     """Whether it compares with the row's own completion; rows without one are refused."""
 
+    column: str | None = None
+    """The column of a prompt's row that it compares with instead of a completion."""
+
     @abstractmethod
     def __call__(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[float | None]:
         """One number per answer.
@@ -69,16 +75,24 @@ class Reward(ABC):
         """What it is made of, by name, for the log."""
         return {type(self).__name__: self(questions, answers)}
 
+    def expected(self, question: Question) -> str:
+        """The right answer: the row's completion, or what its `column` holds; empty where there is none."""
+        return question.reference if self.column is None else str(question.extra.get(self.column, "")).strip()
+
     def check(self, questions: Sequence[Question]) -> None:
         """Refuse rows that it cannot judge, before any training.
 
         Raises:
-            UserError: It compares with a completion, and a row has none.
+            UserError: It compares with a completion or a column, and a row has none.
         """
-        bare = next((q for q in questions if not q.reference.strip()), None) if self.needs_reference else None
+        bare = next((q for q in questions if not self.expected(q).strip()), None) if self.needs_reference else None
         if bare is not None:
+            name = type(self).__name__
+            has = f"; its columns are {', '.join(sorted(bare.extra))}" if bare.extra else ""
+            what = "completion" if self.column is None else f"column {self.column!r}"
             raise UserError(
-                f"the reward {type(self).__name__} and row {bare.row} without a completion",
-                why="it compares an answer with the row's own completion",
-                fix="give every row a completion, or choose a reward that needs none (JsonValid, Regex with a pattern)",
+                f"the reward {name} and row {bare.row} without a {what}{has}",
+                why=f"it compares an answer with the row's {what}",
+                fix=f"give every row a completion, name the column that has the right answer ({name}, column: ...), or "
+                "choose a reward that needs none (JsonValid, Regex with a pattern)",
             )

@@ -19,25 +19,38 @@ _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 class ExactLabel(Reward):
-    """1 if the answer is the row's completion, whatever the case and the blanks around it; else 0."""
+    """1 if the answer is the row's completion, whatever the case and the blanks around it; else 0.
+
+    Args:
+        column: Of rows that are prompts alone: the column with the right answer; `null` = the completion.
+    """
 
     needs_reference = True
 
+    def __init__(self, *, column: str | None = None) -> None:
+        self.column = column
+
     def __call__(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[float | None]:
         """0 or 1."""
-        return [float(_bare(a.text) == _bare(q.reference)) for q, a in zip(questions, answers, strict=True)]
+        return [float(_bare(a.text) == _bare(self.expected(q))) for q, a in zip(questions, answers, strict=True)]
 
 
 class Contains(Reward):
     """1 if the row's completion occurs in the answer, whatever the case; else 0. An answer that lists every label gets
     it too: `ExactLabel` does not pay for that.
+
+    Args:
+        column: Of rows that are prompts alone: the column with the right answer; `null` = the completion.
     """
 
     needs_reference = True
 
+    def __init__(self, *, column: str | None = None) -> None:
+        self.column = column
+
     def __call__(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[float | None]:
         """0 or 1."""
-        return [float(_bare(q.reference) in _bare(a.text)) for q, a in zip(questions, answers, strict=True)]
+        return [float(_bare(self.expected(q)) in _bare(a.text)) for q, a in zip(questions, answers, strict=True)]
 
 
 class NumericEqual(Reward):
@@ -45,11 +58,13 @@ class NumericEqual(Reward):
 
     Args:
         tolerance: Largest relative difference.
+        column: Of rows that are prompts alone: the column with the right answer; `null` = the completion.
     """
 
     needs_reference = True
 
-    def __init__(self, *, tolerance: float = 1e-6) -> None:
+    def __init__(self, *, tolerance: float = 1e-6, column: str | None = None) -> None:
+        self.column = column
         if tolerance < 0:
             raise UserError(
                 f"NumericEqual with tolerance={tolerance}",
@@ -60,7 +75,7 @@ class NumericEqual(Reward):
 
     def __call__(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[float | None]:
         """0 or 1; `None` where the completion has no number."""
-        return [self._one(q.reference, a.text) for q, a in zip(questions, answers, strict=True)]
+        return [self._one(self.expected(q), a.text) for q, a in zip(questions, answers, strict=True)]
 
     def _one(self, reference: str, text: str) -> float | None:
         wanted, found = _last_number(reference), _last_number(text)
@@ -77,13 +92,15 @@ class Regex(Reward):
 
     Args:
         pattern: As `re` reads it; `null` = the row's completion is the pattern.
+        column: Without a pattern, of rows that are prompts alone: the column with the pattern.
 
     Raises:
         UserError: No pattern, or one that repeats a repetition.
     """
 
-    def __init__(self, *, pattern: str | None = None) -> None:
+    def __init__(self, *, pattern: str | None = None, column: str | None = None) -> None:
         self.pattern = pattern
+        self.column = column
         self.needs_reference = pattern is None
         if pattern is not None:
             _compiled(pattern)
@@ -92,7 +109,7 @@ class Regex(Reward):
         """0 or 1."""
         found: list[float | None] = []
         for question, answer in zip(questions, answers, strict=True):
-            pattern = _compiled(self.pattern if self.pattern is not None else question.reference.strip())
+            pattern = _compiled(self.pattern if self.pattern is not None else self.expected(question).strip())
             text = answer.text.strip()
             found.append(float(len(text) <= LONGEST and pattern.fullmatch(text) is not None))
         return found
@@ -102,7 +119,7 @@ class Regex(Reward):
         super().check(questions)
         if self.pattern is None:
             for question in questions:
-                _compiled(question.reference.strip())
+                _compiled(self.expected(question).strip())
 
 
 class JsonValid(Reward):

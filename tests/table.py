@@ -82,6 +82,7 @@ from residency.objectives import (
     LabelPolicy,
     Objective,
     Preference,
+    RewardModel,
 )
 from residency.objectives.pair_losses import PAIR_LOSSES
 from residency.objectives.rewards import ExactLabel
@@ -341,6 +342,7 @@ OBJECTIVES: dict[str, ObjectiveRow] = {
     },
     "preference_sft": ObjectiveRow(make=lambda: Preference(sft_weight=0.3)),
     "preference_pretrained": ObjectiveRow(make=lambda: Preference(reference="pretrained")),
+    "reward_model": ObjectiveRow(make=lambda: RewardModel(centring=0.01, token="~")),
     "kto": ObjectiveRow(make=lambda: KTO(wanted=1.1)),
     "kto_pretrained": ObjectiveRow(make=lambda: KTO(reference="pretrained", wanted=1.1)),
     "apo_zero_unpaired": ObjectiveRow(make=lambda: KTO(baseline="none", wanted=1.1)),
@@ -402,6 +404,12 @@ SCORERS: dict[str, ScorerRow] = {
     "accuracy": ScorerRow(make=scorers.Accuracy, **_LABELS),
     "accuracy_norm": ScorerRow(make=scorers.NormalisedAccuracy, **_LABELS),
     "preference_accuracy": ScorerRow(make=scorers.PreferenceAccuracy, rejected="b", **_LABELS),
+    "reward_accuracy": ScorerRow(
+        make=scorers.RewardAccuracy,
+        rejected="b",
+        good=Answer(rewards={None: (1.0, -0.5)}),
+        bad=Answer(rewards={None: (0.0, 0.5)}),
+    ),
     "bits_per_byte": ScorerRow(make=scorers.BitsPerByte, best=1 / (8 * math.log(2)), **_LABELS),
     "exact_match": ScorerRow(make=scorers.ExactMatch),
     "f1": ScorerRow(make=scorers.F1),

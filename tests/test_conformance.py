@@ -468,7 +468,7 @@ def test_a_scorer_tells_good_from_bad(name: str) -> None:
 def test_every_score_is_a_column_of_the_record(llama: Path, tmp_path: Path) -> None:
     """Through model, matrix and summary, without an edit anywhere: all scorers of the table at once."""
     readers = domains(tmp_path / "data", {"a": "label", "b": "generative"})
-    special = ("numeric", "sql_valid", "sql_execution", "preference_accuracy")
+    special = ("numeric", "sql_valid", "sql_execution", "preference_accuracy", "reward_accuracy")
     rows = {name: row for name, row in SCORERS.items() if name not in special}
     readers["a"].scorers = readers["b"].scorers = {name: row.make() for name, row in rows.items()}
     record, _ = run("full", llama, tmp_path / "run", data={"domains": readers}, steps=2)

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from residency.backbones.supervised import supervised_logits
+from residency.core.batching import make_batch
+from residency.core.types import Branch, Example
 from residency.objectives.pair_losses import (
     PairSums,
     apo_down,
@@ -33,6 +36,7 @@ from residency.objectives.pair_losses import (
 )
 from residency.objectives.policy_losses import answer_weights, clipped_surrogate, kl_penalty
 from residency.objectives.reward_losses import bradley_terry, centring
+from residency.objectives.reward_model import RewardModel, asked_behind
 from residency.objectives.token_losses import probability_weights
 
 trl: Any = pytest.importorskip("trl", minversion="1.16", reason="pip install residency[trl]")
@@ -188,6 +192,39 @@ def test_reward_model(centre: float | None, tokenizer: Any, tmp_path: Path) -> N
     chosen, rejected = trainer.model(**reads).logits.squeeze(-1).chunk(2)
     ours = bradley_terry(chosen, rejected, margin) + (centre or 0.0) * centring(chosen, rejected)
     same(ours.mean(), theirs, trainer.model)
+
+
+@pytest.mark.parametrize("centre", [None, 0.01])
+def test_the_reward_model_on_the_head(centre: float | None, tokenizer: Any, tmp_path: Path) -> None:
+    """The whole objective: a classifier whose score is the head's row of the end token is the same model."""
+    body, classifier = llama(1), llama(2, "LlamaForSequenceClassification")
+    classifier.model.load_state_dict(body.model.state_dict())
+    with torch.no_grad():
+        classifier.score.weight.copy_(body.lm_head.weight[1:2])
+    trainer = trl.RewardTrainer(
+        model=classifier,
+        args=trl.RewardConfig(**arguments(tmp_path, center_rewards_coefficient=centre)),
+        train_dataset=pair_rows().add_column("margin", [0.3, 0.0, 1.0]),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    laid = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in laid]
+    pairs = zip(rows[:3], rows[3:], batch["margin"].tolist(), strict=True)
+    examples = [
+        Example(
+            domain="a",
+            row=str(i),
+            prompt=chosen[:1],
+            branches=(Branch(tokens=chosen[1:], role="chosen"), Branch(tokens=rejected[1:], role="rejected")),
+            extra={"margin": margin},
+        )
+        for i, (chosen, rejected, margin) in enumerate(pairs)
+    ]
+    theirs = trainer.compute_loss(classifier, dict(batch))
+    laid_out = make_batch([asked_behind(e, 1) for e in examples], layout="padded")
+    ours = RewardModel(centring=centre or 0.0)(partial(supervised_logits, body), laid_out, None).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["orpo", "cpo", "simpo"])

@@ -109,8 +109,8 @@ class ContinualModule(LightningModule):
         self.base_weights: Tensors = {}
         self._base_state: dict[str, Tensor] = {}
         self.weights_log, self.objective_log = dict[str, float](), dict[str, Tensor]()
-        self._before_stage: dict[str, Tensor] = {}
-        self._start: dict[str, Tensor] = {}
+        self._before_stage, self._start = dict[str, Tensor](), dict[str, Tensor]()
+        self.weights_after: Callable[[int], Tensors]  # given by whoever keeps the states of a run
         self._started = False
 
     def build(self, *, seed: int) -> None:
@@ -184,8 +184,8 @@ class ContinualModule(LightningModule):
         with self.as_it_was("pretrained"):
             return self.forward(batch)
 
-    def as_it_was(self, when: Was) -> AbstractContextManager[None]:
-        """Inside, the model is in evaluation mode, without gradients, with the weights of then."""
+    def as_it_was(self, when: Was | Tensors) -> AbstractContextManager[None]:
+        """Inside, the model is in evaluation mode, without gradients, with the weights of then, or with those given."""
         return as_it_was(self.model, self.adapter, when, start=self._start)
 
     def writing(self) -> AbstractContextManager[None]:

@@ -17,13 +17,13 @@ __all__ = ["as_it_was", "writing"]
 
 
 @contextmanager
-def as_it_was(model: nn.Module, adapter: Adapter, when: Was, *, start: Tensors) -> Iterator[None]:
+def as_it_was(model: nn.Module, adapter: Adapter, when: Was | Tensors, *, start: Tensors) -> Iterator[None]:
     """Inside, the model is in evaluation mode, without gradients, with the weights of then.
 
     Args:
         model: Left as it was found.
         adapter: Which of its tensors move.
-        when: `now`, before the stage's first step, or without the adapter.
+        when: `now`, before the stage's first step, or without the adapter; or what moves, as it was at another time.
         start: What moves, as it was before the stage's first step.
     """
     training = model.training
@@ -33,8 +33,12 @@ def as_it_was(model: nn.Module, adapter: Adapter, when: Was, *, start: Tensors) 
             stack.enter_context(torch.no_grad())
             if when == "pretrained":
                 stack.enter_context(adapter.reference(model))
-            elif when == "stage_start":
-                stack.enter_context(swapped(adapter.trainable(model), start))
+            elif when != "now":
+                leaves = adapter.trainable(model)
+                values = start if when == "stage_start" else when
+                stack.enter_context(
+                    swapped(leaves, {name: values[name].to(leaf.device) for name, leaf in leaves.items()})
+                )
             yield
     finally:
         model.train(training)

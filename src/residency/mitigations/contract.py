@@ -67,8 +67,12 @@ class StageModule(Protocol):
     def forward(self, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions."""
 
-    def as_it_was(self, when: Was) -> AbstractContextManager[None]:
-        """Inside, the model is in evaluation mode, without gradients, with the weights of then."""
+    @property
+    def weights_after(self) -> Callable[[int], Tensors]:
+        """What moves, as an earlier stage of the run (from 1) left it."""
+
+    def as_it_was(self, when: Was | Tensors) -> AbstractContextManager[None]:
+        """Inside, the model is in evaluation mode, without gradients, with the weights of then, or with those given."""
 
     def writing(self) -> AbstractContextManager[None]:
         """Inside, the model writes: as it is now, in evaluation mode, without gradients, in its fastest form."""

@@ -100,7 +100,13 @@ def questions(learner: Learner, examples: Sequence[Example]) -> list[Question]:
         return str(tokenizer.decode([t for t in tokens if t != tokenizer.eos_token_id]))
 
     return [
-        Question(prompt=text(e.prompt), reference=text(e.completion).strip(), row=f"{e.domain} {e.row}", extra=e.extra)
+        Question(
+            prompt=text(e.prompt),
+            reference=text(e.completion).strip(),
+            row=f"{e.domain} {e.row}",
+            extra=e.extra,
+            ids=e.prompt,
+        )
         for e in examples
     ]
 
@@ -123,7 +129,8 @@ def rewarded(
         for each in group:
             ids = each.tokens[:-1] if each.ended else each.tokens
             asked.append(question)
-            answers.append(Answer(text=tokenizer.decode(ids), tokens=len(each.tokens), ended=each.ended))
+            text, count = tokenizer.decode(ids), len(each.tokens)
+            answers.append(Answer(text=text, tokens=count, ended=each.ended, ids=tuple(each.tokens)))
     values = [
         min(0.0, value) if value is not None and cut_is_zero and not answer.ended else value
         for value, answer in zip(reward(asked, answers), answers, strict=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
-from residency.core.types import Batch, Capability, Example, Layout, Outputs, Stage, supervised_tokens
+from residency.core.types import Batch, Capability, Example, Layout, Outputs, Stage, Tensors, supervised_tokens
 
 __all__ = ["ExampleLosses", "Forward", "Learner", "Objective", "Passes", "Reads", "Was", "target_nll"]
 
@@ -79,8 +79,12 @@ class Learner(Protocol):
     def forward(self, batch: Batch) -> Tensor:
         """(M, V) logits at the supervised positions."""
 
-    def as_it_was(self, when: Was) -> AbstractContextManager[None]:
-        """Inside, the model is in evaluation mode, without gradients, with the weights of then."""
+    def as_it_was(self, when: Was | Tensors) -> AbstractContextManager[None]:
+        """Inside, the model is in evaluation mode, without gradients, with the weights of then, or with those given."""
+
+    @property
+    def weights_after(self) -> Callable[[int], Tensors]:
+        """What moves, as an earlier stage of the run (from 1) left it."""
 
     def writing(self) -> AbstractContextManager[None]:
         """Inside, the model writes: as it is now, in evaluation mode, without gradients, in its fastest form."""

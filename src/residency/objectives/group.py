@@ -114,6 +114,7 @@ class GroupWriter:
         self._rollout = None
         dataset = Mapped(dataset, Example.last_turn)  # of a conversation the last answer is written
         examples = distinct(dataset)
+        self.reward.begin_stage(learner)
         self.reward.check(questions(learner, examples))
         if self.informative:
             asked = examples[:ASKED]

@@ -52,6 +52,7 @@ class LabelPolicy(Objective):
                 fix="give group: null (exact), or 2 and more, and beta: 0.0",
             )
         self.reward = reward
+        self.requires = reward.requires
         self.group = group
         self.beta = beta
         self._draws: dict[int, Tensor] = {}
@@ -71,11 +72,12 @@ class LabelPolicy(Objective):
                 fix="use RLOO or GRPO, which write their answers",
             )
         asked = questions(learner, own)
+        self.reward.begin_stage(learner)
         self.reward.check(asked)
         texts = [
             q.reference for q in questions(learner, [replace(own[0], branches=(Branch(tokens=t),)) for t in labels])
         ]
-        answers = [Answer(text=t, tokens=len(ids), ended=True) for t, ids in zip(texts, labels, strict=True)]
+        answers = [Answer(text=t, tokens=len(ids), ended=True, ids=ids) for t, ids in zip(texts, labels, strict=True)]
         table = {}
         for example, question in zip(own, asked, strict=True):
             worth = self.reward([question] * len(labels), answers)

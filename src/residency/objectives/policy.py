@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from residency.core.types import Batch, Example, Stage
+from residency.core.types import Batch, Capability, Example, Stage
 from residency.objectives.base import ExampleLosses, Forward, Learner, Objective, Reads, refuse
 from residency.objectives.dataset import branch_sums, branch_weights, example_sums
 from residency.objectives.group import GroupWriter, Truncated
@@ -86,7 +86,8 @@ class RLOO(Objective):
         if not clip > 0:
             raise refuse(self, f"clip={clip}", why="it is how far a ratio may be from 1", fix="give clip: 0.2")
         self.clip = clip
-        self.requires = frozenset({"reference"}) if beta > 0 and reference == "pretrained" else frozenset()
+        needs: frozenset[Capability] = frozenset({"reference"} if beta > 0 and reference == "pretrained" else ())
+        self.requires = needs | reward.requires
         self.keeps_start = beta > 0 and reference == "stage_start"
         self.uses_logits = temperature != 1
 
@@ -202,7 +203,8 @@ class GRPO(Objective):
         self.aggregate: Aggregate = aggregate
         self.clip_low, self.clip_high = clip_low, clip_high
         self.kl = kl
-        self.requires = frozenset({"reference"}) if beta > 0 and reference == "pretrained" else frozenset()
+        needs: frozenset[Capability] = frozenset({"reference"} if beta > 0 and reference == "pretrained" else ())
+        self.requires = needs | reward.requires
         self.keeps_start = beta > 0 and reference == "stage_start"
         self.uses_logits = temperature != 1
 

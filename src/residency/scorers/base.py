@@ -61,6 +61,7 @@ class Answer:
             answers; `labels = "all"` only.
         text_nll: Nats of the completion without its end token.
         text_bytes: UTF-8 bytes that those tokens spell.
+        rewards: {token: what a reward model gives the chosen answer and the rejected one of a pair}.
         text: What was generated, stripped; `None` where nothing was.
         ended: Whether the generation stopped by itself and not at the limit.
     """
@@ -71,6 +72,7 @@ class Answer:
     labels: Mapping[str, LabelScore] = field(default_factory=dict)
     text_nll: float = math.nan
     text_bytes: int = 0
+    rewards: Mapping[str | None, tuple[float, float]] = field(default_factory=dict)
     text: str | None = None
     ended: bool = True
 
@@ -88,6 +90,7 @@ class Scorer(ABC):
         labels: Which likelihoods of labels it reads: `none`; `best`: only whether the own label wins, which needs a
             fraction of the tokens; `all`.
         text_likelihood: Whether it reads `Answer.text_nll` (one more pass over the completions).
+        rewards: Whether it reads `Answer.rewards` (one more pass over pairs).
         libraries: Packages whose version decides the score; part of the key of an evaluation.
     """
 
@@ -97,6 +100,7 @@ class Scorer(ABC):
     needs: ClassVar[Needs]
     labels: ClassVar[Labels] = "none"
     text_likelihood: ClassVar[bool] = False
+    rewards: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

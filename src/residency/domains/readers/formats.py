@@ -134,6 +134,7 @@ class RowMaker:
             "prompt": self._text(value, "prompt", where),
             "completion": chosen,
             "rejected": rejected,
+            "extra": self._margin(value, where),
         }
 
     def _said_pair(self, value: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -147,7 +148,8 @@ class RowMaker:
         answers = answer_text(chosen[-1]), answer_text(rejected[-1])
         self._differ(*answers, where)
         facts = {"kind": "pair", "prompt": before_text(chosen), "completion": answers[0], "rejected": answers[1]}
-        return facts | {"messages": chosen[:-1], "tools": to_tools(value.get("tools"), where)}
+        tools, extra = to_tools(value.get("tools"), where), self._margin(value, where)
+        return facts | {"messages": chosen[:-1], "tools": tools, "extra": extra}
 
     def _unpaired(self, value: Mapping[str, Any], where: str) -> dict[str, Any]:
         self._need(value, "label", where)
@@ -240,6 +242,14 @@ class RowMaker:
         if not number or not 0 < weight < float("inf"):
             self._refuse(where, f"'weight' is {short(weight)}", "write a number above 0; delete a row of weight 0")
         return float(weight)
+
+    def _margin(self, value: Mapping[str, Any], where: str) -> dict[str, float]:
+        """By how much the chosen answer of a pair should win, where its row says so."""
+        margin = value.get("margin", 0)
+        number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if not number or not 0 <= margin < float("inf"):
+            self._refuse(where, f"'margin' is {short(margin)}", "write a number, 0 or more: how much better chosen is")
+        return {"margin": float(margin)} if "margin" in value else {}
 
     def _references(self, value: Mapping[str, Any], where: str) -> tuple[str, ...]:
         found = value.get("references") or []

@@ -19,6 +19,7 @@ from residency.engine.scoring.likelihoods import (
     branch_nll,
     completion_nll,
     completions_and_labels,
+    pair_rewards,
     prompt_nll,
     text_nll,
 )
@@ -198,12 +199,15 @@ def _likelihoods(
     nll = branch_nll(module, everything, batch_tokens=budget)
     labels = {e.row: _label_scores(domain, e, nll[e.row].tolist()) for e in everything}
     texts = text_nll(module, examples, batch_tokens=budget) if any(s.text_likelihood for s in scorers) else {}
+    asked = {getattr(scorer, "token", None) for scorer in scorers if scorer.rewards}
+    worth = {token: pair_rewards(module, examples, token=token, batch_tokens=budget) for token in asked}
     return {row: Answer() for row in bare} | {
         e.row: Answer(
             nll=found[e.row][0],
             tokens=e.targets,
             best=found[e.row][1] if e.alternatives else None,
             labels=labels.get(e.row, {}),
+            rewards={token: of_row[e.row] for token, of_row in worth.items()},
             **texts.get(e.row, {}),
         )
         for e in examples

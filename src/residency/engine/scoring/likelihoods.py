@@ -12,9 +12,10 @@ from torch import Tensor
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.types import Example
 from residency.engine.module import ContinualModule
+from residency.objectives.reward_model import asked_behind, branch_rewards, reward_token
 from residency.scorers.likelihood import label_is_best
 
-__all__ = ["branch_nll", "completion_nll", "completions_and_labels", "prompt_nll", "text_nll"]
+__all__ = ["branch_nll", "completion_nll", "completions_and_labels", "pair_rewards", "prompt_nll", "text_nll"]
 
 EXTRA_TOKENS = 1024  # per pass of `completion_nll`
 
@@ -153,6 +154,20 @@ def text_nll(module: ContinualModule, examples: Sequence[Example], *, batch_toke
         e.row: {"text_nll": float(nll[e.row][0]), "text_bytes": len(tokenizer.decode(e.completion).encode())}
         for e in kept
     }
+
+
+def pair_rewards(
+    module: ContinualModule, examples: Sequence[Example], *, token: str | None, batch_tokens: int
+) -> dict[str, tuple[float, float]]:
+    """{row: what a reward model gives the chosen answer and the rejected one}, of the pairs among the rows."""
+    place = reward_token(module.backbone.tokenizer, token)
+    pairs = [asked_behind(e, place) for e in examples if [b.role for b in e.branches] == ["chosen", "rejected"]]
+    found: dict[str, tuple[float, float]] = {}
+    for group in by_token_budget(sorted(pairs, key=len), tokens=batch_tokens):
+        batch = make_batch(group, layout=module.layout).to(module.device)
+        rewards = branch_rewards(module.forward(batch), batch).tolist()
+        found |= {e.row: (chosen, rejected) for e, (chosen, rejected) in zip(group, rewards, strict=True)}
+    return found
 
 
 def prompt_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from residency.core.errors import UserError
+from residency.core.types import Capability
+from residency.objectives.base import Learner
 
 __all__ = ["Answer", "Question", "Reward"]
 
@@ -21,12 +23,14 @@ class Question:
         reference: Text of the row's own completion; empty where it has none.
         row: Domain and id, for messages.
         extra: Other columns of the row.
+        ids: Tokens of the prompt.
     """
 
     prompt: str
     reference: str
     row: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +41,19 @@ class Answer:
         text: Decoded, without the end token.
         tokens: How many, the end token included.
         ended: Whether it ended by itself; otherwise it was cut off.
+        ids: Its tokens, the end token included.
     """
 
     text: str
     tokens: int
     ended: bool
+    ids: tuple[int, ...] = ()
 
 
 class Reward(ABC):
-    """Scores answers, higher is better. Pure: no model, no clock, no network, no random number."""
+    """Scores answers, higher is better. Pure: no clock, no network, no random number, and no model but one that the run
+    itself has learnt.
+    """
 
     lowest: float = 0.0
     """No reward is lower."""
@@ -58,6 +66,12 @@ class Reward(ABC):
 
     column: str | None = None
     """The column of a prompt's row that it compares with instead of a completion."""
+
+    requires: frozenset[Capability] = frozenset()
+    """What the adapter must provide."""
+
+    def begin_stage(self, learner: Learner) -> None:
+        """Before the first answer of a stage, also of one that goes on."""
 
     @abstractmethod
     def __call__(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[float | None]:

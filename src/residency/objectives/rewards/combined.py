@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from residency.core.errors import UserError
+from residency.objectives.base import Learner
 from residency.objectives.policy_losses import soft_overlong
 from residency.objectives.rewards.base import Answer, Question, Reward
 
@@ -58,6 +59,12 @@ class Sum(Reward):
         ends = [(w * r.lowest, w * r.highest) for w, r in ((self.weights[n], r) for n, r in self.rewards.items())]
         self.lowest, self.highest = sum(min(e) for e in ends), sum(max(e) for e in ends)
         self.needs_reference = any(reward.needs_reference for reward in rewards.values())
+        self.requires = frozenset().union(*(reward.requires for reward in rewards.values()))
+
+    def begin_stage(self, learner: Learner) -> None:
+        """As each of them does."""
+        for reward in self.rewards.values():
+            reward.begin_stage(learner)
 
     def __call__(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[float | None]:
         """`None` where a part is."""

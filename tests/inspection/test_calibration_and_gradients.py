@@ -17,7 +17,7 @@ from residency.inspection import gradient_metrics as gradients
 from residency.inspection.calibration_metrics import brier, calibration, expected_calibration_error, token_answers
 from residency.inspection.gradient_metrics import GradientStability, gradient_stability, stability_improvement
 from residency.metrics import cost
-from residency.metrics.cost import optimizer_state_bytes, overhead, tokens_per_second, training_flops
+from residency.metrics.cost import optimizer_state_bytes, overhead, tokens_per_second
 
 
 @pytest.mark.parametrize("module", [gradients, cost])
@@ -118,12 +118,6 @@ def test_calibration_of_logits() -> None:
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------
-
-
-def test_flops() -> None:
-    assert training_flops(total=100, trainable=100, tokens=7) == 6 * 100 * 7
-    assert training_flops(total=100, trainable=1, tokens=7) == (4 * 100 + 2) * 7
-    assert training_flops(total=100, trainable=100, tokens=7, recomputed=True) == 8 * 100 * 7
 
 
 def test_ratios() -> None:

@@ -350,6 +350,9 @@ def test_what_the_optimizer_keeps_is_always_recorded(lora_run: tuple[Path, dict[
     expected = sum(8 * leaf.numel() + 4 for leaf in leaves)
     cost = record["cost"]
     assert cost["optimizer_state_bytes"] == expected
-    assert cost["training_flops"] == (
-        (4 * cost["total_parameters"] + 2 * cost["trainable_parameters"]) * cost["train_tokens"]
-    )
+    # Against torch's counter: tests/engine/test_costs.py. An input embedding is looked up, no product.
+    most = (4 * cost["total_parameters"] + 2 * cost["trainable_parameters"]) * cost["train_tokens"]
+    assert 0 < cost["training_flops"] < most
+    assert cost["train_tokens"] >= cost["batch_tokens"] > 0
+    assert cost["evaluation_tokens"] > 0
+    assert cost["evaluation_flops"] > 0

@@ -46,6 +46,8 @@ def goes_on_exactly(
     assert list((folder / "stopped").glob("stages/2-*/checkpoint.safetensors")), "nothing to go on from"
     again, _ = train(folder / "stopped", backbone, adapter(), make(), **options)
     assert again["scores"] == whole["scores"]
+    for counted in ("train_tokens", "batch_tokens", "training_flops"):
+        assert again["cost"][counted] == whole["cost"][counted], counted
     ends = [load_tree(next((folder / run).glob("stages/2-*/state.safetensors"))) for run in ("whole", "stopped")]
     assert {*_leaves(ends[0])} == {*_leaves(ends[1])}
     wrong = [name for name, tensor in _leaves(ends[0]).items() if not torch.equal(tensor, _leaves(ends[1])[name])]

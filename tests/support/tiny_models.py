@@ -27,15 +27,17 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_backbone(folder: Path, *, architecture: str = "llama", seed: int = 0, dropout: float = 0.0) -> Path:
-    """A randomly initialised model of 2 layers and 32 dimensions, in the format of `save_pretrained`."""
+def write_backbone(
+    folder: Path, *, architecture: str = "llama", seed: int = 0, dropout: float = 0.0, layers: int = 2
+) -> Path:
+    """A randomly initialised model of 32 dimensions, in the format of `save_pretrained`."""
     torch.manual_seed(seed)
     common: dict[str, Any] = {"vocab_size": 257, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
     if architecture == "llama":
         config = LlamaConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
@@ -46,7 +48,7 @@ def write_backbone(folder: Path, *, architecture: str = "llama", seed: int = 0, 
         model: Any = LlamaForCausalLM(config)
     else:
         drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **drop, **common))
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=layers, n_head=4, n_positions=256, **drop, **common))
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder

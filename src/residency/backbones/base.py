@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
+from residency.backbones.work import Work
 from residency.core.losses import token_nll
 from residency.core.types import Batch, Layout
 
@@ -31,7 +33,12 @@ class Sampling:
 
 
 class Backbone(ABC):
-    """A pretrained model and its tokenizer."""
+    """A pretrained model and its tokenizer. It tells `work` of every pass that it runs."""
+
+    @cached_property
+    def work(self) -> Work:
+        """What its models have computed: the cost of a run is read from it."""
+        return Work()
 
     @property
     @abstractmethod

@@ -186,11 +186,13 @@ class CausalLM(Backbone):
 
     def _run(self, function: Callable[[nn.Module, Batch], Tensor], model: nn.Module, batch: Batch) -> Tensor:
         lanes, leaves = lanes_for(model, batch, self.lanes)
-        if lanes == 1:
-            return function(model, batch)
-        return run_in_lanes(partial(function, model), batch, lanes=lanes, leaves=leaves)
+        one = lanes == 1
+        out = (
+            function(model, batch) if one else run_in_lanes(partial(function, model), batch, lanes=lanes, leaves=leaves)
+        )
+        self.work.passed(model, batch, out)
+        return out
 
-    @torch.inference_mode()
     def generate(
         self,
         model: nn.Module,
@@ -201,6 +203,23 @@ class CausalLM(Backbone):
         layout: Layout = "padded",
     ) -> list[list[int]]:
         """Greedy or drawn continuations: greedy ones packed without padding where the layout is, others padded."""
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "layout": layout}
+        written = self._written(model, prompts, **options)
+        # Whoever stopped by itself wrote an end token, which is not given back.
+        lengths = [[min(len(new) + 1, max_new_tokens)] for new in written]
+        self.work.wrote(model, [len(prompt) for prompt in prompts], lengths)
+        return written
+
+    @torch.inference_mode()
+    def _written(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        layout: Layout,
+    ) -> list[list[int]]:
         end = self.tokenizer.eos_token_id
         if layout == "packed" and sampling is None and (self.verdict is None or self.verdict.decodes):
             return greedy(model, prompts, end=end, max_new_tokens=max_new_tokens)

@@ -13,9 +13,10 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from residency.backbones.work import Work
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree, save_tree
-from residency.core.types import Batch, Stage
+from residency.core.types import Batch, Stage, untyped
 from residency.metrics.cost import optimizer_state_bytes
 
 __all__ = ["History", "SafetensorsIO", "StageCheckpoint"]
@@ -85,6 +86,7 @@ class History(Callback):
         self.write = write
         self.optimizer_state_bytes = 0
         self.totals = {"seconds": 0.0, "tokens": 0, "steps": 0, "prepare_seconds": 0.0}
+        self.totals |= {"passed_tokens": 0, "flops": 0}
         self._window: dict[str, float] = {}
         self._figures: dict[str, list[float]] = {}
         self._micro = 0
@@ -94,8 +96,13 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """The clock of the steps runs from the first batch's loading to the last step's end."""
         now = time.perf_counter()
+        work = untyped(module).backbone.work
         # What a resume needs to get here again is not what the stage costs.
-        self.totals["prepare_seconds"] = self.totals["prepare_seconds"] or now - self._clock
+        if not self.totals["prepare_seconds"]:
+            self.totals["prepare_seconds"] = now - self._clock
+            self._take(work)
+        work.take()
+        work.renew()
         self._clock = now
         self._last = (self.totals["seconds"], int(self.totals["tokens"]))
 
@@ -105,6 +112,7 @@ class History(Callback):
         self.totals["seconds"] += now - self._clock
         self._clock = now
         self.totals["tokens"] += batch.tokens
+        self._take(module.backbone.work)
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == self.stage.steps
         complete = step != self.totals["steps"]
@@ -120,6 +128,16 @@ class History(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """What the optimizer kept is gone with the Trainer."""
         self.optimizer_state_bytes = sum(optimizer_state_bytes(o) for o in trainer.optimizers)
+
+    def close(self, module: Any) -> None:
+        """What the adapter did with the last step's weights belongs to the training, too."""
+        self.totals["seconds"] += time.perf_counter() - self._clock
+        self._take(module.backbone.work)
+
+    def _take(self, work: Work) -> None:
+        tokens, flops = work.take()
+        self.totals["passed_tokens"] += tokens
+        self.totals["flops"] += flops
 
     def _add(self, metrics: Mapping[str, torch.Tensor], step: int, groups: tuple[str, ...]) -> None:
         self._micro += 1

@@ -71,22 +71,28 @@ def train_stage(
 
     Returns:
         The facts: what the training cost. `prepare_seconds` are those before the first step (rewriting targets,
-        generating a rehearsal, asking a teacher), `train_seconds` those of the steps.
+        generating a rehearsal, asking a teacher), `train_seconds` those of the steps. `train_tokens` and `train_flops`
+        are of every pass up to here, `batch_tokens` those of the batches alone.
     """
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
     resumed = checkpoint if checkpoint.is_file() else None
     stored: Container[str] = module.mitigations if resumed else ()
+    module.backbone.work.take()
+    module.backbone.work.renew()
     begin_stage(module, data, stage, stored=stored)
     keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
+    history.close(module)
     check_finite(module.adapter, module.model, stage)
     return {
         "stage": stage.index + 1,
         "domain": stage.domain,
         "prepare_seconds": history.totals["prepare_seconds"],
         "train_seconds": history.totals["seconds"],
-        "train_tokens": history.totals["tokens"],
+        "train_tokens": history.totals["passed_tokens"],
+        "batch_tokens": history.totals["tokens"],
+        "train_flops": history.totals["flops"],
         "steps": history.totals["steps"],
         "optimizer_state_bytes": history.optimizer_state_bytes,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -131,13 +137,19 @@ def finish_stage(
         What is stored: {"weights", "mitigations", "facts"}.
     """
     start = time.perf_counter()
+    work = module.backbone.work
+    work.take()
+    work.renew()
     module.to(device)  # Lightning has brought it back to the CPU
     index, every = module.stage.index, module.mitigations.items()
     # Without remembering, those count that had a part in the weights: runs without the others share them.
     taking_part = {n: m for n, m in every if remember or m.touches_training(index) or m.changes_weights(index)}
     held = {name: m.state_bytes() for name, m in taking_part.items()}
     module.finish_stage(remember=remember)
+    tokens, flops = work.take()
     more = {
+        "finish_tokens": tokens,
+        "finish_flops": flops,
         "finish_seconds": time.perf_counter() - start,
         # Some drop at the end what they held during the stage, others take it in only then.
         "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in taking_part.items()},

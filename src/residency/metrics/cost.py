@@ -9,26 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["optimizer_state_bytes", "overhead", "tokens_per_second", "training_flops"]
-
-
-def training_flops(*, total: int, trainable: int, tokens: int, recomputed: bool = False) -> float:
-    """FLOPs of training: (4 N + 2 N_trainable) · D, which is the usual 6ND when everything is trained.
-
-    Per token and parameter 2 FLOPs forward and 2 for the gradient of the activations; 2 more for the gradient of a
-    weight, which a frozen one does not need. Attention scores and the optimizer's own step are left out, as in
-    Kaplan et al. 2020; parameters of an input embedding count, although they are only looked up.
-
-    Args:
-        total: N, parameters, 4-bit ones counted unpacked.
-        trainable: N_trainable.
-        tokens: D, non-pad training tokens.
-        recomputed: Whether gradient checkpointing runs the forward pass twice (2 N more).
-
-    >>> training_flops(total=10, trainable=10, tokens=3)
-    180.0
-    """
-    return float((4 + 2 * recomputed) * total + 2 * trainable) * tokens
+__all__ = ["optimizer_state_bytes", "overhead", "tokens_per_second"]
 
 
 def tokens_per_second(*, tokens: int, seconds: float) -> float:

@@ -81,7 +81,7 @@ def write_answers(
 
     with learner.writing():
         texts = Remembered(learner.model) if learner.layout == "packed" else Anew(next_logits)
-        return sample_groups(
+        written = sample_groups(
             texts,
             [example.prompt for example in examples],
             group=group,
@@ -90,6 +90,10 @@ def write_answers(
             uniform=uniform,
             temperature=temperature,
         )
+    if learner.layout == "packed":  # otherwise they are passes of the backbone, which counts them
+        lengths = [[len(answer.tokens) for answer in answers] for answers in written]
+        learner.backbone.work.wrote(learner.model, [len(example.prompt) for example in examples], lengths)
+    return written
 
 
 def questions(learner: Learner, examples: Sequence[Example]) -> list[Question]:

@@ -9,7 +9,6 @@ from typing import Any
 from residency.core.environment import versions
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
-from residency.metrics.cost import training_flops
 from residency.metrics.matrix import summary
 from residency.runs.judgement import judgement
 from residency.runs.views.base import RunInfo
@@ -67,7 +66,10 @@ def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
     )
     # What the run would cost alone, also where it shared a stage with others: runs are compared by it.
     scoring = sum(stage["evaluation_seconds"] for stage in stages)
-    tokens = sum(stage["train_tokens"] for stage in trained)
+    tokens, flops, batches = (
+        sum(stage.get(part, 0) for stage in trained for part in parts)
+        for parts in (("train_tokens", "finish_tokens"), ("train_flops", "finish_flops"), ("batch_tokens",))
+    )
     return {
         "seconds": before + seconds + after + scoring,
         "prepare_seconds": before,
@@ -75,13 +77,16 @@ def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
         "finish_seconds": after,
         "evaluation_seconds": scoring,
         "train_tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        "batch_tokens": batches,
+        "tokens_per_second": batches / seconds if seconds else None,
         "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in trained),
         "trainable_parameters": info.trainable,
         "total_parameters": info.total,
         "mitigation_state_bytes": _most(stage["mitigation_state_bytes"] for stage in trained),
         "optimizer_state_bytes": max(stage.get("optimizer_state_bytes", 0) for stage in trained),
-        "training_flops": training_flops(total=info.total, trainable=info.trainable, tokens=tokens),
+        "training_flops": float(flops),
+        "evaluation_tokens": sum(stage.get("evaluation_tokens", 0) for stage in stages),
+        "evaluation_flops": float(sum(stage.get("evaluation_flops", 0) for stage in stages)),
     }
 
 

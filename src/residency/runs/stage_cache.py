@@ -19,6 +19,8 @@ from residency.runs.store.store import Entry, Store
 
 __all__ = ["StageCache"]
 
+_COSTS = ("seconds", "tokens", "flops")
+
 
 class StageCache:
     """What a run is made of, by stage.
@@ -126,19 +128,17 @@ class StageCache:
         if missing:
             self.runner.restore(k, self._load)
         for column in missing:
-            found, seconds = self.runner.evaluate([column])
+            found, cost = self.runner.evaluate([column])
             entries[column] = self.store.put(
                 "evaluations",
                 keys[column],
                 partial(_write_scores, found),
-                meta={"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), "column": column},
+                meta={**cost, "peak_memory_bytes": peak_memory_bytes(), "column": column},
             )
         scores = [s for entry in entries.values() if entry for s in read_scores(entry.path / "scores.parquet")]
         metas = [entry.meta for entry in entries.values() if entry]
-        facts = {
-            "evaluation_seconds": sum(meta["seconds"] for meta in metas),
-            "peak_memory_bytes": max(meta["peak_memory_bytes"] for meta in metas),
-        }
+        facts = {f"evaluation_{part}": sum(m[f"evaluation_{part}"] for m in metas) for part in _COSTS}
+        facts["peak_memory_bytes"] = max(meta["peak_memory_bytes"] for meta in metas)
         return scores, facts | ({} if missing else {"shared": True})
 
     def score_keys(self, k: int) -> dict[str, str]:

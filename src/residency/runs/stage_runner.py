@@ -201,9 +201,12 @@ class StageRunner:
 
     # -- scores -------------------------------------------------------------------------------------------------
 
-    def evaluate(self, columns: Sequence[str] | None = None) -> tuple[Evaluation, float]:
-        """Score the state in which the module is; (scores, seconds)."""
+    def evaluate(self, columns: Sequence[str] | None = None) -> tuple[Evaluation, dict[str, Any]]:
+        """Score the state in which the module is; (scores, what they cost)."""
         start = time.perf_counter()
+        work = self.module.backbone.work
+        work.take()
+        work.renew()
         chosen = {name: self.data.columns[name] for name in columns or self.data.columns}
         total = sum(len(domain.rows(self.settings.split)) for domain in chosen.values())
         title = f"after {self.stages[self.at - 1].domain}" if self.at else "before training"
@@ -226,4 +229,6 @@ class StageRunner:
                 advance=advance,
             )
         check_scores(scores, after=title, steps=self.offset(self.at + 1))
-        return scores, time.perf_counter() - start
+        tokens, flops = work.take()
+        seconds = time.perf_counter() - start
+        return scores, {"evaluation_seconds": seconds, "evaluation_tokens": tokens, "evaluation_flops": flops}

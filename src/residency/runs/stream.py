@@ -265,8 +265,8 @@ class _Run:
         if self.stage_cache is not None:
             return self.stage_cache.scores(k)
         self.runner.restore(k, self._load)
-        scores, seconds = self.runner.evaluate([name for name, d in self.runner.data.columns.items() if d.scorers])
-        return scores, {"evaluation_seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+        scores, cost = self.runner.evaluate([name for name, d in self.runner.data.columns.items() if d.scorers])
+        return scores, cost | {"peak_memory_bytes": peak_memory_bytes()}
 
     def _look(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Inspect the state after stage k; nothing is loaded for it unless somebody looks."""

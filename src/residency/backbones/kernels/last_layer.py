@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from residency.backbones.kernels.hooks import watched
 from residency.core.types import untyped
 
-__all__ = ["only_at", "trim_last_layer"]
+__all__ = ["is_trimmed", "only_at", "trim_last_layer", "trimmed_part"]
 
 # Positions of a packed row that the head reads, each once.
 _read: ContextVar[Tensor | None] = ContextVar("read", default=None)
@@ -53,14 +53,27 @@ class _Trimmed:
     def __call__(self, x: Tensor) -> Tensor:
         plain = type(self._part).forward
         positions = _read.get()
-        if positions is None or x.dim() != 3 or len(x) != 1 or len(positions) > _WORTH_IT * x.shape[1]:
+        if positions is None or x.dim() != 3 or len(x) != 1 or not self.takes(x.shape[1], len(positions)):
             result: Tensor = plain(self._part, x)
-            return result
-        if any(map(watched, self._around)) or any(map(watched, self._part.modules())):
-            result = plain(self._part, x)
             return result
         y: Tensor = plain(self._part, x[:, positions])
         return y.new_zeros(1, x.shape[1], y.shape[2]).index_copy(1, positions, y)
+
+    def takes(self, positions: int, read: int) -> bool:
+        """Whether a row of so many positions is cut to those that are read."""
+        seen = any(map(watched, self._around)) or any(map(watched, self._part.modules()))
+        return read <= _WORTH_IT * positions and not seen
+
+
+def trimmed_part(model: nn.Module) -> nn.Module | None:
+    """The feed-forward part that computes only what is read of a packed row; `None` = none does."""
+    return next((part for part in model.modules() if isinstance(vars(part).get("forward"), _Trimmed)), None)
+
+
+def is_trimmed(part: nn.Module, *, positions: int, read: int) -> bool:
+    """Whether such a part leaves something of a packed row out of which so many positions are read."""
+    forward = vars(part)["forward"]
+    return isinstance(forward, _Trimmed) and forward.takes(positions, read)
 
 
 def trim_last_layer(model: nn.Module) -> bool:

@@ -91,7 +91,8 @@ class ConsoleView(View):
             self.console.print(f"  heat map: {escape(for_terminal(path))}")
         cost = record["cost"]
         self.console.print(
-            f"  {cost['train_seconds']:.0f} s training at {cost['tokens_per_second'] or 0:.0f} tokens/s, "
+            f"  {cost['seconds'] - cost['evaluation_seconds']:.0f} s training, its steps at "
+            f"{cost['tokens_per_second'] or 0:.0f} tokens/s, "
             f"{cost['evaluation_seconds']:.0f} s scoring, peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         self.console.print(f"  record: {escape(for_terminal(self.folder / 'results.json'))}")

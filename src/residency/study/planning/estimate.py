@@ -117,7 +117,7 @@ class _Rates:
                 self.sizes[model].append(sum(file["bytes"] for file in record["files"].values()))
         for _, record in store.entries("evaluations"):
             if record is not None:
-                self.columns[record["meta"]["column"]].append(record["meta"]["seconds"])
+                self.columns[record["meta"]["column"]].append(record["meta"]["evaluation_seconds"])
 
     def training(self, cell: Resolved, k: int) -> float | None:
         seconds, steps = self.steps[cell.keys.model]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from support.tiny_models import write_backbone
+from residency.testing.tiny_models import write_backbone
 
 torch.set_num_threads(1)
 

@@ -1,15 +1,15 @@
-"""One row per adapter, mitigation, objective, scorer and domain reader: every property test runs on every row.
+"""One row per adapter, mitigation, objective, scorer, metric and domain: `residency.testing` runs on every row.
 
-A new plug-in is one row here, and inherits all of them.
+A new plug-in is one row here, and inherits all properties of its kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, OSFConfig
 
@@ -17,10 +17,8 @@ from residency import scorers
 from residency.adapters import (
     OSF,
     SLAO,
-    Adapter,
     Bottleneck,
     Freeze,
-    Full,
     GaLore,
     IncLoRA,
     InfLoRA,
@@ -31,10 +29,12 @@ from residency.adapters import (
 )
 from residency.adapters.algebra.orthogonality import Orthogonality
 from residency.backbones import Quantisation
+from residency.core.assets.cache import PACKAGES, package_folder
 from residency.domains import packaged
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
 from residency.domains.table import Table
+from residency.metrics.discovery import matrix_metrics
 from residency.mitigations import (
     AGEM,
     DARE,
@@ -56,7 +56,6 @@ from residency.mitigations import (
     GenerativeReplay,
     IntruderReduction,
     KroneckerEWC,
-    Mitigation,
     OnPolicyDistillation,
     Replay,
     SelfDistillation,
@@ -80,85 +79,35 @@ from residency.objectives import (
     TALR,
     FullText,
     LabelPolicy,
-    Objective,
     Preference,
     RewardModel,
 )
 from residency.objectives.pair_losses import PAIR_LOSSES
 from residency.objectives.rewards import ExactLabel
 from residency.scorers.base import Answer, LabelScore, Scorer
-from support.objective_rows import Parity
+from residency.testing import (
+    AdapterRow,
+    DomainRow,
+    MetricRow,
+    MitigationRow,
+    ObjectiveRow,
+    ScorerRow,
+    partners,
+    write_domain,
+)
+from residency.testing.objective_rows import Parity
 from support.peft_configs import CONFIGS, IDENTITY
 
-__all__ = [
-    "ADAPTERS",
-    "MITIGATIONS",
-    "OBJECTIVES",
-    "READERS",
-    "SCORERS",
-    "AdapterRow",
-    "MitigationRow",
-    "ScorerRow",
-]
+__all__ = ["ADAPTERS", "DOMAINS", "METRICS", "MITIGATIONS", "OBJECTIVES", "SCORERS"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterRow:
-    """What an adapter promises.
-
-    Args:
-        make: A fresh adapter.
-        identity: Whether the attached model equals the pretrained one: bit for bit, up to rounding, or not at all (then
-            the adapter provides `reference`, which row 0 is scored with).
-        loads_with: Which library reads what `export` writes.
-        average: Largest relative error of `load_weights(weights(state))`.
-        merge: Largest error of a merged model's logits.
-        still: Substrings of parameter names that are declared as trainable and need not move in a stage.
-        loading: Options of the backbone (dtype, quantisation).
-        trainer: Options of the Trainer that differ.
-        lr: Learning rate at which four steps show.
-    """
-
-    make: Callable[[], Adapter]
-    identity: Literal["exact", "close", "none"] = "exact"
-    loads_with: Literal["peft", "transformers", "residency"] = "peft"
-    average: float = 1e-5
-    merge: float = 2e-4
-    still: tuple[str, ...] = ()
-    loading: Mapping[str, Any] = field(default_factory=dict)
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    lr: float = 1e-2
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `running.train` and `running.make_module` take for this row."""
-        return {"loading": self.loading, "lr": self.lr}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MitigationRow:
-    """A mitigation that acts on the tiny stream of two domains with two and three steps, and the same at strength 0.
-
-    Args:
-        make: Acts: the weights after the second stage differ from those without it. Whether the first stage does is
-            read off `touches_training` and `changes_weights`.
-        off: Changes no bit.
-        refuses: What the refusal says of adapters that it cannot work with for another reason than their capabilities;
-            nothing where it works.
-        idle: Adapter rows with which it is permitted and has nothing to do on that stream.
-        conditional: Acts only where something arises (a gradient that would hurt an old domain, an outlier), which need
-            not happen with every adapter in five steps.
-    """
-
-    make: Callable[[], Mitigation]
-    off: Callable[[], Mitigation]
-    refuses: Callable[[Adapter], str] = lambda adapter: ""
-    idle: tuple[str, ...] = ()
-    conditional: bool = False
+def _peft_adapter(name: str) -> Peft:
+    return Peft(config=CONFIGS[name]())
 
 
 def _peft(name: str) -> AdapterRow:
-    return AdapterRow(make=lambda: Peft(config=CONFIGS[name]()), identity=IDENTITY.get(name, "exact"))
+    make = partial(_peft_adapter, name)
+    return AdapterRow(make=make, identity=IDENTITY.get(name, "exact"), seeded=name == "lora")
 
 
 def _blocks(**options: Any) -> LoraConfig:
@@ -166,13 +115,13 @@ def _blocks(**options: Any) -> LoraConfig:
 
 
 ADAPTERS: dict[str, AdapterRow] = {
-    "full": AdapterRow(make=Full, loads_with="transformers"),
-    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0)),
+    "lora_plus": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"](), lr_ratio=16.0), seeded=True),
     "qlora": AdapterRow(make=lambda: Peft(config=CONFIGS["lora"]()), loading={"quantisation": Quantisation()}),
     "osf": AdapterRow(
         make=lambda: OSF(config=OSFConfig(target_modules=["q_proj", "v_proj"])),
         identity="close",
         loads_with="transformers",
+        repeats=False,
     ),
     "per_domain": AdapterRow(make=lambda: PerDomain(config=CONFIGS["lora"]())),
     "per_domain_nll": AdapterRow(make=lambda: PerDomain(config=CONFIGS["ia3"](), routing="nll")),
@@ -197,15 +146,15 @@ ADAPTERS: dict[str, AdapterRow] = {
         # A gate that is pushed below zero stays closed, and nothing behind it has a gradient.
         still=("residency_mixing",),
     ),
-    "inc_lora": AdapterRow(make=lambda: IncLoRA(config=_blocks())),
     "o_lora": AdapterRow(make=lambda: IncLoRA(config=_blocks(lora_dropout=0.1), penalty=Orthogonality(shrinkage=0.01))),
     "inf_lora": AdapterRow(make=lambda: InfLoRA(config=_blocks(), energy=0.9)),
     "slao": AdapterRow(make=lambda: SLAO(config=_blocks())),
     **{name: _peft(name) for name in CONFIGS},
+    **partners.ADAPTERS,
 }
 
 MITIGATIONS: dict[str, MitigationRow] = {
-    "replay": MitigationRow(make=lambda: Replay(ratio=0.25, capacity=12), off=lambda: Replay(ratio=0.0)),
+    **partners.MITIGATIONS,
     "replay_herding_loss": MitigationRow(
         make=lambda: Replay(ratio=1.0, every=2, capacity=6, policy="herding", draw="loss"),
         off=lambda: Replay(ratio=0.0, capacity=6, policy="herding", draw="loss"),
@@ -229,7 +178,6 @@ MITIGATIONS: dict[str, MitigationRow] = {
         make=lambda: EarlyStopping(every=1, min_delta=100.0), off=lambda: EarlyStopping(every=0)
     ),
     "ema": MitigationRow(make=lambda: EMA(decay=0.9), off=lambda: EMA(decay=0.0)),
-    "ewc": MitigationRow(make=lambda: EWC(strength=1000.0, fisher_samples=6), off=lambda: EWC(strength=0.0)),
     "ewc_online": MitigationRow(
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),
         off=lambda: EWC(strength=0.0, mode="online"),
@@ -309,17 +257,6 @@ SOME_ADAPTERS = ("lora_dropout",)
 SOME_MITIGATIONS = ("ewc", "replay")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveRow:
-    """An objective on eight tiny rows of the kind that it reads (`support.objective_rows`).
-
-    Args:
-        make: A fresh one; acts on a random model.
-    """
-
-    make: Callable[[], Objective]
-
-
 # Short answers by an untrained policy, of which hardly any ends by itself.
 _WRITES: dict[str, Any] = {"group": 3, "max_new_tokens": 4, "truncated": "as_is", "informative": 0.0}
 _FLIPPED = ("cdpo", "robust")
@@ -360,29 +297,6 @@ OBJECTIVES: dict[str, ObjectiveRow] = {
     "label_policy": ObjectiveRow(make=lambda: LabelPolicy(reward=ExactLabel())),
     "label_policy_drawn": ObjectiveRow(make=lambda: LabelPolicy(reward=ExactLabel(), group=4, beta=0.1)),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerRow:
-    """A scorer and answers whose order it must see.
-
-    Args:
-        make: A fresh scorer.
-        prompt: What is asked.
-        completion: The right answer.
-        rejected: The other answer of a pair, where it reads pairs.
-        good: An answer that deserves the best score.
-        bad: One that deserves less.
-        best: The best score.
-    """
-
-    make: Callable[[], Scorer]
-    prompt: str = "the source text"
-    completion: str = "the cat sat on the mat"
-    rejected: str = ""
-    good: Answer = field(default_factory=lambda: Answer(text="the cat sat on the mat"))
-    bad: Answer = field(default_factory=lambda: Answer(text="dogs"))
-    best: float = 1.0
 
 
 def _texts(make: Callable[[], Scorer], good: str, bad: str) -> ScorerRow:
@@ -428,8 +342,39 @@ SCORERS: dict[str, ScorerRow] = {
     "python_compiles": _texts(scorers.PythonCompiles, "x = 1", "return 1"),
 }
 
-READERS: dict[str, type[Domain]] = {
-    "jsonl": Jsonl,
-    "table": Table,
-    **{name: getattr(packaged, name) for name in packaged.__all__},
+# Of a ratio of scores a loss is no score with its sign turned; the others stand beside other models.
+_RATIOS = ("plasticity", "stability", "stability_plasticity")
+_OTHER_MODELS = {"joint": [84.0, 80.0, 78.0, 89.0], "single": [82.0, 76.0, 80.0, 88.0]}
+
+METRICS: dict[str, MetricRow] = {
+    name: MetricRow(
+        function=metric.function,
+        about=metric.about,
+        references={need: _OTHER_MODELS[need] for need in (metric.about.needs,) if need is not None},
+        ratio=name in _RATIOS,
+    )
+    for name, metric in matrix_metrics().items()
+}
+
+
+def _files(reader: type[Domain], kind: str) -> DomainRow:
+    def make(folder: Path) -> Domain:
+        options = write_domain(folder, "a", kind=kind)["init_args"]
+        return reader(**{name: options[name] for name in ("train", "validation", "test", "kind")})
+
+    return DomainRow(make=make)
+
+
+def _not_fetched() -> str:
+    missing = [p.distribution for p in PACKAGES if not package_folder(p.distribution, p.version).exists()]
+    return f"run `residency assets` first: {', '.join(missing)} not in the assets cache" if missing else ""
+
+
+DOMAINS: dict[str, DomainRow] = {
+    "jsonl": _files(Jsonl, "generative"),
+    "table": _files(Table, "label"),
+    **{
+        name: DomainRow(make=lambda folder, name=name: getattr(packaged, name)(), missing=_not_fetched)
+        for name in packaged.__all__
+    },
 }

@@ -14,8 +14,9 @@ from residency.adapters import Adapter
 from residency.core.errors import UserError
 from residency.core.types import Batch, Outputs, Stage, Tensors
 from residency.mitigations import Mitigation
-from support.pair_invariants import Pairs
-from table import MITIGATIONS, MitigationRow
+from residency.testing import MitigationRow
+from residency.testing.pairs import Pairs
+from table import ADAPTERS, MITIGATIONS
 
 
 class Scaled(Mitigation):
@@ -115,7 +116,8 @@ BROKEN: dict[str, tuple[MitigationRow, str]] = {
 @pytest.fixture(scope="module")
 def bench(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     rows = {name: row for name, (row, _) in BROKEN.items()}
-    return Pairs(llama, tmp_path_factory.mktemp("pairs"), {**rows, "scaled": _row(Scaled), **MITIGATIONS})
+    mitigations = {**rows, "scaled": _row(Scaled), **MITIGATIONS}
+    return Pairs(llama, tmp_path_factory.mktemp("pairs"), adapters=ADAPTERS, mitigations=mitigations)
 
 
 @pytest.mark.parametrize("name", BROKEN)

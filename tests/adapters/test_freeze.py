@@ -14,7 +14,7 @@ from residency.backbones import CausalLM, Quantisation
 from residency.backbones.structure import blocks, embeddings, names_of
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
-from support.tiny_runs import train
+from residency.testing.tiny_runs import train
 
 
 def moving(folder: Path, **options: Any) -> set[str]:

@@ -15,7 +15,8 @@ from residency.backbones import CausalLM, Quantisation
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
 from residency.mitigations import Mitigation, Replay
-from support.tiny_runs import Kill, in_child, make_module, train
+from residency.testing.tiny_runs import make_module, train
+from support.killed_runs import Kill, in_child
 
 TWO = {"a": "generative", "b": "label"}
 

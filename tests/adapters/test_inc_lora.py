@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel
 from residency.adapters import IncLoRA
 from residency.adapters.algebra.orthogonality import Orthogonality, overlap, squared_cosine
 from residency.core.errors import UserError
+from residency.testing.tiny_runs import train
 from support.stages_without_trainer import go, observing, stage
-from support.tiny_runs import train
 from support.tuned_models import attach, backbone, learn, logits
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}

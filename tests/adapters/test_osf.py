@@ -16,7 +16,7 @@ from residency.adapters.osf import project
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.core.types import Stage
-from support.tiny_runs import make_module, train
+from residency.testing.tiny_runs import make_module, train
 from support.tuned_models import attach, backbone, learn, logits
 
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW

@@ -16,8 +16,8 @@ from residency.adapters.peft import lora
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.mitigations import Mitigation
+from residency.testing.tiny_runs import make_module, train
 from support.peft_configs import CONFIGS
-from support.tiny_runs import make_module, train
 from support.tuned_models import EXAMPLES, attach, backbone, layer, learn, logits, merged_weight, weight
 
 QV = ["q_proj", "v_proj"]

@@ -17,9 +17,9 @@ from residency.adapters.peft import lora
 from residency.adapters.peft_tools.tuners import _REFUSED, _REFUSED_INITS, _REFUSED_OPTIONS
 from residency.backbones.layout import choose_layout
 from residency.core.errors import UserError
+from support.killed_runs import Kill, in_child
 from support.peft_configs import CONFIGS
 from support.same_run import assert_same_run
-from support.tiny_runs import Kill, in_child
 from support.tuned_models import EXAMPLES, attach, backbone, layer, learn, logits, merged_weight, weight
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from residency.adapters.per_domain import group_rows, lowest
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
 from residency.core.types import Example
-from support.tiny_runs import train
+from residency.testing.tiny_runs import train
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 

@@ -14,7 +14,7 @@ from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
 from residency.core.types import Example
-from support.tiny_runs import make_module, train
+from residency.testing.tiny_runs import make_module, train
 
 ROWS = [Example.of(domain="x", row=str(i), prompt=(5, 6, 7 + i), completion=(8, 9)) for i in range(2)]
 

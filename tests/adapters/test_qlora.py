@@ -24,8 +24,8 @@ from residency.engine.trainers import Trainers
 from residency.objectives import SFT
 from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings, train_stream
+from residency.testing.tiny_runs import domains, make_module, train
 from support.peft_configs import CONFIGS
-from support.tiny_runs import domains, make_module, train
 from support.tuned_models import attach, backbone, learn, logits
 from table import ADAPTERS
 

@@ -28,7 +28,7 @@ from residency.backbones import CausalLM, Quantisation
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
 from residency.engine.scoring.evaluation import EvaluationSettings, evaluate, means
-from support.tiny_runs import domains, train
+from residency.testing.tiny_runs import domains, train
 
 IDS = torch.arange(20, 44).view(2, 12)
 KINDS: tuple[Mixing, ...] = ("exact", "sinkhorn", "unconstrained")

@@ -12,8 +12,8 @@ from residency.adapters import Peft
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.types import Example
+from residency.testing.tiny_runs import make_module, train
 from support.peft_configs import CONFIGS
-from support.tiny_runs import make_module, train
 from support.tuned_models import EXAMPLES, attach, backbone, learn, logits
 
 NAMES = ["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"]

@@ -14,7 +14,7 @@ from residency.backbones import CausalLM, Quantisation
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.types import Example
-from support.tiny_runs import make_module, train
+from residency.testing.tiny_runs import make_module, train
 
 EXAMPLES = [
     Example.of(domain="x", row=str(i), prompt=tuple(range(3, 8 + i)), completion=(20 + i, 30, 0)) for i in range(4)

@@ -12,7 +12,7 @@ from residency.core.types import Example, Row
 from residency.domains import Chat, Table, Template
 from residency.domains.lengths import Limits, fit_length
 from residency.domains.tokens import supervised_tokens
-from support.tiny_models import write_tokenizer
+from residency.testing.tiny_models import write_tokenizer
 
 TALK = (
     {"role": "user", "content": "2+2?"},

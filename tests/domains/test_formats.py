@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from residency.core.errors import UserError
 from residency.core.types import Row
 from residency.domains import Table
-from support.tiny_models import write_tokenizer
+from residency.testing.tiny_models import write_tokenizer
 
 FIVE = [
     ("2+2?", "4"),

@@ -8,7 +8,7 @@ import pytest
 
 from residency.core.errors import UserError
 from residency.domains.stream_data import StreamData
-from support.tiny_runs import domains
+from residency.testing.tiny_runs import domains
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\0", "a\u2028b", "\u202eevil", " ", "\udc80"])

@@ -18,9 +18,9 @@ from residency.engine.checkpointing import History
 from residency.engine.stage import finish_stage, restore_stage, train_stage
 from residency.engine.trainers import Trainers
 from residency.mitigations.base import HOOKS, Mitigation
-from support.comparisons import differing
-from support.fit_without_trainer import Fits
-from support.tiny_runs import domains, make_module
+from residency.testing.comparisons import differing
+from residency.testing.fit_without_trainer import Fits
+from residency.testing.tiny_runs import domains, make_module
 from table import ADAPTERS, MITIGATIONS
 
 # Everything at once; a structure that grows; dropout; frozen codes; steps in the backward pass.

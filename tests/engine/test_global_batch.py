@@ -28,9 +28,9 @@ from residency.engine.stage import finish_stage, restore_stage, train_stage
 from residency.engine.trainers import Trainers
 from residency.mitigations import Mitigation
 from residency.objectives import SFT
-from support.comparisons import clone
-from support.fit_without_trainer import Fits
-from support.tiny_runs import domains, train
+from residency.testing.comparisons import clone
+from residency.testing.fit_without_trainer import Fits
+from residency.testing.tiny_runs import domains, train
 from table import MITIGATIONS, OBJECTIVES
 
 BATCH = 8

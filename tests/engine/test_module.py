@@ -19,7 +19,7 @@ from residency.core.signals import Stopped
 from residency.core.types import Batch, Example, Outputs, Stage, Tensors
 from residency.engine import module as module_file
 from residency.mitigations.base import HOOKS, Mitigation, overrides
-from support.tiny_runs import make_module, train
+from residency.testing.tiny_runs import make_module, train
 
 
 def tiny_lora() -> Any:

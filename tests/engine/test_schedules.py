@@ -11,7 +11,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from residency.adapters.peft import lora
 from residency.engine.schedules import StageSchedule, lr_factor, stage_scheduler
-from support.tiny_runs import train
+from residency.testing.tiny_runs import train
 
 
 def _rates(schedule: object, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:

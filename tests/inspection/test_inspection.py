@@ -32,7 +32,7 @@ from residency.inspection.drift_metrics import kl_tokens
 from residency.inspection.gradient_metrics import GradientStability, stability_improvement
 from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings, train_stream
-from support.tiny_runs import domains, make_module
+from residency.testing.tiny_runs import domains, make_module
 from table import ADAPTERS
 
 

@@ -18,7 +18,7 @@ from residency.domains.stream_data import StreamData
 from residency.inspection import Inspection, LmEval
 from residency.objectives.sft import token_nll
 from residency.runs.judgement import general_ability
-from support.tiny_runs import domains, make_module
+from residency.testing.tiny_runs import domains, make_module
 from table import ADAPTERS
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")

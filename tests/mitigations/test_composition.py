@@ -31,7 +31,7 @@ from residency.mitigations import (
 )
 from residency.mitigations.constraints.gradient_projection import inner, project_agem
 from residency.mitigations.rehearsal.memory import Mixture, Source, mixed_in, source_of
-from support.tiny_runs import make_module
+from residency.testing.tiny_runs import make_module
 
 # --- shares of a batch ------------------------------------------------------------------------------------------------
 

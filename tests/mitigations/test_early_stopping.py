@@ -13,7 +13,7 @@ from residency.mitigations import EarlyStopping, Mitigation
 from residency.mitigations import early_stopping as module_of_stopping
 from residency.mitigations.early_stopping import Progress, judged
 from residency.mitigations.validation import validation_nll
-from support.tiny_runs import domains, train
+from residency.testing.tiny_runs import domains, train
 from support.two_stages import ADAPTERS, LAST, equal, two_stages
 
 

@@ -14,7 +14,7 @@ from residency.core.errors import UserError
 from residency.core.tensors import remembered
 from residency.engine.trainers import Trainers
 from residency.scorers.find import scorers_by_name
-from support.tiny_runs import domains, train
+from residency.testing.tiny_runs import domains, train
 from table import MITIGATIONS
 
 HALF = {torch.float16, torch.bfloat16}

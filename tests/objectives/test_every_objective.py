@@ -1,4 +1,4 @@
-"""What every objective keeps: layouts, micro-batches, per-example values, dropout, the reference; one row each."""
+"""Closed forms, limits and refusals of single objectives; what every one keeps is in `residency.testing`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
-from residency.adapters import Peft
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
-from residency.core.types import Batch, Branch, Example, GlobalBatch, Stage
+from residency.core.types import Branch, Example
 from residency.objectives import Objective
 from residency.objectives.kto import KTO
 from residency.objectives.pair_losses import REFERENCE_FREE
@@ -25,8 +23,8 @@ from residency.objectives.preference import Preference
 from residency.objectives.row_weighted import FLOW, STM
 from residency.objectives.sft import SFT
 from residency.objectives.token_weighted import ASFT, DFT, EAFT, TALR
-from support.objective_rows import examples_of
-from support.tiny_runs import make_module
+from residency.testing import objective_properties as properties
+from residency.testing.objective_rows import examples_of
 from table import OBJECTIVES
 
 COMPLETIONS, PAIRS, UNPAIRED = (examples_of(kind)[:4] for kind in ("completion", "pair", "unpaired"))
@@ -36,118 +34,11 @@ TURNS = [
         COMPLETIONS[0], branches=(Branch(tokens=(7, 8, 9, 10, 11, 0), mask=(True, False, True, False, True, True)),)
     )
 ]
-KINDS = {kind: examples_of(kind)[:4] for kind in ("completion", "pair", "unpaired")}
-ROWS = {name: row for name, row in OBJECTIVES.items() if row.make().reads in KINDS}
-every = pytest.mark.parametrize("name", ROWS)
 
 
-def learner(backbone: Path, name: str, *, layout: Any = "packed", dropout: float = 0.0, moved: bool = True) -> Any:
-    """A module at the start of a stage; `moved`: a little further on, so that the policy is not the reference."""
-    adapter = Peft(config=LoraConfig(target_modules=["q_proj", "v_proj"], r=3, lora_alpha=6, lora_dropout=dropout))
-    module = make_module(backbone, adapter, {}, layout=layout)
-    module.objective = ROWS[name].make()
-    module.build(seed=0)
-    _shift(module, 1)
-    stage = Stage(index=0, domain="x", stages=1, seed=0, steps=1, batch_size=4)
-    examples = [*KINDS["completion"][1:], *TURNS] if name in ("sft", "dft") else KINDS[module.objective.reads]
-    module.begin_stage(stage, examples)
-    if moved:
-        _shift(module, 2)
-    module.model.train(module.objective.forward_noise)
-    return module
-
-
-def _shift(module: Any, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, leaf in sorted(module.adapter.trainable(module.model).items()):
-            leaf.add_(0.2 * torch.randn(leaf.shape, generator=generator))
-
-
-def batches(module: Any, size: int) -> list[Batch]:
-    """The global batch in micro-batches."""
-    whole = tuple(module.dataset[i] for i in range(4))
-    found = []
-    for first in range(0, 4, size):
-        slots = tuple(range(first, first + size))
-        own = module.objective.collate([whole[s] for s in slots], layout=module.layout)
-        found.append(replace(own, part_of=GlobalBatch(examples=whole, slots=slots, parts=4 // size)))
-    return found
-
-
-def step(module: Any, size: int = 4) -> tuple[Tensor, Tensor]:
-    """Loss and gradient as the Trainer makes them: the means over the micro-batches."""
-    losses = []
-    for batch in batches(module, size):
-        batch = module.objective.prepare(module, batch)
-        losses.append(module.objective(module.trained_forward, batch, module.reference_forward).loss)
-    loss = torch.stack(losses).mean()
-    leaves = module.adapter.trainable(module.model)
-    gradients = torch.autograd.grad(loss, [leaves[name] for name in sorted(leaves)])
-    return loss.detach(), torch.cat([g.flatten() for g in gradients])
-
-
-@every
-def test_layouts_and_micro_batches_change_nothing(name: str, llama: Path) -> None:
-    module = learner(llama, name)
-    loss, gradient = step(module)
-    assert gradient.abs().max() > 0
-    padded = learner(llama, name, layout="padded")
-    for other, size in ((module, 1), (module, 2), (padded, 4), (padded, 2)):
-        again, its = step(other, size)
-        torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(its, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
-
-
-@every
-def test_examples_sum_to_the_loss(name: str, llama: Path) -> None:
-    module = learner(llama, name)
-    (batch,) = batches(module, 4)
-    batch = module.objective.prepare(module, batch)
-    loss = module.objective(module.trained_forward, batch, module.reference_forward).loss
-    values = module.example_losses(batch)
-    assert values.shape == (4,)
-    units = sum(module.objective.units(e) for e in batch.examples)
-    torch.testing.assert_close(values.sum() / units, loss)
-    for i, e in enumerate(batch.examples):
-        alone = module.objective.collate([e], layout=module.layout)
-        torch.testing.assert_close(module.example_losses(alone)[0], values[i], rtol=1e-5, atol=1e-6)
-
-
-@every
-def test_without_logits_it_is_the_same(name: str, llama: Path) -> None:
-    """Where nobody else reads the logits, the loss is computed without them."""
-    module = learner(llama, name)
-    (batch,) = batches(module, 4)
-    batch = module.objective.prepare(module, batch)
-    by_logits = module.objective(module.forward, batch, module.reference_forward)
-    without = module.objective(module.trained_forward, batch, module.reference_forward)
-    torch.testing.assert_close(by_logits.loss, without.loss, rtol=1e-5, atol=1e-6)
-    assert by_logits.logits is not None
-    assert {*by_logits.log} == {*without.log}
-    for value in without.log.values():
-        assert not value.requires_grad
-        assert torch.isfinite(value)
-
-
-@every
-def test_a_few_steps_lower_it(name: str, llama: Path) -> None:
-    module = learner(llama, name, moved=False)
-    leaves = module.adapter.trainable(module.model)
-    optimizer = torch.optim.AdamW(leaves.values(), lr=3e-3)
-    values = []
-    for _ in range(8):
-        (batch,) = batches(module, 4)
-        batch = module.objective.prepare(module, batch)
-        found = module.objective(module.trained_forward, batch, module.reference_forward)
-        optimizer.zero_grad()
-        found.loss.backward()
-        optimizer.step()
-        # A weighted loss may rise while its tokens become likelier.
-        value = found.log["nll"] if "weight/ess" in found.log else found.loss.detach()
-        values.append(float(value))
-    assert all(map(math.isfinite, values))
-    assert values[-1] < values[0]
+def learner(backbone: Path, name: str, **options: Any) -> Any:
+    """A module of LoRA at the start of a stage."""
+    return properties.learner(backbone, OBJECTIVES[name].make, **options)
 
 
 AT_START = {
@@ -163,7 +54,7 @@ AT_START = {
 @pytest.mark.parametrize("name", AT_START)
 def test_dropout_is_off_and_the_start_is_the_reference(name: str, llama_dropout: Path) -> None:
     module = learner(llama_dropout, name, dropout=0.5, moved=False)
-    (batch,) = batches(module, 4)
+    (batch,) = properties.batches(module, 4)
     batch = module.objective.prepare(module, batch)
     found = module.objective(module.trained_forward, batch, module.reference_forward)
     assert float(found.loss.detach()) == pytest.approx(AT_START[name], abs=1e-5)
@@ -175,7 +66,7 @@ def test_dropout_is_off_and_the_start_is_the_reference(name: str, llama_dropout:
 def test_the_gradient_of_dpo_at_the_start(llama: Path) -> None:
     """-β/2 (∇ℓ_chosen - ∇ℓ_rejected), the mean over pairs."""
     module = learner(llama, "preference_sigmoid", moved=False)
-    _, gradient = step(module)
+    _, gradient = properties.step(module)
     leaves = module.adapter.trainable(module.model)
 
     def slope(branch: int) -> Tensor:
@@ -192,7 +83,7 @@ def test_asft_is_dft_and_self_distillation(llama: Path) -> None:
     from residency.mitigations.distillation.divergences import distillation_loss
 
     module = learner(llama, "asft")
-    (batch,) = batches(module, 4)
+    (batch,) = properties.batches(module, 4)
     together = ASFT(strength=0.3)(module.forward, batch, module.reference_forward).loss
     logits = module.forward(batch)
     kept = distillation_loss(logits, module.reference_forward(batch), temperature=1.0)
@@ -210,19 +101,19 @@ def test_asft_is_dft_and_self_distillation(llama: Path) -> None:
 )
 def test_limits_are_plain_supervision(make: Callable[[], Objective], llama: Path) -> None:
     module = learner(llama, "sft")
-    plain, gradient = step(module)
+    plain, gradient = properties.step(module)
     module.objective = make()
     module.dataset = module.objective.begin_stage(module, [*COMPLETIONS[1:], *TURNS], module.stage)
-    loss, its = step(module)
+    loss, its = properties.step(module)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(its, gradient)
 
 
 def test_full_text_learns_every_token_but_the_first(llama: Path) -> None:
     module = learner(llama, "full_text")
-    loss, _ = step(module)
+    loss, _ = properties.step(module)
     count, total = 0, torch.zeros(())
-    for e in COMPLETIONS:
+    for e in (module.dataset[i] for i in range(4)):
         ids = torch.tensor([[*e.prompt, *e.completion]])
         logits = module.model(input_ids=ids).logits[0, :-1]
         total = total + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
@@ -262,7 +153,7 @@ def test_the_reference_is_asked_once_and_stays(llama: Path) -> None:
     with torch.no_grad():
         fresh = [-float(module.backbone.nll(module.model, one).sum()) for one in alone]
     assert own == pytest.approx(fresh, abs=1e-4)
-    _shift(module, 5)
+    properties.shift(module, 5)
     again = module.objective.begin_stage(module, module.dataset, module.stage)
     assert [branch.reference for i in range(4) for branch in again[i].branches] == own
 
@@ -290,7 +181,7 @@ def test_a_row_without_a_reference_is_refused(llama: Path) -> None:
 def test_kto_looks_at_the_rows_before(llama: Path) -> None:
     """Its baseline is the mean log-ratio of each prompt with the answer of the row before it, at least 0."""
     module = learner(llama, "kto")
-    (batch,) = batches(module, 4)
+    (batch,) = properties.batches(module, 4)
     module.objective.prepare(module, batch)
     mixed = [replace(COMPLETIONS[i], branches=(Branch(tokens=ANSWERS[i - 1]),)) for i in range(4)]
     laid_out = make_batch(mixed, layout="padded")

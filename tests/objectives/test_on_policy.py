@@ -10,19 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from torch import Tensor
 
-from residency.adapters import Peft
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
-from residency.core.types import Batch, Branch, GlobalBatch, Stage
+from residency.core.types import Branch
 from residency.objectives import Objective
 from residency.objectives.label_policy import LabelPolicy
 from residency.objectives.policy import GRPO, RLOO
 from residency.objectives.rewards import Answer, ExactLabel, Question, Reward
-from support.objective_rows import Parity, examples_of
-from support.tiny_runs import make_module
+from residency.testing import objective_properties
+from residency.testing.objective_properties import batches, step
+from residency.testing.objective_rows import Parity, examples_of
 from table import OBJECTIVES
 
 
@@ -36,70 +34,10 @@ PROMPTS = [example.prompt for example in EXAMPLES]
 SHORT: dict[str, Any] = {"group": 3, "max_new_tokens": 4, "truncated": "as_is", "informative": 0.0}
 
 ROWS = {name: row.make for name, row in OBJECTIVES.items() if row.make().reads in ("prompt", "label")}
-every = pytest.mark.parametrize("name", ROWS)
 
 
-def learner(backbone: Path, make: Callable[[], Objective], *, layout: Any = "packed", moved: bool = True) -> Any:
-    adapter = Peft(config=LoraConfig(target_modules=["q_proj", "v_proj"], r=3, lora_alpha=6, lora_dropout=0.3))
-    module = make_module(backbone, adapter, {}, layout=layout)
-    module.objective = make()
-    module.build(seed=0)
-    stage = Stage(index=0, domain="x", stages=1, seed=0, steps=2, batch_size=4)
-    module.begin_stage(stage, LABELLED if isinstance(module.objective, LabelPolicy) else EXAMPLES * 2)
-    if moved:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for _, leaf in sorted(module.adapter.trainable(module.model).items()):
-                leaf.add_(0.2 * torch.randn(leaf.shape, generator=generator))
-    module.model.train(module.objective.forward_noise)
-    return module
-
-
-def batches(module: Any, size: int) -> list[Batch]:
-    whole = tuple(module.dataset[i] for i in range(4))
-    found = []
-    for first in range(0, 4, size):
-        slots = tuple(range(first, first + size))
-        own = module.objective.collate([whole[s] for s in slots], layout=module.layout)
-        found.append(replace(own, part_of=GlobalBatch(examples=whole, slots=slots, parts=4 // size)))
-    return found
-
-
-def step(module: Any, size: int = 4) -> tuple[Tensor, Tensor]:
-    losses = []
-    for batch in batches(module, size):
-        batch = module.objective.prepare(module, batch)
-        losses.append(module.objective(module.trained_forward, batch, module.reference_forward).loss)
-    loss = torch.stack(losses).mean()
-    leaves = module.adapter.trainable(module.model)
-    gradients = torch.autograd.grad(loss, [leaves[name] for name in sorted(leaves)])
-    return loss.detach(), torch.cat([g.flatten() for g in gradients])
-
-
-@every
-def test_layouts_and_micro_batches_change_nothing(name: str, llama: Path) -> None:
-    module = learner(llama, ROWS[name])
-    loss, gradient = step(module)
-    assert gradient.abs().max() > 0
-    padded = learner(llama, ROWS[name], layout="padded")
-    for other, size in ((learner(llama, ROWS[name]), 1), (module, 2), (padded, 4), (padded, 1)):
-        again, its = step(other, size)
-        torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(its, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
-
-
-@every
-def test_examples_sum_to_the_loss(name: str, llama: Path) -> None:
-    module = learner(llama, ROWS[name])
-    (batch,) = batches(module, 4)
-    batch = module.objective.prepare(module, batch)
-    found = module.objective.losses(module.trained_forward, batch, module.reference_forward)
-    loss = module.objective(module.trained_forward, batch, module.reference_forward).loss
-    units = sum(module.objective.units(e) for e in batch.examples)
-    assert found.values.shape == (4,)
-    torch.testing.assert_close(found.values.sum() / units, loss)
-    assert all(not value.requires_grad for value in found.log.values())
-    assert {"reward"} <= {*found.log}
+def learner(backbone: Path, make: Callable[[], Objective], **options: Any) -> Any:
+    return objective_properties.learner(backbone, make, dropout=0.3, **options)
 
 
 @pytest.mark.parametrize("make", [RLOO, GRPO, partial(GRPO, scale="none", aggregate="constant")])

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from residency.backbones import CausalLM
 from residency.runs.views.base import View
 from residency.runs.views.guarded import GuardedView
+from residency.testing.tiny_models import write_backbone, write_tokenizer
 from support.cli import call, tiny_config, write_yaml
-from support.tiny_models import write_backbone, write_tokenizer
 
 
 def _vocabulary(folder: Path, token: str) -> None:

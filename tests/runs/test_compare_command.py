@@ -11,8 +11,8 @@ import pytest
 from residency.adapters import Full
 from residency.core.errors import UserError
 from residency.runs.compare_command import compare_stages
+from residency.testing.tiny_runs import train
 from support.cli import call
-from support.tiny_runs import train
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import torch
 from residency.adapters.peft import lora
 from residency.core.tensor_files import load_tree
 from residency.mitigations import Replay
+from residency.testing.tiny_runs import train
 from support.cli import call, read_json, tiny_config, write_yaml
-from support.tiny_runs import train
 
 KINDS = {"a": "generative", "b": "label"}
 

@@ -13,8 +13,8 @@ from residency.adapters import Full
 from residency.core.errors import UserError
 from residency.domains.base import Domain
 from residency.domains.jsonl import Jsonl
+from residency.testing.tiny_runs import domains, train
 from support.cli import call
-from support.tiny_runs import domains, train
 
 WORDS = ["".join(pair) for pair in itertools.product(("am", "bir", "ced", "dus", "em"), ("ber", "ch", "ar", "k"))]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from residency.testing.tiny_models import write_domain
 from support.cli import Result, call, tiny_config, write_yaml
-from support.tiny_models import write_domain
 
 
 @pytest.mark.parametrize("path", ["~nouser/x", "x" * 5000, "a/" * 3000, "/dev/null/x", "/proc/self/mem/x"])

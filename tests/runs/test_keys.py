@@ -19,9 +19,9 @@ from residency.runs.cli import parse
 from residency.runs.folder import RunFolder
 from residency.runs.keys import RunKeys
 from residency.runs.stream import open_stage_cache
+from residency.testing.tiny_models import write_domain
+from residency.testing.tiny_runs import train
 from support.cli import tiny_config, write_yaml
-from support.tiny_models import write_domain
-from support.tiny_runs import train
 from support.tiny_sweeps import EWC, MIXING, REPLAY
 from table import ADAPTERS, MITIGATIONS
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from residency.runs.folder import RunFolder
+from support.killed_runs import Kill, in_child
 from support.same_run import assert_same_run
-from support.tiny_runs import Kill, in_child
 
 COMBINATIONS = [[], ["replay"], ["ewc"], ["ewc_online"], ["weight_mixing"], ["ewc", "replay", "weight_mixing"]]
 # Before the first checkpoint, between two, in a later stage; and inside the writes that end a stage.

@@ -17,7 +17,7 @@ from residency.core.errors import UserError
 from residency.engine.module import ContinualModule
 from residency.mitigations import EWC, Replay
 from residency.runs.folder import RunFolder
-from support.tiny_runs import domains, train
+from residency.testing.tiny_runs import domains, train
 
 
 def tiny_lora() -> Any:

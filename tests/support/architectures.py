@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from support.tiny_models import write_tokenizer
+from residency.testing.tiny_models import write_tokenizer
 
 __all__ = ["ROWS", "Row", "write_architecture"]
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import yaml
 
 from residency.__main__ import main
-from support.tiny_models import write_domain
+from residency.testing.tiny_models import write_domain
 
 __all__ = ["Result", "call", "printed_config", "read_json", "tiny_config", "write_yaml"]
 

@@ -13,7 +13,7 @@ import torch
 
 from residency.core import tensor_files as storage
 from residency.runs.store import store
-from support.tiny_runs import PRELOAD
+from support.killed_runs import PRELOAD
 from support.tiny_sweeps import run_sweep
 
 __all__ = ["in_child"]

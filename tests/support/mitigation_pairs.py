@@ -26,10 +26,10 @@ from residency.mitigations import GPM, MIGU, OGD, FisherMerge, Mitigation, Sourc
 from residency.mitigations.composition import refusal
 from residency.mitigations.constraints.linear_maps import linear_maps
 from residency.mitigations.rehearsal.memory import Mixture
-from support.fit_without_trainer import Fits
-from support.pair_invariants import Pairs
-from support.tiny_runs import domains
-from table import MITIGATIONS
+from residency.testing.fit_without_trainer import Fits
+from residency.testing.pairs import Pairs
+from residency.testing.tiny_runs import domains
+from table import ADAPTERS, MITIGATIONS
 
 __all__ = ["FILE", "NAMES", "PAIRS", "ThreeStages", "rendered"]
 
@@ -136,7 +136,7 @@ class ThreeStages:
     """
 
     def __init__(self, backbone: Path, folder: Path) -> None:
-        self.source = Pairs(backbone, folder / "pairs")
+        self.source = Pairs(backbone, folder / "pairs", adapters=ADAPTERS, mitigations=MITIGATIONS)
         self.folder = folder
         self.data = StreamData(
             domains=domains(folder / "data", {"a": "generative", "b": "label", "c": "generative"}), batch_size=4

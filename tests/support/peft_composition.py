@@ -22,8 +22,8 @@ from residency.adapters import OSF, Adapter, Peft
 from residency.adapters.peft_tools.wrapping import expected_remarks
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot
+from residency.testing.tiny_models import write_backbone
 from support.peft_configs import CONFIGS
-from support.tiny_models import write_backbone
 from support.tuned_models import attach, backbone, learn, logits, mixed
 
 __all__ = ["FOLDER", "NAMES", "promised", "rendered", "tried"]

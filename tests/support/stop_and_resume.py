@@ -15,7 +15,7 @@ from residency.core.signals import Stopped
 from residency.core.tensor_files import load_tree
 from residency.mitigations import Mitigation
 from residency.runs.folder import RunFolder
-from support.tiny_runs import train
+from residency.testing.tiny_runs import train
 
 __all__ = ["goes_on_exactly", "history"]
 

@@ -16,8 +16,8 @@ from residency.runs.stream import train_stream
 from residency.study.command import sweep
 from residency.study.executors import Executor, Outcome, Task
 from residency.study.worker import run_task
+from residency.testing.tiny_models import write_domain
 from support.cli import tiny_config, write_yaml
-from support.tiny_models import write_domain
 
 __all__ = ["EWC", "MIXING", "REPLAY", "Inline", "alone", "matrices", "run_sweep", "write_study"]
 

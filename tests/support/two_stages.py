@@ -25,7 +25,7 @@ from residency.core.tensors import snapshot
 from residency.engine.module import ContinualModule
 from residency.mitigations import Mitigation
 from residency.scorers.find import scorers_by_name
-from support.tiny_runs import domains, train
+from residency.testing.tiny_runs import domains, train
 
 __all__ = ["ADAPTERS", "LAST", "Named", "Pair", "equal", "randn", "two_stages"]
 

@@ -13,7 +13,7 @@ from residency.adapters.algebra.low_rank import product_factors
 from residency.adapters.peft import lora
 from residency.core.tensors import snapshot, weighted_sum
 from residency.mitigations.penalties.quadratic import quadratic_penalty
-from support.tiny_runs import make_module
+from residency.testing.tiny_runs import make_module
 
 
 def matrix(*rows: list[float]) -> Tensor:

@@ -190,7 +190,7 @@ def test_aside_where_it_would_not_be_the_same(options: Any, change: Callable[[An
 
 
 def test_attention_that_drops_in_training(tmp_path: Path) -> None:
-    from support.tiny_models import write_backbone
+    from residency.testing.tiny_models import write_backbone
 
     model = peft_model(write_backbone(tmp_path / "llama", dropout=0.1))
     assert count(model) == 2
@@ -204,7 +204,7 @@ def test_weights_in_four_bits_stay_together(llama: Path) -> None:
 
 def test_a_stream_in_lanes(llama: Path, tmp_path: Path) -> None:
     """A whole stream ends at the same weights, but for rounding, and twice at the same bits."""
-    from support.tiny_runs import train
+    from residency.testing.tiny_runs import train
     from table import ADAPTERS
 
     def end(name: str, lanes: int) -> dict[str, Tensor]:

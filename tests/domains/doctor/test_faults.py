@@ -21,7 +21,7 @@ from residency.domains.doctor.clean import cleaned, write_cleaned
 from residency.domains.doctor.examine import Diagnosis, examine, open_columns
 from residency.domains.doctor.show import print_diagnosis, print_rows
 from residency.domains.doctor.tokens import Reader
-from support.tiny_models import write_tokenizer
+from residency.testing.tiny_models import write_tokenizer
 
 Rows = dict[Split, list[Row]]
 SIZES: dict[Split, int] = {"train": 520, "validation": 40, "test": 110}

@@ -14,7 +14,7 @@ from residency.core.signals import Stopped
 from residency.core.tensor_files import load_tree
 from residency.mitigations import GEM, GPM, MIGU, Mitigation, SourceShielding, ZClip
 from residency.mitigations.constraints.linear_maps import kept_share, layer_weight, linear_maps
-from support.tiny_runs import make_module, train
+from residency.testing.tiny_runs import make_module, train
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

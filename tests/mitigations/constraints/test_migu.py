@@ -16,7 +16,7 @@ from residency.core.errors import UserError
 from residency.mitigations import MIGU
 from residency.mitigations.constraints.linear_maps import linear_maps
 from residency.mitigations.constraints.migu import kept_rows
-from support.tiny_runs import train
+from residency.testing.tiny_runs import train
 
 KINDS = {"a": "label", "b": "generative"}
 MADE: dict[str, Callable[[], Adapter]] = {"full": Full, "lora": lambda: lora(target_modules="all-linear", r=8)}

@@ -30,7 +30,7 @@ from residency.mitigations.constraints.shield_scores import (
 )
 from residency.mitigations.constraints.source_shielding import shield_factors
 from residency.objectives import SFT
-from support.tiny_runs import domains, train
+from residency.testing.tiny_runs import domains, train
 
 STAGE = Stage(index=0, domain="a", stages=2, seed=0, steps=1, batch_size=1)
 EXAMPLES = [

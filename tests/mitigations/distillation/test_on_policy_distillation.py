@@ -18,8 +18,8 @@ from residency.core.types import Example, Outputs, Stage
 from residency.engine.module import ContinualModule
 from residency.mitigations import OnPolicyDistillation
 from residency.mitigations.distillation.divergences import buckets, generalised_jsd
+from residency.testing.tiny_runs import make_module
 from support.stop_and_resume import goes_on_exactly
-from support.tiny_runs import make_module
 from table import ADAPTERS
 
 END = 0

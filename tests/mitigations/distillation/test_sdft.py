@@ -19,8 +19,8 @@ from residency.engine.scoring.evaluation import completion_nll
 from residency.mitigations import SDFT, Replay
 from residency.mitigations.distillation.prompting import fill, without_end
 from residency.mitigations.distillation.sdft import accepted, label_in
+from residency.testing.tiny_runs import domains, make_module, train
 from support.stop_and_resume import goes_on_exactly, history
-from support.tiny_runs import domains, make_module, train
 from table import ADAPTERS
 
 TEMPLATE = "{prompt}={reference}:"

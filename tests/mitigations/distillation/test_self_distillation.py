@@ -19,8 +19,8 @@ from residency.engine.module import ContinualModule
 from residency.mitigations import SelfDistillation
 from residency.mitigations.distillation.divergences import distillation_loss
 from residency.mitigations.distillation.teachers import follow, run_as, teacher_logits
+from residency.testing.tiny_runs import make_module, train
 from support.stop_and_resume import goes_on_exactly, history
-from support.tiny_runs import make_module, train
 from table import ADAPTERS
 from table import ADAPTERS as ADAPTER_ROWS
 

@@ -16,7 +16,7 @@ from residency.core.errors import UserError
 from residency.core.types import Stage
 from residency.mitigations import IntruderReduction
 from residency.mitigations.merging.intruder_reduction import intruders, reduce_intruders
-from support.tiny_runs import make_module
+from residency.testing.tiny_runs import make_module
 from support.two_stages import randn
 
 STAGE = Stage(index=0, domain="a", stages=1, seed=0, steps=1, batch_size=1)

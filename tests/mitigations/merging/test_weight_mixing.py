@@ -22,7 +22,7 @@ from residency.mitigations import Mitigation, WeightMixing
 from residency.mitigations.merging.weight_mixing import mix
 from residency.objectives import SFT
 from residency.scorers.find import scorers_by_name
-from support.tiny_runs import domains, train
+from residency.testing.tiny_runs import domains, train
 
 Named = dict[str, Tensor]
 

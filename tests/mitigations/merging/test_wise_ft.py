@@ -15,7 +15,7 @@ from residency.core.errors import UserError
 from residency.core.types import Example
 from residency.mitigations import Mitigation, WiseFT
 from residency.mitigations.merging.weight_mixing import mix
-from support.tiny_runs import make_module
+from residency.testing.tiny_runs import make_module
 from support.two_stages import ADAPTERS, equal, randn, two_stages
 
 EXAMPLES = [Example.of(domain="x", row="0", prompt=(5, 6, 7), completion=(40, 50, 0))]

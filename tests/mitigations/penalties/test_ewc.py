@@ -26,7 +26,7 @@ from residency.mitigations import EWC
 from residency.mitigations.penalties.sampling import unpack_facts
 from residency.objectives import SFT
 from residency.objectives.sft import token_nll
-from support.tiny_runs import train
+from residency.testing.tiny_runs import train
 
 Named = dict[str, Tensor]
 

@@ -24,7 +24,7 @@ from residency.mitigations.penalties.fisher import data_losses
 from residency.mitigations.penalties.kronecker import kronecker_factors, low_rank_pull, low_rank_pulls
 from residency.mitigations.penalties.sampling import unpack_facts
 from residency.objectives import SFT
-from support.tiny_runs import train
+from residency.testing.tiny_runs import train
 
 OUT, IN, RANK = 5, 7, 2
 

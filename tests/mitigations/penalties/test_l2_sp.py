@@ -17,7 +17,7 @@ from residency.core.types import Stage
 from residency.mitigations import L2SP
 from residency.mitigations.penalties.l2_sp import decoupled_update, l2_sp_pull, learning_rates
 from residency.mitigations.penalties.quadratic import quadratic_penalty, quadratic_pull
-from support.tiny_runs import make_module, train
+from residency.testing.tiny_runs import make_module, train
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 4), "head": (5,)}
 

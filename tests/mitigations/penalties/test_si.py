@@ -18,7 +18,7 @@ from residency.core.tensors import snapshot
 from residency.core.types import Stage, Tensors
 from residency.mitigations import SI, Mitigation
 from residency.mitigations.penalties.si import path_contribution, path_importance
-from support.tiny_runs import train
+from residency.testing.tiny_runs import train
 
 CURVATURE = torch.tensor([1.0, 4.0, 0.5])
 STAGE = Stage(index=0, domain="d", stages=2, seed=0, steps=1, batch_size=1)

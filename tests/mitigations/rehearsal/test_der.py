@@ -19,7 +19,7 @@ from residency.core.tensor_files import load_tree, save_tree
 from residency.core.types import Example, GlobalBatch, Outputs, Stage
 from residency.mitigations import DER
 from residency.mitigations.rehearsal.der import stored_kl, stored_mse, top_log_probs
-from support.tiny_runs import make_module, train
+from residency.testing.tiny_runs import make_module, train
 
 
 def make_examples(domain: str, rows: int) -> list[Example]:

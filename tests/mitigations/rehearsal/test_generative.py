@@ -29,7 +29,7 @@ from residency.mitigations.rehearsal.generation import (
     shape_of,
     unpack_shapes,
 )
-from support.tiny_runs import make_module, train
+from residency.testing.tiny_runs import make_module, train
 
 HEAD, TAIL = (50, 51), (60,)
 

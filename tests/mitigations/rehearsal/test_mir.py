@@ -16,7 +16,7 @@ from residency.core.types import Example, Stage
 from residency.mitigations import Replay
 from residency.mitigations.rehearsal.mir import interference, most_interfered, virtual_step
 from residency.mitigations.rehearsal.model_views import example_loss
-from support.tiny_runs import make_module
+from residency.testing.tiny_runs import make_module
 
 
 def make_examples(domain: str, rows: int) -> list[Example]:

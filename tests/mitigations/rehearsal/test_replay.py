@@ -33,7 +33,7 @@ from residency.mitigations.rehearsal.memory import (
 )
 from residency.mitigations.rehearsal.model_views import mean_hidden
 from residency.scorers.find import scorers_by_name
-from support.tiny_runs import domains, make_module, train
+from residency.testing.tiny_runs import domains, make_module, train
 
 RATIOS = [0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.99]
 

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from residency.engine.scoring import evaluation
+from residency.testing.tiny_models import write_backbone, write_tokenizer
 from support.cli import Result, call, tiny_config, write_yaml
-from support.tiny_models import write_backbone, write_tokenizer
 
 Change = Callable[[Path], object]
 _SIZES: dict[str, Any] = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -23,8 +23,8 @@ from residency.backbones import CausalLM
 from residency.core.tensor_files import load_tree
 from residency.runs.export.export import check_request, difference, merged_model
 from residency.runs.export.model_card import model_card, text
+from residency.testing.tiny_runs import make_module
 from support.cli import call, read_json, tiny_config, write_yaml
-from support.tiny_runs import make_module
 
 IDS = torch.arange(20, 44).view(2, 12)
 HOSTILE = ("../../x", "<script>alert(1)</script>|**b**[c](http://d)")

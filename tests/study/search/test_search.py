@@ -12,8 +12,8 @@ from residency.core.errors import UserError
 from residency.study import load_study
 from residency.study.command import sweep
 from residency.study.executors.base import Task
+from residency.testing.tiny_models import write_domain
 from support.cli import read_json, tiny_config, write_yaml
-from support.tiny_models import write_domain
 from support.tiny_sweeps import Inline
 
 

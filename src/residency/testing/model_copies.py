@@ -37,7 +37,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         made.update((key, copied(inner, memo)) for key, inner in value.items())
         return made
     if isinstance(value, nn.Module) and not hasattr(kind, "__deepcopy__"):
-        module = memo[id(value)] = kind.__new__(kind)
+        module = memo[id(value)] = object.__new__(kind)
         vars(module).update((key, copied(inner, memo)) for key, inner in vars(value).items())
         return module
     return copy.deepcopy(value, memo)

@@ -33,18 +33,18 @@ from residency.core.types import Stage, Tensors
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
 from residency.engine.module import ContinualModule
-from residency.engine.scoring.evaluation import completion_nll, prompt_nll
+from residency.engine.scoring.likelihoods import completion_nll, prompt_nll
 from residency.engine.stage import finish_stage, restore_stage, train_stage
 from residency.mitigations import Mitigation
 from residency.mitigations.base import overrides
 from residency.objectives import SFT
-from support.comparisons import assert_still, clone, differing, generators, live_tensors, undrawn
-from support.fit_without_trainer import Fits
-from support.model_copies import copied
-from support.tiny_runs import domains
-from table import ADAPTERS, MITIGATIONS, MitigationRow
+from residency.testing.comparisons import assert_still, clone, differing, generators, live_tensors, undrawn
+from residency.testing.fit_without_trainer import Fits
+from residency.testing.model_copies import copied
+from residency.testing.rows import AdapterRow, MitigationRow
+from residency.testing.tiny_runs import domains
 
-__all__ = ["Pairs", "Run"]
+__all__ = ["Pairs", "Run", "refusal"]
 
 STEPS = {"a": 2, "b": 3}
 SAVED = 2  # step of the second stage after which a run is saved and continued elsewhere
@@ -72,7 +72,8 @@ class _Attached(CausalLM):
     source: ContinualModule
 
     def load(self) -> nn.Module:
-        return copied(self.source.model, {})
+        model: nn.Module = copied(self.source.model, {})
+        return model
 
 
 class Pairs:
@@ -81,15 +82,24 @@ class Pairs:
     Args:
         backbone: Folder of the tiny model.
         folder: For the data and for checkpoints.
-        rows: The mitigations.
+        adapters: {name: row}.
+        mitigations: {name: row}.
     """
 
-    def __init__(self, backbone: Path, folder: Path, rows: Mapping[str, MitigationRow] = MITIGATIONS) -> None:
+    def __init__(
+        self,
+        backbone: Path,
+        folder: Path,
+        *,
+        adapters: Mapping[str, AdapterRow],
+        mitigations: Mapping[str, MitigationRow],
+    ) -> None:
         self.backbone = backbone
         self.folder = folder
-        self.rows = rows
+        self.adapters = adapters
+        self.rows = mitigations
         self.data = StreamData(domains=domains(folder, {"a": "generative", "b": "label"}), batch_size=4)
-        shape = {"stages": len(STEPS), "seed": 0, "batch_size": 4}
+        shape: dict[str, Any] = {"stages": len(STEPS), "seed": 0, "batch_size": 4}
         self.stages = [Stage(index=i, domain=d, steps=n, **shape) for i, (d, n) in enumerate(STEPS.items())]
         self._attached: dict[str, ContinualModule] = {}
         self._plain: dict[str, Run] = {}
@@ -103,7 +113,7 @@ class Pairs:
         Raises:
             UserError: The pair is refused.
         """
-        row = ADAPTERS[adapter]
+        row = self.adapters[adapter]
         backbone = (CausalLM if fresh else _Attached)(path=str(self.backbone), **row.loading)
         optimizer = partial(torch.optim.AdamW, lr=row.lr, weight_decay=0.1)
         parts: dict[str, Any] = {"objective": SFT(), "optimizer": optimizer, "mitigations": dict(mitigations)}
@@ -141,7 +151,7 @@ class Pairs:
     def _fit(self, adapter: str, module: ContinualModule, stage: Stage, work: Path, *, every: int = 0) -> Tensors:
         """Train; the tensors that it left."""
         watch = _Watch()
-        clip = ADAPTERS[adapter].trainer.get("gradient_clip_val", 1.0)
+        clip = self.adapters[adapter].trainer.get("gradient_clip_val", 1.0)
         train_stage(
             module=module,
             data=self.data,
@@ -192,7 +202,7 @@ class Pairs:
             AssertionError: Saying which part of it does not hold.
         """
         row = self.rows[mitigation]
-        if why := _refusal(ADAPTERS[adapter].make(), row):
+        if why := refusal(self.adapters[adapter].make(), row):
             self._assert_refused(adapter, mitigation, why)
             return
         made = row.make()
@@ -213,7 +223,7 @@ class Pairs:
         self._assert_off(adapter, mitigation)
 
     def _assert_refused(self, adapter: str, mitigation: str, why: str) -> None:
-        make = ADAPTERS[adapter].make
+        make = self.adapters[adapter].make
         try:
             self.module(adapter, {mitigation: self.rows[mitigation].make()})
         except UserError as error:
@@ -227,7 +237,7 @@ class Pairs:
     def _assert_off(self, adapter: str, mitigation: str) -> None:
         """All mitigations at strength 0 together are one run; each has its own only if that is not the plain one."""
         if adapter not in self._all_off:
-            compatible = [name for name, row in self.rows.items() if not _refusal(ADAPTERS[adapter].make(), row)]
+            compatible = [name for name, row in self.rows.items() if not refusal(self.adapters[adapter].make(), row)]
             try:
                 self._all_off[adapter] = self._difference_off(adapter, compatible)
             except Exception as error:
@@ -264,7 +274,7 @@ class _Watch(Callback):
         assert_still(self.before, self.live, "frozen: training moved")
 
 
-def _refusal(adapter: Adapter, row: MitigationRow) -> str:
+def refusal(adapter: Adapter, row: MitigationRow) -> str:
     """What the message must say if the pair has to be refused, else nothing; read off the classes."""
     mitigation = row.make()
     if missing := sorted(mitigation.requires - adapter.provides):
@@ -274,4 +284,5 @@ def _refusal(adapter: Adapter, row: MitigationRow) -> str:
 
 
 def _states(module: ContinualModule) -> dict[str, Any]:
-    return clone({name: m.state_dict() for name, m in module.mitigations.items()})
+    states: dict[str, Any] = clone({name: m.state_dict() for name, m in module.mitigations.items()})
+    return states

@@ -23,7 +23,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from residency.core.tensor_files import load_tree, save_tree
-from residency.core.types import Batch
+from residency.core.types import Batch, untyped
 from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers
 
@@ -120,7 +120,7 @@ class Fit:
         first = [callback for callback in self.callbacks if callback not in last]
         self.callbacks = [*first, *module.configure_callbacks(), *last]
         module.trainer = self  # type: ignore[assignment]
-        module.log_dict = self.log_dict  # type: ignore[method-assign]
+        untyped(module).log_dict = self.log_dict
 
     def _epoch(self, batches: Iterable[Batch], *, resumed: bool) -> None:
         if not resumed:
@@ -139,7 +139,7 @@ class Fit:
 
         @torch.enable_grad()
         def closure() -> torch.Tensor:
-            loss = self.strategy.training_step(batch, index)
+            loss: torch.Tensor = untyped(self.strategy).training_step(batch, index)
             output["loss"] = loss.detach()
             if index % accumulate == 0:
                 self._call("on_before_zero_grad", optimizer)

@@ -66,7 +66,7 @@ def write_domain(folder: Path, name: str, *, rows: int = 24, kind: str = "genera
     """A domain whose completions follow from the prompts by a substitution of its own; a config for `Jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(f"rows of {name}")
-    prompts = set()
+    prompts: set[str] = set()
     while len(prompts) < rows + 12:
         prompts.add("".join(draw.choices("abcdefghijklmnop", k=draw.randint(3, 7))))
     table = _table(name)

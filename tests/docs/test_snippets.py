@@ -110,9 +110,4 @@ def test_a_stranger_adds_a_mitigation_from_the_pages_own_text(
     pull = history.filter(history["stage"] == 2)["loss/l1/pull"]
     assert pull[0] == 0.0
     assert pull[1] > 0.0
-    off = ["--model.mitigations.l1.strength=0", "--run_dir=runs/off"]
-    assert call(*command, *off).code == 0
-    assert call("fit", "--config", config, "--run_dir=runs/without").code == 0
-    rows = [residency.load_run(f"runs/{name}").record["scores"]["nll"]["R"] for name in ("off", "without")]
-    assert rows[0] == rows[1]
     assert printed_config(*command)["model"]["mitigations"]["l1"]["class_path"] == "mylab.l1_pull.L1Pull"

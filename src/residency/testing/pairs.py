@@ -57,7 +57,7 @@ class Run:
 
     Args:
         between: As stored after the first stage.
-        checkpoint: The file that was written inside of the second one.
+        checkpoint: The file that was written inside of the second one; empty: what goes on after it begins the stage.
         final: As stored after it.
     """
 
@@ -144,7 +144,8 @@ class Pairs:
         else:
             between = after.between
             restore_stage(module, clone(between))
-            checkpoint.write_bytes(after.checkpoint)
+            if after.checkpoint:
+                checkpoint.write_bytes(after.checkpoint)
         live = self._fit(adapter, module, second, work, every=SAVED)
         return Run(between, checkpoint.read_bytes(), self._finish(module, live)[0])
 

@@ -28,15 +28,21 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def write_backbone(
-    folder: Path, *, architecture: str = "llama", seed: int = 0, dropout: float = 0.0, layers: int = 2
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    seed: int = 0,
+    dropout: float = 0.0,
+    layers: int = 2,
+    width: int = 32,
 ) -> Path:
-    """A randomly initialised model of 32 dimensions, in the format of `save_pretrained`."""
+    """A randomly initialised model of 2 layers and 32 dimensions, in the format of `save_pretrained`."""
     torch.manual_seed(seed)
     common: dict[str, Any] = {"vocab_size": 257, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
     if architecture == "llama":
         config = LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -48,7 +54,7 @@ def write_backbone(
         model: Any = LlamaForCausalLM(config)
     else:
         drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=layers, n_head=4, n_positions=256, **drop, **common))
+        model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=4, n_positions=256, **drop, **common))
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder

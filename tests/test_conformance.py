@@ -17,6 +17,7 @@ from table import ADAPTERS, DOMAINS, METRICS, MITIGATIONS, OBJECTIVES, SCORERS
 # `make test` takes every mitigation on some adapters and some mitigations on every adapter, `make test-pairs` the rest.
 SOME_ADAPTERS = ("lora_dropout",)
 SOME_MITIGATIONS = ("ewc", "replay")
+SOME_OBJECTIVES = ("flow", "preference_sigmoid", "kto", "rloo", "dapo", "label_policy")
 # Through Trainer, files and evaluation as well: one for each way in which an adapter and a mitigation can meet.
 STREAMS = [
     ("lora_dropout", "replay"),
@@ -35,7 +36,8 @@ def _marks(row: str, partner: str) -> Collection[pytest.MarkDecorator]:
     some = row in SOME_ADAPTERS or partner in SOME_MITIGATIONS or (row, partner) in STREAMS
     if row in OBJECTIVES and partner:
         # Replay takes the place of some of the few rows.
-        return [pytest.mark.filterwarnings("ignore:KTO on")]
+        remark = pytest.mark.filterwarnings("ignore:KTO on")
+        return [remark] if row in SOME_OBJECTIVES else [remark, pytest.mark.pairs]
     return [pytest.mark.pairs] if bulk and not some else []
 
 

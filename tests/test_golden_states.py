@@ -1,14 +1,16 @@
-"""Stages that were stored before the modules moved (commit 91a4eba): today's code goes on from them as that code did.
+"""What was stored before the modules moved (commit 91a4eba): today's code goes on from it as that code did.
 
 `golden/states.zip` has one stage of every adapter alone, and of every mitigation on LoRA (the row `rslora`), as that
-commit's `save_tree` wrote it, with a summary of the weights that its second stage led to: their norm, and the values at
-64 places spread evenly over all of them. `golden/write_states.py` wrote it; it runs on that commit only.
+commit's `save_tree` wrote it, with a summary of the weights that its second stage led to; `golden/write_states.py` made
+it and runs on that commit. `golden/run.zip` is a run of its `residency fit`: the tiny config of `support.cli` with 60
+steps, one scorer and a checkpoint every 5 steps, ended by SIGTERM in its second stage; and the scores of the whole run.
 """
 
 from __future__ import annotations
 
 import json
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,27 @@ import pytest
 import torch
 
 from residency.core.tensor_files import load_tree
-from residency.testing import write_backbone
+from residency.runs.folder import RunFolder
+from residency.runs.kept_config import differences_today
+from residency.testing import write_backbone, write_domain
 from residency.testing.pairs import Pairs, Run
+from support.cli import call, read_json
 from table import ADAPTERS, MITIGATIONS
 
 STATES = Path(__file__).parent / "golden" / "states.zip"
 LORA = "rslora"
+WIDE = ("vblora",)
 EXPECTED: dict[str, Any] = json.loads(zipfile.ZipFile(STATES).read("expected.json"))
-# What goes on to other weights, and why: what the first stage has stored is read all the same.
-CHANGED: dict[str, str] = {}
+# Factors of LoRA that a mixer makes anew keep the gauge nearest to the remembered ones: other B and A, the same B A.
+GAUGE = {f"mitigation/{name}" for name in ("dare", "intruder_reduction", "slerp", "soup", "task_arithmetic", "ties")}
+GAUGE |= {"mitigation/weight_mixing"}
+_DRAWS = "rehearsal ratios add over mitigations, so every source has draws of its own: other rows are replayed"
+# What goes on to other weights on purpose, and why; what was stored is read all the same.
+CHANGED = {
+    **dict.fromkeys((f"mitigation/{name}" for name in ("replay", "replay_herding_loss", "replay_kmeans_mir")), _DRAWS),
+    **dict.fromkeys(("mitigation/generative_replay", "mitigation/lamol"), _DRAWS),
+    "mitigation/der": "its draws are per optimizer step, whatever the micro-batches",
+}
 
 
 def names() -> list[str]:
@@ -33,37 +47,82 @@ def names() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pairs]:
+    """By the width of the model: 16, or 32 for adapters that need it."""
     folder = tmp_path_factory.mktemp("golden")
-    backbone = write_backbone(folder / "llama", width=16)
-    return Pairs(backbone, folder / "pairs", adapters=ADAPTERS, mitigations=MITIGATIONS)
+    widths = {width: write_backbone(folder / f"llama-{width}", width=width) for width in (16, 32)}
+    rows: dict[str, Any] = {"adapters": ADAPTERS, "mitigations": MITIGATIONS}
+    return {width: Pairs(model, folder / f"pairs-{width}", **rows) for width, model in widths.items()}
 
 
-def summary(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """As `write_states.py` makes it."""
+def summary(weights: dict[str, torch.Tensor], *, lora: bool) -> dict[str, Any]:
+    """Of all weights together, and of the products B A of LoRA: their norm, and 64 values spread evenly over them."""
     tensors = [weights[name].detach().double() for name in sorted(weights) if weights[name].is_floating_point()]
+    pairs = [(name, name.replace("lora_A", "lora_B")) for name in sorted(weights) if "lora_A" in name]
+    factors = [weights[b].detach().double() @ weights[a].detach().double() for a, b in pairs] if lora else []
+    products = _seen(factors) if lora else None
+    return {"tensors": len(weights), "weights": _seen(tensors), "products": products}
+
+
+def _seen(tensors: list[torch.Tensor]) -> list[float]:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     places = torch.linspace(0, len(flat) - 1, 64).long()
-    return {"tensors": len(weights), "norm": float(flat.norm()), "values": flat[places].tolist()}
+    return [float(flat.norm()), *flat[places].tolist()]
 
 
 @pytest.mark.parametrize("row", EXPECTED)
-def test_a_stage_of_before_goes_on(row: str, pairs: Pairs, tmp_path: Path) -> None:
+def test_a_stage_of_before_goes_on(row: str, pairs: dict[int, Pairs], tmp_path: Path) -> None:
     kind, _, name = row.partition("/")
     stored = zipfile.ZipFile(STATES).extract(f"{row}.safetensors", tmp_path)
     parts = {name: MITIGATIONS[name].make()} if kind == "mitigation" else {}
     adapter = LORA if parts else name
     torch.manual_seed(0)
-    run = pairs.train(adapter, pairs.module(adapter, parts), after=Run(load_tree(Path(stored)), b"", {}))
-    found, wanted = summary(run.final["weights"]), EXPECTED[row]
+    source = pairs[32 if adapter in WIDE else 16]
+    run = source.train(adapter, source.module(adapter, parts), after=Run(load_tree(Path(stored)), b"", {}))
+    found, wanted = summary(run.final["weights"], lora=adapter == LORA), EXPECTED[row]
     assert found["tensors"] == wanted["tensors"]
-    same = found["norm"] == pytest.approx(wanted["norm"], rel=1e-6)
-    same = same and found["values"] == pytest.approx(wanted["values"], abs=1e-6)
-    assert same is (row not in CHANGED), f"{row} goes on to {'the same' if same else 'other'} weights"
+    same = {part for part in ("weights", "products") if found[part] == pytest.approx(wanted[part], abs=1e-6)}
+    expected = set() if row in CHANGED else {"products"} if row in GAUGE else {"weights", "products"}
+    assert same == expected, f"{row}: what is the same today is {sorted(same)}"
 
 
 def test_every_row_of_before_is_there_or_is_named() -> None:
     """New rows have no stage of before; an old one does not vanish."""
     gone = {*EXPECTED} - {*names()}
     assert not gone, f"rows of before that are no more: {sorted(gone)}"
-    assert {*CHANGED} <= {*EXPECTED}
+    assert {*CHANGED, *GAUGE} <= {*EXPECTED}
+
+
+@pytest.mark.parametrize("path", (STATES.parent / "class_paths.txt").read_text(encoding="utf-8").split())
+def test_class_paths_of_before_are_those_of_today(path: str) -> None:
+    """All that the presets of that commit named: a config that was written then is read as it is."""
+    module, _, name = path.rpartition(".")
+    assert getattr(import_module(module), name)
+
+
+def test_a_run_that_was_begun_before_goes_on(tmp_path: Path) -> None:
+    """From its checkpoint, by the command that the refusal of another config names; to the scores of the whole run."""
+    zipfile.ZipFile(STATES.parent / "run.zip").extractall(tmp_path)
+    write_backbone(tmp_path / "llama")
+    for name, kind in {"a": "generative", "b": "label"}.items():
+        write_domain(tmp_path / "data", name, kind=kind)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text(encoding="utf-8").replace("FOLDER", str(tmp_path)), encoding="utf-8")
+    before = read_json(tmp_path / "run" / "stages" / "1-a" / "stage.json")
+    done = call("fit", "--config", config, "--run_dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    record = read_json(tmp_path / "run" / "results.json")
+    assert read_json(tmp_path / "run" / "stages" / "1-a" / "stage.json") == before, "its first stage was taken"
+    expected = json.loads((tmp_path / "whole.json").read_text(encoding="utf-8"))
+    for row, wanted in zip(record["scores"]["nll"]["R"], expected, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-6)
+    assert len([line for line in RunFolder(tmp_path / "run").history() if line["stage"] == 2]) == 60
+
+
+def test_a_run_of_before_with_another_value_is_refused(tmp_path: Path) -> None:
+    """What came later has its default; what the run was begun with must not change."""
+    old = {"data": {"batch_size": 4}}
+    assert differences_today(tmp_path / "none.yaml", old, {"data": {"batch_size": 8, "new": 1}}) == [
+        "data.batch_size",
+        "data.new",
+    ]

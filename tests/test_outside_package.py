@@ -97,12 +97,12 @@ def test_presets_of_its_own_are_given_by_name(package: Path, llama: Path) -> Non
     config = tiny_config(package / "data", llama)
     config["model"] |= {"adapter": "brand_new", "objective": "brand_new", "mitigations": {"x": "brand_new"}}
     domain = {**config["data"]["domains"]["a"], "class_path": "mylab.domain.BrandNewDomain"}
-    domain["init_args"]["scorers"] = ["nll", "configs/scorer/brand_new.yaml"]
     (package / "configs" / "domain").mkdir()
     write_yaml(package / "configs" / "domain" / "brand_new.yaml", domain)
     config["data"]["domains"]["a"] = "brand_new"
     write_yaml(package / "tiny.yaml", config)
-    done = python(package, "residency", "fit", "--config", "tiny.yaml")
+    scorers = "--data.domains.a.scorers=[nll,configs/scorer/brand_new.yaml]"
+    done = python(package, "residency", "fit", "--config", "tiny.yaml", scorers)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((package / "runs/tiny/results.json").read_text())
     assert record["scores"]["brand_new"]["unit"] == "share of rows that begin right"

@@ -37,12 +37,19 @@ def backbone(folder: Path, width: int) -> Path:
     return folder
 
 
-def summary(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Norm of all weights together, and the values at 64 places spread evenly over them."""
+def summary(weights: dict[str, torch.Tensor], *, lora: bool) -> dict[str, Any]:
+    """Of all weights together, and of the products B A of LoRA: their norm, and 64 values spread evenly over them."""
     tensors = [weights[name].detach().double() for name in sorted(weights) if weights[name].is_floating_point()]
+    pairs = [(name, name.replace("lora_A", "lora_B")) for name in sorted(weights) if "lora_A" in name]
+    factors = [weights[b].detach().double() @ weights[a].detach().double() for a, b in pairs] if lora else []
+    products = _seen(factors) if lora else None
+    return {"tensors": len(weights), "weights": _seen(tensors), "products": products}
+
+
+def _seen(tensors: list[torch.Tensor]) -> list[float]:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     places = torch.linspace(0, len(flat) - 1, 64).long()
-    return {"tensors": len(weights), "norm": float(flat.norm()), "values": flat[places].tolist()}
+    return [float(flat.norm()), *flat[places].tolist()]
 
 
 def main(target: Path) -> None:
@@ -61,7 +68,7 @@ def main(target: Path) -> None:
             run = source.train(adapter, module)
             save_tree(work / "state.safetensors", run.between)
             archive.write(work / "state.safetensors", f"{row}.safetensors")
-            expected[row] = summary(run.final["weights"])
+            expected[row] = summary(run.final["weights"], lora=adapter == LORA)
         archive.writestr("expected.json", json.dumps(expected))
 
 

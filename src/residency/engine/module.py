@@ -292,7 +292,7 @@ class ContinualModule(LightningModule):
         """Restore what the hooks need; the adapter restores its own tensors, which may be more than were attached."""
         self._started = checkpoint["residency"]["started"]
         self.adapter.load_state(self.model, checkpoint["residency"]["adapter"])
-        self.objective.load_state_dict(checkpoint["residency"]["objective"])
+        self.objective.load_state_dict(checkpoint["residency"].get("objective", {}))  # older files have none
 
     def _fold(self, hook: str, value: Any, call: Callable[[Any, Any], Any]) -> Any:
         for mitigation in self._active[hook]:

@@ -25,7 +25,7 @@ from residency.core.tensor_files import (
 )
 from residency.core.text import safe_name
 from residency.engine.scoring.evaluation import Evaluation, means
-from residency.runs.kept_config import RUN, config_digest, differences, kept_config
+from residency.runs.kept_config import RUN, config_digest, differences_today, kept_config
 from residency.runs.run_history import HISTORY, RunHistory
 from residency.runs.run_lock import claim_run, lock_run
 from residency.runs.score_files import write_scores
@@ -119,7 +119,7 @@ class RunFolder:
         if not old:
             self.on_message(f"{path} is missing or damaged; it is written again")
             return False
-        if different := differences(old, config):
+        if different := differences_today(path, old, config):
             raise UserError(
                 f"{self.path} holds a run with another config; different: {', '.join(different[:6])}",
                 why="its stages were trained with those values and cannot be mixed with new ones",

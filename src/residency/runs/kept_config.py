@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from residency.core.errors import UserError
 from residency.core.markers import FolderKind
 from residency.core.yaml_files import YamlRefused, parse_yaml
 
-__all__ = ["RUN", "config_digest", "differences", "kept_config"]
+__all__ = ["RUN", "config_digest", "differences", "differences_today", "kept_config"]
 
 # What may differ between the call that started a run and the one that goes on with it.
 _FREE_KEYS = ("run_dir", "name", "store", "wandb", "checkpoint_every_n_steps", "progress")
@@ -57,6 +58,36 @@ def config_digest(config: Mapping[str, Any]) -> str:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Keys, with dots, whose values differ and must not."""
     return sorted(_differences(_fixed(old), _fixed(new)))
+
+
+def differences_today(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`differences` from a config that may have been kept before some arguments existed.
+
+    An argument that came later leaves what was there as it was by its default: where that is all, the file is read once
+    more as today's code reads it. What the rows and their tokens are is compared beside the config, by fingerprints.
+
+    Args:
+        path: Of the kept config.
+        old: Its content.
+        new: The config that is to go on.
+    """
+    found = differences(old, new)
+    if not found or any(_named(old, key) for key in found):
+        return found
+    from residency.runs.cli import parse
+
+    try:
+        return differences(parse(["fit", "--config", str(path)]).resolved, new)
+    except UserError:
+        return found
+
+
+def _named(config: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return False
+        config = config[part]
+    return True
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:

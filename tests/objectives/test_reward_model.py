@@ -23,8 +23,8 @@ from residency.objectives import RewardModel
 from residency.objectives.policy import GRPO
 from residency.objectives.reward_model import asked_behind
 from residency.objectives.rewards import Answer, ByRewardModel, Question
-from support.objective_rows import examples_of
-from support.tiny_runs import make_module
+from residency.testing.objective_rows import examples_of
+from residency.testing.tiny_runs import make_module
 
 PAIRS = [replace(e, extra={"margin": 0.1 * i}) for i, e in enumerate(examples_of("pair")[:4])]
 STAGE = Stage(index=0, domain="x", stages=2, seed=0, steps=4, batch_size=4)

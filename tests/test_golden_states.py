@@ -41,6 +41,11 @@ CHANGED = {
 }
 
 
+# `make test` goes on from one of each way in which weights move and are protected, `make test-slow` from all.
+SOME = ("adapter/full", "adapter/inc_lora", "adapter/qlora", "adapter/sinkhorn", "mitigation/ewc", "mitigation/gpm")
+SOME += ("mitigation/replay", "mitigation/weight_mixing")
+
+
 def names() -> list[str]:
     """Every row that there is today."""
     return [*(f"adapter/{name}" for name in ADAPTERS), *(f"mitigation/{name}" for name in MITIGATIONS)]
@@ -70,7 +75,7 @@ def _seen(tensors: list[torch.Tensor]) -> list[float]:
     return [float(flat.norm()), *flat[places].tolist()]
 
 
-@pytest.mark.parametrize("row", EXPECTED)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=() if row in SOME else pytest.mark.slow) for row in EXPECTED])
 def test_a_stage_of_before_goes_on(row: str, pairs: dict[int, Pairs], tmp_path: Path) -> None:
     kind, _, name = row.partition("/")
     stored = zipfile.ZipFile(STATES).extract(f"{row}.safetensors", tmp_path)

@@ -39,6 +39,10 @@ PRESETS, OVERLAYS, STUDIES, RUNS = _in(*KEYS), _in("backbone", "stream", "traine
 SCORERS, LOGGERS = _in("scorer"), _in("logger")
 
 
+def _long(path: Path) -> Any:
+    return pytest.mark.slow if path.stem == "ablation" else ()
+
+
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -199,10 +203,18 @@ def test_a_run_can_be_built(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=str)
-def test_every_cell_of_a_study_can_be_built(path: Path) -> None:
+def test_a_study_has_cells_under_its_name(path: Path) -> None:
     study = load_study(path)
     cells = plan_cells(study)
     assert study.name == path.stem
+    assert len({cell.id for cell in cells}) == len(cells) > 1
+    assert parse(["fit", *cells[-1].words]).resolved["axes"] == dict(cells[-1].axes)
+
+
+# Each cell is parsed: of many cells `make test-slow` does it.
+@pytest.mark.parametrize("path", [pytest.param(path, marks=_long(path)) for path in STUDIES], ids=str)
+def test_every_cell_of_a_study_can_be_built(path: Path) -> None:
+    cells = plan_cells(load_study(path))
     configs = [parse(["fit", *cell.words]).resolved for cell in cells]
     assert [config["axes"] for config in configs] == [dict(cell.axes) for cell in cells]
     different = [{**config, "name": "", "axes": {}} for config in configs]

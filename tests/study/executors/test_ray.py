@@ -1,4 +1,7 @@
-"""Ray carries tasks out as the contract of an executor says, on a real cluster of two nodes on this machine."""
+"""Ray carries tasks out as the contract of an executor says, on a real cluster of two nodes on this machine.
+
+What stops, loses and refuses tasks there runs with `make test-slow`, beside a study that loses a node.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,7 @@ def test_tasks_run_side_by_side_and_end_with_their_codes(executor: RayExecutor, 
     assert executor.wait(0.0) == []
 
 
+@pytest.mark.slow
 def test_a_task_that_is_cancelled_stops_cleanly_and_one_that_waits_never_starts(
     executor: RayExecutor, tmp_path: Path
 ) -> None:
@@ -78,6 +82,7 @@ def test_a_task_that_is_cancelled_stops_cleanly_and_one_that_waits_never_starts(
     assert not (tmp_path / "waiting").exists()
 
 
+@pytest.mark.slow
 def test_a_node_is_lost_with_its_task_and_the_other_goes_on(
     cluster: Any, executor: RayExecutor, tmp_path: Path
 ) -> None:
@@ -97,6 +102,7 @@ def test_a_node_is_lost_with_its_task_and_the_other_goes_on(
     assert codes(all_of(executor, 2)) == {left: 75, "again": 0}
 
 
+@pytest.mark.slow
 def test_closing_stops_what_runs(executor: RayExecutor, tmp_path: Path) -> None:
     executor.submit(task(tmp_path, "one", seconds=60, on_stop="finish"))
     found = note(tmp_path / "one")
@@ -105,6 +111,7 @@ def test_closing_stops_what_runs(executor: RayExecutor, tmp_path: Path) -> None:
     executor.close()
 
 
+@pytest.mark.slow
 def test_a_folder_that_the_node_does_not_see(executor: RayExecutor, tmp_path: Path) -> None:
     (tmp_path / "logs").rmdir()
     executor.submit(task(tmp_path, "far"))

@@ -21,10 +21,10 @@ from residency.engine.module import ContinualModule
 from residency.engine.stage import finish_stage, train_stage
 from residency.mitigations import Mitigation
 from residency.objectives import SFT
+from residency.testing.fit_without_trainer import Fits
+from residency.testing.tiny_models import write_backbone
+from residency.testing.tiny_runs import domains
 from support.counted import counter
-from support.fit_without_trainer import Fits
-from support.tiny_models import write_backbone
-from support.tiny_runs import domains
 from table import MITIGATIONS
 
 CPU = torch.device("cpu")

@@ -30,6 +30,11 @@ def _weights(folder: Path) -> None:
     save_file({n: t + (n == "model.norm.weight") * 1e-3 for n, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
+def _edit(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"prompt": row["prompt"] + "q"}) + "\n" for row in rows))
+
+
 FILES: dict[str, Callable[[Path], object]] = {
     "weights": _weights,
     "tokenizer": lambda f: _vocabulary(f, "<other>"),
@@ -64,8 +69,7 @@ def test_a_run_goes_on_with_the_files_it_began_with(what: str, tmp_path: Path) -
     (run / "stages" / "2-b" / "stage.json").unlink()
     if what == "rows":
         test = Path(config["data"]["domains"]["b"]["init_args"]["test"])
-        rows = [json.loads(line) for line in test.read_text().splitlines()]
-        test.write_text("".join(json.dumps(row | {"prompt": row["prompt"] + "q"}) + "\n" for row in rows))
+        _edit(test)
     if what == "tokenizer":
         (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     result = call("fit", "--config", path, "--run_dir", run)
@@ -77,6 +81,26 @@ def test_a_run_goes_on_with_the_files_it_began_with(what: str, tmp_path: Path) -
     named = {"rows": "rows or template of b", "tokenizer": "tokenizer of the model"}[what]
     assert f"changed since: {named}\n" in result.err
     assert not (run / "results.json").exists()
+
+
+def test_a_complete_run_of_other_rows_is_not_taken_for_this_one(llama: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "data", llama)
+    path, run = write_yaml(tmp_path / "tiny.yaml", config), tmp_path / "run"
+    assert call("fit", "--config", path, "--run_dir", run).code == 0
+    again = call("fit", "--config", path, "--run_dir", run)
+    assert (again.code, again.err) == (0, "")
+    test = Path(config["data"]["domains"]["b"]["init_args"]["test"])
+    kept = test.read_text()
+    _edit(test)
+    refused = call("fit", "--config", path, "--run_dir", run)
+    assert refused.code == 2
+    assert "changed since: rows or template of b\n" in refused.err
+    test.unlink()
+    gone = call("fit", "--config", path, "--run_dir", run)
+    assert gone.code == 0, "a record may be kept longer than its data"
+    assert "cannot be read any more" in gone.err
+    test.write_text(kept)
+    assert call("fit", "--config", path, "--run_dir", run).code == 0
 
 
 @pytest.mark.parametrize("lr", ["1e38", "1e30"])

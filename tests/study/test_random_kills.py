@@ -1,109 +1,147 @@
 """SIGKILL at random moments, over everything that writes at once: the same command gives equal bits in the end.
 
-KILLS=200 pytest -m slow tests/study/test_random_kills.py      (20 by default)
+KILLS=200 pytest -m slow tests/study/test_random_kills.py      (40 by default, a quarter of them for each kind)
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from support.cli import read_json
+from support.forked_commands import descendants, kill, start
 from support.tiny_sweeps import EWC, REPLAY, write_study
 
-KILLS = int(os.environ.get("KILLS", "20"))
+KILLS = int(os.environ.get("KILLS", "40"))
 AXES = {"mitigation": {"none": {}, "replay": REPLAY, "ewc": EWC(1.0)}}
 PATIENCE = 300.0
+KINDS = ("fit", "sweep", "two sweeps, one store", "gc beside a sweep")
 
 
-class Shop:
-    """A place in which commands run and are killed.
+class Rounds:
+    """A piece of work that is begun, killed and begun again until it is done; then another one.
 
     Args:
-        folder: Where they run.
-        seed: Of the moments.
+        folder: Where all of it lies.
+        kind: What runs.
+        study: The study file.
+        seed: Of the moments and the victims.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, kind: str, study: Path, seed: str) -> None:
+        self.folder, self.kind, self.study = folder, kind, study
         self.draw = random.Random(seed)
-        self.took = 10.0
+        self.log = folder / "log.txt"
+        self.took = 0.0
+        self.hits = 0
+        self.start(["--version"]).join(PATIENCE)  # what is imported once is no part of a run
+        begin = time.monotonic()
+        self.expected = self.whole(self.commands("whole")[:1])["whole"]
+        self.took = time.monotonic() - begin
+        assert self.expected
 
-    def start(self, *words: object) -> subprocess.Popen[bytes]:
-        """A command that leads a group of its own."""
-        command = [sys.executable, "-m", "residency", *map(str, words)]
-        quiet = {**os.environ, "WANDB_MODE": "disabled"}
-        with (self.folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, cwd=self.folder, env=quiet, stdout=log, stderr=log, start_new_session=True)
+    def commands(self, name: str) -> list[list[object]]:
+        """Command lines that run side by side in one round."""
+        if self.kind == "fit":
+            base = self.folder / "base.yaml"
+            return [["fit", "--config", base, "--checkpoint_every_n_steps=1", "--run_dir", self.folder / name]]
+        store = self.folder / f"store-{name}"
+        options = ["--store", store, "--workers", 2, "--threads", 1]
+        sweep: list[object] = ["sweep", self.study, "--study_dir"]
+        made = [[*sweep, self.folder / name, *options]]
+        if self.kind.startswith("two"):
+            made.append([*sweep, self.folder / f"{name}-other", *options])
+        return made
 
-    def finish(self, process: subprocess.Popen[bytes]) -> int:
-        """Wait for the end; its exit code."""
-        return process.wait(timeout=PATIENCE)
+    def start(self, words: Sequence[object]) -> BaseProcess:
+        return start(words, cwd=self.folder, log=self.log)
 
-    def kill(self, commands: Sequence[Sequence[object]]) -> None:
-        """Start commands together and kill them, workers and all, at one moment."""
-        processes = [self.start(*words) for words in commands]
-        time.sleep(self.draw.uniform(0.2, 1.0) * self.took)
+    def whole(self, commands: Sequence[Sequence[object]]) -> dict[str, dict[str, Any]]:
+        """Run to the end; {folder: what it holds}."""
+        for process in [self.start(words) for words in commands]:
+            process.join(PATIENCE)
+            assert process.exitcode == 0, self.log.read_text()[-3000:]
+        return {path.name: results(path) for path in self.folder.iterdir() if path.name.startswith(("whole", "round"))}
+
+    def attempt(self, commands: Sequence[Sequence[object]]) -> None:
+        """Start all together, and kill at a random moment: everything, or one process of them and then everything."""
+        processes = [self.start(words) for words in commands]
+        if self.kind.startswith("gc"):
+            self.wait(processes)
+            store = commands[0][commands[0].index("--store") + 1]
+            processes.append(self.start(["store", "gc", store, "--unused", "0", "--yes"]))
+        if self.draw.random() < 0.3:
+            self.wait(processes)
+            self.hit([self.draw.choice(found)] if (found := tree(processes)) else [])
+        self.wait(processes)
+        self.hit(tree(processes))
         for process in processes:
-            for target in (process.pid, *_descendants(process.pid)):
-                try:
-                    os.kill(target, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            process.wait()
+            process.join(PATIENCE)
+            assert process.exitcode in (0, -9), self.log.read_text()[-3000:]
+
+    def wait(self, processes: Sequence[BaseProcess]) -> None:
+        """Until a random moment, or until all have ended."""
+        end = time.monotonic() + self.draw.uniform(0, 0.8) * self.took
+        while time.monotonic() < end and any(process.is_alive() for process in processes):
+            time.sleep(0.01)
+
+    def hit(self, pids: Sequence[int]) -> None:
+        kill(pids)
+        self.hits += bool(pids)
 
 
-def _descendants(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [found for child in map(int, children) for found in (child, *_descendants(child))]
+def tree(processes: Sequence[BaseProcess]) -> list[int]:
+    """Living processes and their descendants."""
+    living = [process.pid for process in processes if process.is_alive() and process.pid]
+    return [found for pid in living for found in (pid, *descendants(pid))]
 
 
-def scores(folder: Path) -> dict[str, Any]:
-    """{cell: matrices}; a run is one cell."""
-    found = sorted([*folder.glob("cells/*/results.json"), *folder.glob("results.json")])
-    return {path.parent.name if "cells" in path.parts else "run": read_json(path)["scores"] for path in found}
+def results(folder: Path) -> dict[str, Any]:
+    """{cell: its scores} and {file of tensors: digest}; a run is one cell."""
+    found: dict[str, Any] = {
+        str(path.parent.relative_to(folder)): read_json(path)["scores"]
+        for path in [*folder.glob("cells/*/results.json"), *folder.glob("results.json")]
+    }
+    tensors = {path for pattern in ("stages", "cells/*/stages") for path in folder.glob(f"{pattern}/**/*.safetensors")}
+    return {**found, **{str(path.relative_to(folder)): digest(path) for path in tensors}}
+
+
+def digest(path: Path) -> str:
+    """Of names and bits of tensors: what lies beside them holds seconds."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        found.update(name.encode() + tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Names of what is missing, too much or not the same."""
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["fit", "sweep", "two sweeps, one store", "gc beside a sweep"])
-def test_equal_bits_after_random_kills(what: str, llama: Path, tmp_path: Path) -> None:
-    study = write_study(tmp_path, llama, domains="ab", steps=3, axes=AXES, seeds=[0, 1])
-    shop = Shop(tmp_path, seed=len(what))
-    options = ("--workers", 2, "--threads", 1)
-    fit = ["fit", "--config", tmp_path / "base.yaml", "--checkpoint_every_n_steps=1"]
-    whole, killed, store = tmp_path / "whole", tmp_path / "killed", tmp_path / "store"
-    if what == "fit":
-        reference, commands = [*fit, "--run_dir", whole], [[*fit, "--run_dir", killed]]
-    else:
-        reference = ["sweep", study, "--study_dir", whole, *options]
-        commands = [["sweep", study, "--study_dir", killed, "--store", store, *options]]
-    if what.startswith("two"):
-        commands.append(["sweep", study, "--study_dir", tmp_path / "other", "--store", store, *options])
-    if what.startswith("gc"):
-        commands.append(["store", "gc", store, "--unused", "0", "--yes"])
-    start = time.monotonic()
-    assert shop.finish(shop.start(*reference)) == 0, (tmp_path / "log.txt").read_text()[-3000:]
-    shop.took = time.monotonic() - start
-    for _ in range(KILLS // 4):
-        shop.kill(commands)
-        if what.startswith("gc"):
-            shop.finish(shop.start(*commands[-1]))
-    ends = [shop.finish(process) for process in [shop.start(*words) for words in commands[:2]]]
-    assert ends[0] == 0, (tmp_path / "log.txt").read_text()[-3000:]
-    assert scores(whole)
-    assert scores(killed) == scores(whole)
-    if what.startswith("two"):
-        assert ends[1] == 0
-        assert scores(tmp_path / "other") == scores(whole)
+@pytest.mark.timeout(14_400)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_bits_after_random_kills(kind: str, llama: Path, tmp_path: Path) -> None:
+    study = write_study(tmp_path, llama, domains="ab", steps=3, axes=AXES, seeds=[0])
+    rounds = Rounds(tmp_path, kind, study, seed=kind)
+    begun = 0
+    while rounds.hits < KILLS // len(KINDS):
+        begun += 1
+        commands, before = rounds.commands(f"round{begun}"), rounds.hits
+        for _ in range(4):
+            rounds.attempt(commands)
+        found = rounds.whole(commands)
+        others = {name: differences(held, rounds.expected) for name, held in found.items() if held != rounds.expected}
+        assert not others, f"round {begun}, kills {before} to {rounds.hits}"
+    print(f"{kind}: {rounds.hits} kills in {begun} rounds, {rounds.took:.1f} s for one that is not killed")

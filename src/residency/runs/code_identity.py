@@ -12,7 +12,6 @@ import ast
 import hashlib
 import inspect
 from collections.abc import Iterable
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -105,7 +104,7 @@ def code_digest(modules: Iterable[str]) -> str:
 def _definitions(module: str) -> tuple[str, ...]:
     """Every top-level statement of a module as text that does not depend on where it stands."""
     bare = _Bare(module)
-    texts = [ast.dump(bare.visit(deepcopy(node))) for node in _statements(module)]
+    texts = [ast.dump(bare.visit(_copy(node))) for node in _statements(module)]
     # Where a name comes from counts, by what it stands for there: two modules may define one name.
     texts += [f"import {text}" for node in tree(module).body for text in bare.origins(node)]
     return tuple(texts)
@@ -132,7 +131,7 @@ def _meaning(module: str, symbol: str | None) -> str:
         return f"{module}.{symbol}"
     nodes = [defined(place)[name]] if name in defined(place) else _statements(place)
     bare = _Bare(None)
-    parts = [ast.dump(bare.visit(deepcopy(node))) for node in nodes]
+    parts = [ast.dump(bare.visit(_copy(node))) for node in nodes]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -192,6 +191,16 @@ class _Bare(ast.NodeTransformer):
         # The texts below attributes are documentation as well.
         node.body = [s for s in node.body if not _is_text(s)] or [ast.Pass()]
         return self.generic_visit(node)
+
+
+def _copy(node: ast.AST) -> ast.AST:
+    """A tree of its own with all that `ast.dump` shows; copy.deepcopy takes most of the time of a first key."""
+    copied = type(node)()
+    for name, value in ast.iter_fields(node):
+        if isinstance(value, list):
+            value = [_copy(part) if isinstance(part, ast.AST) else part for part in value]
+        setattr(copied, name, _copy(value) if isinstance(value, ast.AST) else value)
+    return copied
 
 
 def _is_text(statement: ast.stmt) -> bool:

@@ -10,7 +10,9 @@ from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
 from residency.runs.folder import RunFolder
 
-__all__ = ["inputs_of", "keep_inputs"]
+__all__ = ["check_complete", "compare_inputs", "inputs_of", "keep_inputs"]
+
+_FILE = "inputs.json"
 
 
 def inputs_of(module: ContinualModule, data: StreamData) -> dict[str, str]:
@@ -34,15 +36,45 @@ def keep_inputs(folder: RunFolder, inputs: Mapping[str, str]) -> None:
     Raises:
         UserError: Files have changed since the run began; they are named.
     """
-    path = folder.path / "inputs.json"
+    path = folder.path / _FILE
     if not (path.is_file() and folder.begun()):
         write_json(path, dict(inputs))
         return
-    old = read_json(path)
+    compare_inputs(folder, inputs)
+
+
+def compare_inputs(folder: RunFolder, inputs: Mapping[str, str], *, instead: str = "--run_dir (or --name)") -> None:
+    """Compare hashes with those that a run was begun with; a run of an earlier version has none.
+
+    Args:
+        folder: Of the run.
+        inputs: From `inputs_of`.
+        instead: Which option chooses another place.
+
+    Raises:
+        UserError: Files have changed since the run began; they are named.
+    """
+    path = folder.path / _FILE
+    old = read_json(path) if path.is_file() else dict(inputs)
     changed = sorted(name for name in {*old, *inputs} if old.get(name) != inputs.get(name))
     if changed:
         raise UserError(
             f"{folder.path} was begun with other files; changed since: {', '.join(changed[:6])}",
             why="one score matrix would be made of two test sets, or of two models",
-            fix="bring the old files back, or choose another --run_dir (or --name)",
+            fix=f"bring the old files back, or choose another {instead}",
         )
+
+
+def check_complete(folder: RunFolder, module: ContinualModule, data: StreamData) -> None:
+    """Compare the files that a complete run was made from, as far as they are still there.
+
+    Raises:
+        UserError: They have changed; they are named.
+    """
+    try:
+        inputs = inputs_of(module, data)
+    except (UserError, OSError) as error:
+        told = str(error).splitlines()[0]
+        folder.on_message(f"{folder.path} is complete; what it was made from cannot be read any more ({told})")
+        return
+    compare_inputs(folder, inputs)

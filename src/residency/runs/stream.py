@@ -22,7 +22,7 @@ from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
 from residency.runs.data_check import check_data
 from residency.runs.folder import RunFolder
-from residency.runs.inputs import inputs_of, keep_inputs
+from residency.runs.inputs import check_complete, inputs_of, keep_inputs
 from residency.runs.keys import RunKeys
 from residency.runs.results import build_record
 from residency.runs.settings import StreamSettings, check_lengths, check_stream
@@ -67,6 +67,8 @@ def train_stream(
     """
     views = [GuardedView(view) for view in views]
     if (done := folder.complete_record(config)) is not None:
+        if config is not None:
+            check_complete(folder, module, data)
         show_again(folder, views, done)
         return done
     if settings.store is not None:

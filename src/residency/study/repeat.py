@@ -21,6 +21,7 @@ from residency.core.digests import digest_file, seal, unseal
 from residency.core.errors import UserError
 from residency.core.text import for_terminal, printable
 from residency.core.yaml_files import read_yaml
+from residency.runs.file_stamps import file_stamps
 from residency.runs.whole_run import whole_record
 
 __all__ = ["Finished", "keep_finished", "show_again", "show_files", "show_tables", "unchanged"]
@@ -127,27 +128,26 @@ def show_again(study: Path, folder: Path, options: Mapping[str, Any], console: C
     return True
 
 
-def _sources(study: Path) -> dict[str, str]:
-    """{path: SHA-256} of the study file and of all files of keys and values that it leads to."""
-    found: dict[str, str] = {}
+def _sources(study: Path) -> dict[str, Any]:
+    """{path: SHA-256} of the study file and all files of keys and values it leads to; stamps of data and models."""
+    found: dict[str, Any] = {}
     waiting = [study.resolve()]
     while waiting:
         path = waiting.pop()
         if str(path) not in found:
             found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-            waiting += [path.parent / name for name in _named(read_yaml(path, what="the study"))]
+            texts = list(_texts(read_yaml(path, what="the study")))
+            found |= file_stamps(texts)
+            waiting += [path.parent / text for text in texts if text.endswith(_PRESET)]
             waiting = [path.resolve() for path in waiting if path.is_file()]
     return found
 
 
-def _named(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for part in value.values():
-            yield from _named(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _named(part)
-    elif isinstance(value, str) and value.endswith(_PRESET) and len(value) < 1000:
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+    elif isinstance(value, str) and len(value) < 1000:
         yield value
 
 

@@ -142,17 +142,22 @@ def _checked(path: Path, key: str, written: str) -> Mapping[str, Any]:
 def _inner_of_config(path: Path) -> dict[str, set[str]]:
     """{key: arguments of the inner config} of the adapter of a config file."""
     content = read_yaml(path, what="the config")
-    adapter = (content.get("model") or {}).get("adapter") if isinstance(content, dict) else None
+    adapter = _part(_part(content, "model"), "adapter")
     if isinstance(adapter, str):
         named = find_preset("adapter", adapter) or path.parent / adapter
         adapter = read_yaml(named, what="model.adapter") if named.is_file() else None
     return {"model.adapter": _inner_arguments(adapter)} if isinstance(adapter, Mapping) else {}
 
 
-def _inner_arguments(component: Mapping[str, Any] | None) -> set[str]:
-    arguments = (component or {}).get("init_args") or {}
-    inner = arguments.get(_INNER)
-    return {*(inner.get("init_args") or {})} - {*arguments} if isinstance(inner, Mapping) else set()
+def _inner_arguments(component: Any) -> set[str]:
+    arguments = _part(component, "init_args")
+    inner = _part(_part(arguments, _INNER), "init_args")
+    return {name for name in inner if name not in arguments} if isinstance(inner, Mapping) else set()
+
+
+def _part(content: Any, key: str) -> Any:
+    """A value of a mapping; `None` where what a file holds is none: the parser says so."""
+    return content.get(key) if isinstance(content, Mapping) else None
 
 
 def _below(word: str, inner: Mapping[str, set[str]]) -> str:

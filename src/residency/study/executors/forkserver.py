@@ -26,6 +26,8 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from residency.study.executors.warm_up import warm_up
+
 __all__ = ["CALL", "PRELOAD", "main"]
 
 CALL = "residency.study.worker.run_task"
@@ -48,6 +50,7 @@ _PATIENCE = 20.0  # seconds between SIGTERM and SIGKILL
 class _Server:
     def __init__(self, call: str) -> None:
         self.call = call
+        self.cold = call == CALL
         self.children: dict[int, str] = {}
         self.buffer = b""
         # What a task prints must never be taken for an answer.
@@ -77,6 +80,9 @@ class _Server:
 
     def obey(self, order: dict[str, Any]) -> None:
         if "run" in order:
+            if self.cold:
+                self.cold = False
+                warm_up(order["spec"])
             pid = os.fork()
             if pid == 0:
                 _child(self.call, order, [self.answers, self.wake, self._wake])

@@ -11,7 +11,9 @@ import yaml
 
 from residency.core.tensor_files import read_json, replace_file, write_json
 from residency.runs.config.sources import written
+from residency.runs.file_stamps import file_stamps
 from residency.runs.folder import RunFolder
+from residency.runs.inputs import compare_inputs, inputs_of
 from residency.runs.keys import digest
 from residency.runs.store.store import Store
 from residency.runs.whole_run import whole_record
@@ -118,7 +120,7 @@ def prepare(
             stages = [] if resolved.frozen else [keys.trained for keys in resolved.keys.stages]
             entry = {"stages": stages, "domains": resolved.domains}
             if complete:
-                RunFolder(folder / "cells" / cell.id).keep_config(resolved.config)
+                _check_complete(RunFolder(folder / "cells" / cell.id), resolver, resolved)
             else:
                 missing.append(resolved)
         place = {"id": cell.id, "axes": dict(cell.axes), "seed": cell.seed, "reference": cell.reference}
@@ -146,8 +148,15 @@ def _planned(folder: Path) -> dict[str, Any]:
 
 
 def _said(cell: Cell) -> str:
-    """Digest of the words of a cell and of every file they name."""
-    return digest([[w.key, w.value] for w in written(cell.words)])
+    """Digest of the words of a cell and of every config they name, and when the data and models changed last."""
+    entries = written(cell.words)
+    return digest([[w.key, w.value] for w in entries], file_stamps(w.value for w in entries))
+
+
+def _check_complete(run: RunFolder, resolver: Resolver, resolved: Resolved) -> None:
+    run.keep_config(resolved.config)
+    cli = resolver.parse(resolved.cell)
+    compare_inputs(run, inputs_of(cli.model, cli.datamodule), instead="--study_dir (with the same --store)")
 
 
 def _task(task: str, node: Any) -> dict[str, Any]:

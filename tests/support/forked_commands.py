@@ -1,0 +1,118 @@
+"""Commands in processes of their own, forked from one that has imported everything: a kill costs one second, not ten.
+
+What a sweep starts by itself (its server of workers) is forked likewise; below that everything is the product's.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import torch
+
+from residency.__main__ import main
+from residency.study.executors import forkserver, local
+from support.tiny_runs import PRELOAD
+
+__all__ = ["descendants", "kill", "start"]
+
+_PRELOAD = (*PRELOAD, *forkserver.PRELOAD, "residency.study.runner", "residency.report.page.build", __name__)
+
+
+def start(words: Sequence[object], *, cwd: Path, log: Path) -> BaseProcess:
+    """Start a command.
+
+    Args:
+        words: After the program's name.
+        cwd: Where it stands.
+        log: What it prints is added here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    process = context.Process(target=_child, args=([*map(str, words)], cwd, log))
+    process.start()
+    return process
+
+
+def _child(words: list[str], cwd: Path, log: Path) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.environ["WANDB_MODE"] = "disabled"
+    torch.set_num_threads(1)
+    local.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=_ForkedServer, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
+    )
+    os._exit(main(words))
+
+
+class _ForkedServer:
+    """`python -m residency.study.executors.forkserver` without a new interpreter."""
+
+    def __init__(self, command: Sequence[str], *, stderr: IO[bytes], env: Mapping[str, str], **_: Any) -> None:
+        orders, self_orders = os.pipe()
+        self_answers, answers = os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for handle, place in ((orders, 0), (answers, 1), (stderr.fileno(), 2)):
+                os.dup2(handle, place)
+            os.closerange(3, 1024)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            os._exit(forkserver.main(command[-1]))
+        os.close(orders)
+        os.close(answers)
+        self.stdin, self.stdout = os.fdopen(self_orders, "wb"), os.fdopen(self_answers, "rb")
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code."""
+        end = time.monotonic() + (timeout or 1e9)
+        while self.returncode is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("forkserver", timeout or 0.0)
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.01)
+        return self.returncode
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        kill([self.pid], signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        kill([self.pid], signal.SIGKILL)
+
+
+def kill(pids: Sequence[int], number: int = signal.SIGKILL) -> None:
+    """Send a signal to those that are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process and theirs, as they are now."""
+    found: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import nn
 
-__all__ = ["count_parameters", "numerics", "peak_memory_bytes", "versions"]
+__all__ = ["count_parameters", "numerics", "package_version", "peak_memory_bytes", "versions"]
 
 _PACKAGES = ("residency", "torch", "lightning", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -19,12 +20,16 @@ def versions() -> dict[str, str]:
     """Versions of everything that can change a number."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     found["threads"] = str(torch.get_num_threads())
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {package: package_version(package) for package in _PACKAGES}
+
+
+@cache
+def package_version(package: str) -> str:
+    """Version of an installed package, or `not installed`; read once, as its modules are."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def numerics() -> dict[str, str]:

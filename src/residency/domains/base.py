@@ -150,6 +150,10 @@ class Domain(ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything the model can see: kind, template, every row of every split, in order."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         template: Any = self.template
         digest = hashlib.sha256(_line({"kind": self.kind, "template": asdict(template)}))
         for split, rows in self._rows.items():
@@ -165,6 +169,7 @@ class Domain(ABC):
         """Use the rows that `give_rows` gave, instead of reading them again."""
         rows = {split: tuple(map(_row_of, part)) for split, part in given.items()}
         self.__dict__.update(_unchecked=rows, _rows=rows)
+        self.__dict__.pop("_fingerprint", None)
 
     @cached_property
     def _rows(self) -> dict[Split, tuple[Row, ...]]:

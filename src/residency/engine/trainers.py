@@ -38,7 +38,7 @@ class Trainers:
         Raises:
             UserError: No positive number of steps.
         """
-        options = self._options()
+        options = self._values
         steps, epochs = options.get("max_steps", -1), options.get("max_epochs")
         # -1 is the Trainer's word for "as many as the epochs have".
         if steps is None or steps == -1:
@@ -50,6 +50,11 @@ class Trainers:
                 fix="set trainer.max_steps to the steps per domain, or trainer.max_epochs to at least 1",
             )
         return int(steps)
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        # Read only; a Trainer is made from options with objects of its own.
+        return self._options()
 
     @cached_property
     def _probe(self) -> Trainer:
@@ -84,13 +89,13 @@ class Trainers:
     @property
     def gradient_clip_val(self) -> float | None:
         """Norm or value that gradients are clipped to; `None` = not clipped."""
-        value = self._options().get("gradient_clip_val")
+        value = self._values.get("gradient_clip_val")
         return None if value is None else float(value)
 
     @property
     def log_every_n_steps(self) -> int:
         """Steps between two lines of the history."""
-        return int(self._options().get("log_every_n_steps") or 1)
+        return int(self._values.get("log_every_n_steps") or 1)
 
     def make(self, *, steps: int, accumulate: int = 1, folder: Path, observers: list[Callback]) -> Trainer:
         """A Trainer for one stage.

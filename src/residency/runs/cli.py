@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -32,7 +31,7 @@ from residency.runs.config.options import (
     run_settings,
     wandb_settings,
 )
-from residency.runs.config.parser import ResidencyParser
+from residency.runs.config.parser import ResidencyParser, plain_values
 from residency.runs.config.preset_words import expand_presets
 from residency.runs.config.short_help import DESCRIPTIONS
 from residency.runs.config.sources import check_configs
@@ -44,6 +43,7 @@ from residency.runs.views.base import View
 from residency.runs.views.console import ConsoleView, show_complete, show_export, show_predictions, show_scores
 from residency.runs.views.lightning_loggers import LoggerView
 from residency.runs.views.trackers import Tracker
+from residency.runs.whole_run import written_at
 
 __all__ = ["ResidencyCLI", "parse"]
 
@@ -73,11 +73,15 @@ class ResidencyCLI(LightningCLI):
     Args:
         args: Command line without the program's name: the verb, then its options.
         run: Whether the verb is carried out, or only parsed and instantiated.
+        build: Whether objects are built; if not, only `config` and `resolved` exist.
+        like: Another of the same verb, whose parser is used again.
     """
 
-    def __init__(self, args: list[str], *, run: bool = True) -> None:
+    def __init__(
+        self, args: list[str], *, run: bool = True, build: bool = True, like: ResidencyCLI | None = None
+    ) -> None:
         install()
-        self._verb, self._carry_out = args[0], run
+        self._verb, self._carry_out, self._build, self._like = args[0], run, build, like
         super().__init__(
             ContinualModule,
             StreamData,
@@ -112,6 +116,13 @@ class ResidencyCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run is apart from model and data."""
         add_run_options(parser)
+
+    def setup_parser(self, *args: Any) -> None:
+        """Make the parser, unless there is one."""
+        if self._like is None:
+            super().setup_parser(*args)
+        else:
+            self.parser = self._like.parser
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Only the parser that is needed: each takes a tenth of a second to make.
@@ -154,6 +165,8 @@ class ResidencyCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build module and data; Trainers are made stage by stage."""
+        if not self._build:
+            return
         with building():
             self.config_init = self.parser.instantiate_classes(self.config)
         tell_outside()
@@ -176,7 +189,7 @@ class ResidencyCLI(LightningCLI):
 
     def fit(self) -> dict[str, Any]:
         """Train the stream."""
-        before = _written_at(self.folder.path / "results.json")
+        before = written_at(self.folder.path / "results.json")
         record = train_stream(
             module=self.model,
             data=self.datamodule,
@@ -187,7 +200,7 @@ class ResidencyCLI(LightningCLI):
             views=self._views(),
             inspection=Inspection(self.option("inspection")),
         )
-        if before is not None and before == _written_at(self.folder.path / "results.json"):
+        if before is not None and before == written_at(self.folder.path / "results.json"):
             show_complete(self.folder.path)
         return record
 
@@ -269,11 +282,7 @@ class ResidencyCLI(LightningCLI):
     @cached_property
     def resolved(self) -> dict[str, Any]:
         """The full config as plain values; where the run lies is not part of what it is."""
-        # As Lightning's own dump, but not checked again, which parsing has just done: a study asks for every cell.
-        text = self.parser.dump(
-            self.config, skip_link_targets=False, skip_unset=False, skip_validation=True, format="yaml"
-        )
-        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))[self._verb]
+        plain = plain_values(self.parser, self.config)[self._verb]
         return {key: value for key, value in plain.items() if key not in _NOT_THE_RUN}
 
     def _views(self) -> list[View]:
@@ -282,11 +291,6 @@ class ResidencyCLI(LightningCLI):
     def tracker(self) -> Tracker:
         """The run on W&B."""
         return Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
-
-
-def _written_at(path: Path) -> int | None:
-    """When a file was written, in nanoseconds; `None` if there is none."""
-    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def parse(args: list[str]) -> ResidencyCLI:

@@ -41,6 +41,7 @@ _WATCHING = (
 )
 
 
+@cache
 def core_modules() -> frozenset[str]:
     """Names of the modules that decide what a stage learns and how a state is scored, whatever classes a run has."""
     return closure(_CORE_ROOTS, followed=frozenset({"residency"}), leaving_out=_WATCHING)
@@ -61,6 +62,11 @@ def class_code(kind: type) -> str:
     Returns:
         SHA-256 (hex). A class without a file (made in a notebook) is hashed by its own source alone.
     """
+    return _class_code(kind)
+
+
+@cache
+def _class_code(kind: type) -> str:
     modules = [b.__module__ for b in kind.__mro__ if b.__module__.partition(".")[0] not in OUTSIDE]
     missing = [name for name in dict.fromkeys(modules) if source_file(name) is None]
     tops = frozenset(name.partition(".")[0] for name in modules) | {"residency"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from residency.engine.scoring.evaluation import Evaluation
 from residency.engine.stage import training_state
 from residency.runs.keys import RunKeys
 from residency.runs.score_files import read_scores, write_scores
+from residency.runs.settings import StreamSettings
 from residency.runs.stage_runner import StageRunner
 from residency.runs.store.store import Entry, Store
 
@@ -38,6 +40,25 @@ class StageCache:
         self.runner = runner
         self.keys = keys
         self.store = store
+
+    def with_seed(self, *, settings: StreamSettings, config: Mapping[str, Any]) -> StageCache:
+        """The stages of a run that differs from this one in its seed, name and axes; nothing is checked again.
+
+        Args:
+            settings: Of that run.
+            config: The resolved config of that run.
+        """
+        runner, stages = self.runner, [replace(stage, seed=settings.seed) for stage in self.runner.stages]
+        other = StageRunner(
+            module=runner.module,
+            data=runner.data,
+            trainers=runner.trainers,
+            settings=settings,
+            stages=stages,
+            views=runner.views,
+        )
+        keys = RunKeys(module=runner.module, data=runner.data, stages=stages, config=config)
+        return StageCache(runner=other, keys=keys, store=self.store)
 
     # -- facts --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from residency.core.digests import Damaged, check_files, lost_or_unreadable, unseal
 
-__all__ = ["KEYS", "whole_record"]
+__all__ = ["KEYS", "whole_record", "written_at"]
 
 KEYS = ("cell", "status", "domains", "probes", "scores", "summary", "cost")
 """What every record of a complete run holds."""
@@ -53,3 +53,8 @@ def _sealed(path: Path, *, keys: tuple[str, ...] = ()) -> dict[str, Any]:
         raise lost_or_unreadable(error, path) from error
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} is no record") from error
+
+
+def written_at(path: Path) -> int | None:
+    """When a file was written, in nanoseconds; `None` if there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else None

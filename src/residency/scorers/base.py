@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Literal
 
@@ -158,6 +159,7 @@ def references(row: Row) -> tuple[str, ...]:
     return (row.completion, *getattr(row, "references", ()))
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

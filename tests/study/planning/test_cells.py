@@ -10,8 +10,12 @@ import pytest
 import yaml
 
 from residency.core.errors import UserError
+from residency.runs.config.sources import written
+from residency.runs.file_stamps import file_stamps
+from residency.runs.keys import digest
 from residency.study import Study, load_study, plan_cells
 from residency.study.planning.cells import latin_square
+from residency.study.planning.prepare import _said, _told
 
 NAMES = ("a", "b", "c", "d")
 
@@ -120,3 +124,13 @@ def test_components_are_written_as_they_stand(folder: Path) -> None:
     part = {"class_path": "residency.mitigations.EWC", "init_args": {"strength": 1.0}}
     words = plan_cells(load(folder, axes={"x": {"ewc": {"model.mitigations.ewc": part}}}))[0].words
     assert words[2].startswith('--model.mitigations.ewc={"class_path": "residency.mitigations.EWC"')
+
+
+def test_what_a_cell_says_is_read_once_and_digested_as_before(folder: Path) -> None:
+    """plan.json's `written`: the digest of every key of a cell and of its files, what counts most first."""
+    (folder / "base.yaml").write_text("model: {adapter: lora}\ntrainer: {max_steps: 3}\n")
+    study = load(folder, axes={"m": {"x": {"model.mitigations.ewc": "ewc"}, "none": {}}}, seeds=[0, 1])
+    for cell in plan_cells(study):
+        entries = written(cell.words)
+        stamps = file_stamps(entry.value for entry in entries)
+        assert _said(cell, _told) == digest([[entry.key, entry.value] for entry in entries], stamps)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, DefaultHelpFormatter
+from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from residency.core.yaml_files import YamlRefused, parse_yaml
 from residency.runs.config.explain import ParseFailure
 from residency.runs.config.preset_words import insert_presets
 
-__all__ = ["ResidencyParser"]
+__all__ = ["ResidencyParser", "plain_values"]
 
 _CLASS_HELP = re.compile(r"Help for \S+=([\w.]+)")
 
@@ -70,6 +70,13 @@ class ResidencyParser(LightningArgumentParser):
         problem = ArgumentError(None, message)
         problem.accepted = accepted  # type: ignore[attr-defined]
         raise problem from ex
+
+
+def plain_values(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """What was parsed as plain values: as Lightning dumps it, but not checked again, which parsing has just done."""
+    text = parser.dump(config, skip_link_targets=False, skip_unset=False, skip_validation=True, format="yaml")
+    plain: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return plain
 
 
 def _documentation(path: str) -> str:

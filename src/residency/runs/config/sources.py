@@ -11,7 +11,7 @@ from residency.core.errors import UserError
 from residency.core.presets import component_kind, find_preset
 from residency.core.yaml_files import YamlRefused, parse_yaml, read_yaml
 
-__all__ = ["ConfigEntry", "check_configs", "pairs", "written"]
+__all__ = ["ConfigEntry", "check_configs", "entries", "pairs", "written"]
 
 _CONFIG_OPTIONS = ("--config", "-c")
 
@@ -63,18 +63,18 @@ def check_configs(words: Sequence[str]) -> None:
 
 def written(words: Sequence[str]) -> list[ConfigEntry]:
     """Every key of a command line and of the files it names, what counts most (the last) first."""
-    found: list[ConfigEntry] = []
-    for option, value in pairs(words):
-        if value is None:
-            continue
-        inline = _inline(value)
-        if option not in _CONFIG_OPTIONS:
-            found += _flat(inline or value, option.lstrip("-"), "", Path("."))
-        elif inline is not None:
-            found += _flat(inline, "", "--config", Path("."))
-        else:
-            found += _flat(read_yaml(Path(value), what="the config"), "", value, Path(value).parent)
+    found = [entry for option, value in pairs(words) if value is not None for entry in entries(option, value)]
     return found[::-1]
+
+
+def entries(option: str, value: str) -> list[ConfigEntry]:
+    """Every key of one option of a command line and of the files it names."""
+    inline = _inline(value)
+    if option not in _CONFIG_OPTIONS:
+        return [*_flat(inline or value, option.lstrip("-"), "", Path("."))]
+    if inline is not None:
+        return [*_flat(inline, "", "--config", Path("."))]
+    return [*_flat(read_yaml(Path(value), what="the config"), "", value, Path(value).parent)]
 
 
 def _inline(value: str) -> dict[str, Any] | None:

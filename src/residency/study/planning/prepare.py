@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from residency.core.tensor_files import read_json, replace_file, write_json
-from residency.runs.config.sources import written
+from residency.runs.config import sources
 from residency.runs.file_stamps import file_stamps
 from residency.runs.folder import RunFolder
 from residency.runs.inputs import compare_inputs, inputs_of
@@ -111,8 +112,9 @@ def prepare(
     cells = cells_of(study, resolver, found=found)
     known = _planned(folder)
     entries, missing = [], []
+    told = cache(_told)  # cells share most of their words
     for cell in cells:
-        said = _said(cell)
+        said = _said(cell, told)
         complete = whole_record(folder / "cells" / cell.id) is not None
         entry = known.get(cell.id)
         if not complete or entry is None or entry.get("written") != said:
@@ -147,10 +149,22 @@ def _planned(folder: Path) -> dict[str, Any]:
     return {entry["id"]: entry for entry in read_json(folder / "plan.json")["cells"] if "stages" in entry}
 
 
-def _said(cell: Cell) -> str:
+def _said(cell: Cell, told: Callable[[str, str], tuple[list[Any], dict[str, Any]]]) -> str:
     """Digest of the words of a cell and of every config they name, and when the data and models changed last."""
-    entries = written(cell.words)
-    return digest([[w.key, w.value] for w in entries], file_stamps(w.value for w in entries))
+    entries: list[Any] = []
+    stamps: dict[str, Any] = {}
+    for option, value in sources.pairs(cell.words):
+        if value is not None:
+            more, files = told(option, value)
+            entries += more
+            stamps |= files
+    return digest(entries[::-1], stamps)
+
+
+def _told(option: str, value: str) -> tuple[list[Any], dict[str, Any]]:
+    """[key, value] of every entry of one option, and the stamps of the files that they name."""
+    found = sources.entries(option, value)
+    return [[entry.key, entry.value] for entry in found], file_stamps(entry.value for entry in found)
 
 
 def _check_complete(run: RunFolder, resolver: Resolver, resolved: Resolved) -> None:

@@ -67,7 +67,9 @@ class Resolver:
         self.store = store
         self._domains: dict[str, Domain] = {}
         self._backbones: dict[str, Any] = {}
-        self._parsed: dict[tuple[str, ...], tuple[Any, dict[str, Any]]] = {}
+        self._composer: Any = None
+        self._opened: dict[tuple[str, ...], Resolved] = {}
+        self._parsed: dict[tuple[str, ...], Any] = {}
 
     def parse(self, cell: Cell) -> Any:
         """The command line of a cell, parsed; its seed, name and axes may be those of another cell.
@@ -75,22 +77,20 @@ class Resolver:
         Raises:
             UserError: What is wrong, and in which cell.
         """
-        from residency.runs.cli import parse
+        from residency.runs.compose import Composer
 
         words = cell.words[: -len(cell.place)]
+        self._composer = self._composer or Composer(fixed=(f"--store={self.store}",))
         try:
             if words not in self._parsed:
-                cli = parse(["fit", *cell.words, f"--store={self.store}"])
-                self._parsed[words] = (cli, cli.resolved)
-            return self._parsed[words][0]
+                self._parsed[words] = self._composer.parse(words)
+            return self._parsed[words]
         except UserError as error:
             raise _in_cell(cell, error) from error
 
     def config(self, cell: Cell) -> dict[str, Any]:
         """The full config of a cell."""
-        self.parse(cell)
-        # Parsing takes most of a second, and cells that differ in nothing else share it.
-        return {**self._parsed[cell.words[: -len(cell.place)]][1], **cell.place}
+        return {**self.parse(cell).resolved, **cell.place}
 
     def resolve(self, cell: Cell) -> Resolved:
         """A cell with its parts and keys.
@@ -98,21 +98,32 @@ class Resolver:
         Raises:
             UserError: What is wrong, and in which cell.
         """
-        from residency.runs.stream import open_stage_cache
-
         cli, config = self.parse(cell), self.config(cell)
         settings = replace(cli.settings, cell=cell.id, seed=cell.seed, axes=cell.axes)
+        words = cell.words[: -len(cell.place)]
+        if words in self._opened:
+            # Another seed of a cell that has been checked.
+            first = self._opened[words]
+            stage_cache = first.stage_cache.with_seed(settings=settings, config=config)
+            return Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=first.rows)
         try:
-            self._share(cli, config)
-            stage_cache = open_stage_cache(
-                module=cli.model, data=cli.datamodule, trainers=cli.trainers, settings=settings, config=config
-            )
-            self._check_scorer(cli.datamodule)
+            stage_cache = self._open(cli, settings, config)
         except UserError as error:
             raise _in_cell(cell, error) from error
         data: StreamData = cli.datamodule
         rows = {key: domain.fingerprint() for key, domain in _keyed(data, config["data"])}
-        return Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=rows)
+        self._opened[words] = Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=rows)
+        return self._opened[words]
+
+    def _open(self, cli: Any, settings: Any, config: Mapping[str, Any]) -> StageCache:
+        from residency.runs.stream import open_stage_cache
+
+        self._share(cli, config)
+        stage_cache = open_stage_cache(
+            module=cli.model, data=cli.datamodule, trainers=cli.trainers, settings=settings, config=config
+        )
+        self._check_scorer(cli.datamodule)
+        return stage_cache
 
     def _share(self, cli: Any, config: Mapping[str, Any]) -> None:
         data: StreamData = cli.datamodule

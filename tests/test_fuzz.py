@@ -24,7 +24,7 @@ from residency.core.errors import UserError
 from residency.core.guard import explain_error
 from residency.domains.jsonl import Jsonl
 from residency.domains.template import Template
-from residency.study.api import load_run
+from residency.runs.loaded import load_run
 from residency.study.planning.study_file import load_study
 from support.cli import call, tiny_config, write_yaml
 

@@ -7,38 +7,56 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residency.core.errors import UserError
-    from residency.study.api import (
+    from residency.core.presets import list_presets
+    from residency.report.gate_command import gate
+    from residency.runs.api import (
         Run,
-        StudyRuns,
+        chat,
         compare,
         export,
         fit,
-        init,
         list_runs,
         load_run,
-        load_study,
+        merge,
         predict,
         push,
         remove_run,
-        sweep,
+        score,
     )
+    from residency.runs.compare_command import compare_stages
+    from residency.study.api import StudyRuns, init, load_study, sweep
 
 __all__ = [
     "Run",
     "StudyRuns",
     "UserError",
+    "chat",
     "compare",
+    "compare_stages",
     "export",
     "fit",
+    "gate",
     "init",
+    "list_presets",
     "list_runs",
     "load_run",
     "load_study",
+    "merge",
     "predict",
     "push",
     "remove_run",
+    "score",
     "sweep",
 ]
+
+_HOMES = {
+    "UserError": "core.errors",
+    "list_presets": "core.presets",
+    "gate": "report.gate_command",
+    "compare_stages": "runs.compare_command",
+    **dict.fromkeys(("StudyRuns", "init", "load_study", "sweep"), "study.api"),
+}
+"""Where a name of the API lives, if not in runs.api."""
 
 # On import bitsandbytes looks for an optional kernel package and reports that it is not there; nothing here uses it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -57,7 +75,7 @@ def __getattr__(name: str) -> Any:
     # Loaded when asked for: `residency --help` and the names above must not cost the import of torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("residency.core.errors" if name == "UserError" else "residency.study.api"), name)
+    return getattr(import_module(f"residency.{_HOMES.get(name, 'runs.api')}"), name)
 
 
 def __dir__() -> list[str]:

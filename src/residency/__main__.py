@@ -42,8 +42,10 @@ usage: residency VERB [options]        residency VERB --help explains each
   validate    score a saved stage on validation rows      residency validate RUN --stage 2
   test        score a saved stage on test rows            residency test RUN --stage 2
   predict     let a saved stage write completions         residency predict RUN --stage 2 --domain legal
+  chat        talk to a saved stage, and to another with the same words     residency chat RUN --stage 2
   export      write a saved stage for other programs       residency export RUN --stage 2 --merge
 
+  merge       exported stages as one (linear, ties, dare, slerp)    residency merge EXPORT EXPORT --output DIR
   push        an exported stage goes to a model hub        residency push EXPORT --repo me/legal --dry-run
   completion  for your shell                               eval "$(residency completion bash)"
 
@@ -74,6 +76,8 @@ _COMMANDS = {  # verb: module and function, imported when it is asked for
     "store": "runs.store.command:store_command",
     "report": "report.command:report_command",
     "gate": "report.gate_command:gate_command",
+    "chat": "runs.chat:chat_command",
+    "merge": "runs.export.merge_command:merge_command",
     "push": "runs.export.push:push_command",
     "sync": "runs.views.sync_command:sync_command",
 }

@@ -64,6 +64,6 @@ def test_a_folder_of_any_name_is_a_folder(name: str, llama: Path, tmp_path: Path
     result = call("fit", "--config", file, "--run_dir", place / "run", "--store", place / "store")
     assert result.code == 0, result.err
     assert call("store", "verify", place / "store").code == 0
-    from residency.study.api import load_run
+    from residency.runs.loaded import load_run
 
     assert load_run(place / "run").scores.height

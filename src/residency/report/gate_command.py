@@ -7,15 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from residency.core.errors import EXIT_CROSSED, EXIT_DONE, UserError
 from residency.core.text import printable
 
 if TYPE_CHECKING:
+    from residency.report.gate import Judged
     from residency.report.records.records import Entry
 
-__all__ = ["gate_command"]
+__all__ = ["gate", "gate_command"]
 
 _EPILOG = """\
 examples:
@@ -42,36 +43,73 @@ def gate_command(words: list[str]) -> int:
         Exit code.
     """
     options = _parser().parse_args(words)
+    judged = _judged(options.folder, options.max, options.min, options.scorer, options.against)
+    for one in judged:
+        print(one.line())
+    content = _content(judged)
+    if options.json is not None:
+        options.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return EXIT_DONE if content["passed"] else EXIT_CROSSED
+
+
+def gate(
+    folder: str | Path,
+    *,
+    max: Sequence[str] = (),
+    min: Sequence[str] = (),
+    scorer: str | None = None,
+    against: str | None = None,
+) -> dict[str, Any]:
+    """Judge a run or a study by limits, as `residency gate FOLDER` does.
+
+    Args:
+        folder: Of a run or a study.
+        max: Upper limits, such as `forgetting=0.1`.
+        min: Lower limits, such as `accuracy=0.9`.
+        scorer: What metrics without a scorer are about; the study's by default.
+        against: Folder of a run, or name of a method: limits are on the paired difference to it.
+
+    Returns:
+        {"passed", "limits": [{"limit", "kind", "scorer", "metric", "bound", "method", "against", "value", "noise",
+        "basis", "state"}]}, as `--json` writes it.
+
+    Raises:
+        UserError: A limit names nothing that was measured.
+    """
+    return _content(_judged(Path(folder), max, min, scorer, against))
+
+
+def _content(judged: Sequence[Judged]) -> dict[str, Any]:
+    bad = any(one.state in ("crossed", "not measured") for one in judged)
+    return {"passed": not bad, "limits": [one.as_json() for one in judged]}
+
+
+def _judged(
+    folder: Path, most: Sequence[str], least: Sequence[str], scorer: str | None, against: str | None
+) -> list[Judged]:
     # Behind the parser: the help answers at once.
     from residency.report.evidence.samples import RowScores
     from residency.report.gate import judge, parse_limit
 
-    found = _read(options.folder, options.scorer)
+    found = _read(folder, scorer)
     names, metrics = found.scorers, found.metrics
-    limits = [parse_limit(text, "max", scorers=names, metrics=metrics) for text in options.max]
-    limits += [parse_limit(text, "min", scorers=names, metrics=metrics) for text in options.min]
+    limits = [parse_limit(text, "max", scorers=names, metrics=metrics) for text in most]
+    limits += [parse_limit(text, "min", scorers=names, metrics=metrics) for text in least]
     if not limits:
         raise UserError(
-            f"residency gate {options.folder} without a limit",
+            f"residency gate {folder} without a limit",
             why="there is nothing to judge",
             fix="add --max forgetting=0.1, or --min accuracy=0.9",
         )
     methods = dict(found.methods)
-    against, baseline = _baseline(options.against, methods, options.scorer)
+    name, baseline = _baseline(against, methods, scorer)
     rows = RowScores()
-    judged = [
-        judge(limit, method=name, runs=runs, scorer=found.scorer, baseline=baseline, against=against, rows=rows)
+    return [
+        judge(limit, method=method, runs=runs, scorer=found.scorer, baseline=baseline, against=name, rows=rows)
         for limit in limits
-        for name, runs in methods.items()
-        if name != against
+        for method, runs in methods.items()
+        if method != name
     ]
-    for one in judged:
-        print(one.line())
-    bad = any(one.state in ("crossed", "not measured") for one in judged)
-    if options.json is not None:
-        content = {"passed": not bad, "limits": [one.as_json() for one in judged]}
-        options.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return EXIT_CROSSED if bad else EXIT_DONE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from residency.runs.config.short_help import DESCRIPTIONS, verb_options
 
 __all__ = ["completion_command", "completion_parser"]
 
-_FOLDERS = ("show", "compare", "rm", "report", "gate", "sync", "push")
+_FOLDERS = ("show", "compare", "rm", "report", "gate", "sync", "push", "chat", "merge")
 _WORDS = ("assets", "init", "store", "ls", "completion")
 
 

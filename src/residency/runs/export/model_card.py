@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from residency.core.text import printable
 
-__all__ = ["model_card", "text"]
+__all__ = ["merge_card", "model_card", "text"]
 
 # Licences that a hub knows by these names; everything else is "other", and is spelled out below.
 _HUB_LICENCES = frozenset({"apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0"})
@@ -74,7 +74,36 @@ def model_card(facts: Mapping[str, Any]) -> str:
         *_scores(facts),
         "## Licences of the data",
         _table(["domain", "licence"], [[text(n), text(licence)] for n, licence in facts["licences"].items()]),
-        f"ConfigEntry by residency {text(facts['versions']['residency'])}; all facts are in residency.json.",
+        f"Written by residency {text(facts['versions']['residency'])}; all facts are in residency.json.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def merge_card(facts: Mapping[str, Any]) -> str:
+    """The card of several stages that were merged; nobody has scored the result.
+
+    Args:
+        facts: As `merge_exports` writes them to residency.json.
+    """
+    backbone, how = facts["backbone"], facts["merge"]
+    rows = [
+        [text(one["name"]), str(one["stage"]), text(one["domain"]), f"{weight:g}"]
+        for one, weight in zip(facts["merged_from"], how["weights"], strict=True)
+    ]
+    name = f"{text(how['method'])} of {len(rows)} stages"
+    lines = [
+        _front_matter({**facts, "name": name, "stage": "merged"}),
+        f"# {name}",
+        f"Stages of runs that fine-tuned one base model on one domain after another, merged by {text(how['method'])} "
+        f"(density {how['density']:g}, seed {how['seed']}). The result has not been scored.",
+        _table(["run", "stage", "domain", "factor"], rows),
+        "## Base model",
+        f"{text(backbone['name'])}, licence: {text(backbone['licence'])}.",
+        "## Use",
+        {"peft": _LOAD_ADAPTER, "transformers": _LOAD_MODEL}[facts["format"]],
+        "## Licences of the data",
+        _table(["domain", "licence"], [[text(n), text(licence)] for n, licence in facts["licences"].items()]),
+        f"Written by residency {text(facts['versions']['residency'])}; all facts are in residency.json.",
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -31,7 +31,13 @@ STREAMS = [
 ]
 
 
+# The packaged data are read whole, which takes long; `tests/domains/test_packaged.py` does it once for each.
+LONG_DOMAINS = {*DOMAINS} - {"jsonl", "table", "IcdChapters"}
+
+
 def _marks(row: str, partner: str) -> Collection[pytest.MarkDecorator]:
+    if row in LONG_DOMAINS:
+        return [pytest.mark.slow]
     bulk = row in ADAPTERS and partner in MITIGATIONS
     some = row in SOME_ADAPTERS or partner in SOME_MITIGATIONS or (row, partner) in STREAMS
     if row in OBJECTIVES and partner:
@@ -115,7 +121,7 @@ def test_a_suite_without_rows_or_with_unknown_names_is_refused() -> None:
     with pytest.raises(UserError, match="no property would run"):
         conformance()
     scaled: Any = MITIGATIONS["ewc"]
-    with pytest.raises(UserError, match="'lora_pluss' in a pair: none of the adapters of this suite"):
+    with pytest.raises(UserError, match=r"'lora_pluss' in a pair\n  why: none of the adapters of this suite"):
         conformance(mitigations={"scaled": scaled}, streams=[("lora_pluss", "scaled")])
     with pytest.raises(UserError, match=r"MitigationRow\(make=..., off=...\)"):
         conformance(adapters={"full": ADAPTERS["full"]}, streams=[("full", "unknown")])
@@ -127,5 +133,5 @@ def test_a_row_of_another_kind_is_refused(tmp_path: Path) -> None:
     suite = conformance(mitigations={"mine": wrong}, streams=[])
     cases = suite.pytestmark[0].args[1]  # type: ignore[attr-defined]
     check = next(case.values[0] for case in cases if "declares" in case.id)
-    with pytest.raises(UserError, match="the row 'mine' makes Full: it is no Mitigation"):
+    with pytest.raises(UserError, match=r"the row 'mine' makes Full\n  why: it is no Mitigation"):
         suite(check, tmp_path)

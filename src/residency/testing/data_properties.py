@@ -9,7 +9,7 @@ from dataclasses import is_dataclass
 import numpy as np
 import pytest
 
-from residency.core.types import Row, Split
+from residency.core.types import Row, RowKind, Split
 from residency.domains import Domain
 from residency.metrics.definitions.base import About
 from residency.metrics.discovery import matrix_metrics
@@ -33,7 +33,8 @@ _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 def tells_good_from_bad(case: Case[ScorerRow]) -> None:
     """Row by row, in any company and order, in the direction that it declares."""
     line, scorer = case.row, made(case.row.make, Scorer, case.name)  # type: ignore[type-abstract]
-    row = Row(id="1", prompt=line.prompt, completion=line.completion)
+    kind: RowKind = "pair" if line.rejected else "completion"
+    row = Row(id="1", prompt=line.prompt, completion=line.completion, rejected=line.rejected, kind=kind)
     scorer.check([row])
     good, bad = scorer([row, row], [line.good, line.bad])
     assert good == pytest.approx(line.best), "the good answer has not the best score that the row names"

@@ -154,7 +154,7 @@ ADAPTERS: dict[str, AdapterRow] = {
 }
 
 MITIGATIONS: dict[str, MitigationRow] = {
-    **partners.MITIGATIONS,
+    "replay": partners.MITIGATIONS["replay"],
     "replay_herding_loss": MitigationRow(
         make=lambda: Replay(ratio=1.0, every=2, capacity=6, policy="herding", draw="loss"),
         off=lambda: Replay(ratio=0.0, capacity=6, policy="herding", draw="loss"),
@@ -178,6 +178,7 @@ MITIGATIONS: dict[str, MitigationRow] = {
         make=lambda: EarlyStopping(every=1, min_delta=100.0), off=lambda: EarlyStopping(every=0)
     ),
     "ema": MitigationRow(make=lambda: EMA(decay=0.9), off=lambda: EMA(decay=0.0)),
+    "ewc": partners.MITIGATIONS["ewc"],
     "ewc_online": MitigationRow(
         make=lambda: EWC(strength=1000.0, mode="online", decay=0.9, fisher_samples=6),
         off=lambda: EWC(strength=0.0, mode="online"),

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 
 from residency.core import tensor_files as storage
 from residency.testing.tiny_runs import train
-from table import ADAPTERS, MITIGATIONS
+from table import ADAPTERS, MITIGATIONS, OBJECTIVES
 
 __all__ = ["PRELOAD", "Kill", "in_child"]
 
@@ -97,13 +97,18 @@ def _child(
         callbacks.append(_Killer(kill))
     parts = {name: MITIGATIONS[name].make() for name in mitigations}
     row = ADAPTERS[adapter]
+    if "objective" in options:
+        options = {**options, "objective": OBJECTIVES[options["objective"]].make()}
     train(folder, backbone, row.make(), parts, callbacks=callbacks, trainer=row.trainer, **{**row.options, **options})
 
 
 def in_child(
     folder: Path, backbone: Path, adapter: str, mitigations: Sequence[str], kill: Kill | None = None, **options: Any
 ) -> int:
-    """Train in a process of its own (imports come from a fork server); its exit code, -9 if it was killed."""
+    """Train in a process of its own (imports come from a fork server); its exit code, -9 if it was killed.
+
+    `options` are those of `tiny_runs.train`; `objective` is the name of a row.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=_child, args=(folder, backbone, adapter, mitigations, kill, options))

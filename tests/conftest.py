@@ -52,6 +52,12 @@ def llama_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 of 2 + 2 layers and 32 dimensions in the form of FLAN-T5."""
+    return write_backbone(tmp_path_factory.mktemp("t5"), architecture="t5")
+
+
+@pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2, whose linear layers are stored transposed."""
     return write_backbone(tmp_path_factory.mktemp("gpt2"), architecture="gpt2")

@@ -133,6 +133,6 @@ def test_one_that_is_not_off_spoils_no_other(bench: Pairs) -> None:
 
 def test_a_pair_that_is_not_refused_is_seen(bench: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.check("per_domain", "ewc")
-    monkeypatch.setattr("residency.engine.module.check_mitigations", lambda *_: None)
+    monkeypatch.setattr("residency.engine.compatibility.check_mitigations", lambda *_: None)
     with pytest.raises(AssertionError, match="refused: it was not, although needs fixed_coordinates"):
         bench.check("per_domain", "ewc")

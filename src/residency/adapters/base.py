@@ -84,6 +84,9 @@ class Adapter(ABC):
     """Whether the function after `begin_stage` is the one that the stage before left; not where a stage starts with
     factors drawn anew or in front of a new prompt."""
 
+    decoder_only: str = ""
+    """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
+
     uses_stream_length: bool = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 

@@ -17,7 +17,7 @@ from residency.adapters.base import Adapter, Observe, PromptNLL, Served, copy_st
 from residency.adapters.domain_names import KEY, read_names, write_names
 from residency.adapters.peft_tools.folding import merged_lora
 from residency.adapters.peft_tools.tuners import capabilities, check_config, kind_of
-from residency.adapters.peft_tools.wrapping import wrap
+from residency.adapters.peft_tools.wrapping import task_of, wrap
 from residency.core.errors import UserError
 from residency.core.types import Example, Stage, Tensors, untyped
 from residency.scorers.base import ScoreInfo
@@ -114,7 +114,7 @@ class PerDomain(Adapter):
             model.delete_adapter(_block(index))
         for index in range(len(model.peft_config), blocks):
             config = copy.deepcopy(self.config)
-            config.task_type = config.task_type or "CAUSAL_LM"
+            config.task_type = config.task_type or task_of(model)
             model.add_adapter(_block(index), config)
         model.set_adapter(_block(blocks - 1))
 

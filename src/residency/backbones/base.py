@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -14,7 +14,10 @@ from residency.backbones.work import Work
 from residency.core.losses import token_nll
 from residency.core.types import Batch, Layout
 
-__all__ = ["Backbone", "Sampling"]
+__all__ = ["Backbone", "Family", "Sampling"]
+
+Family = Literal["decoder", "encoder-decoder"]
+"""What reads a batch: one stack that sees prompt and completion as one text, or an encoder and a decoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,8 @@ class Sampling:
 
 class Backbone(ABC):
     """A pretrained model and its tokenizer. It tells `work` of every pass that it runs."""
+
+    family: ClassVar[Family] = "decoder"
 
     @cached_property
     def work(self) -> Work:

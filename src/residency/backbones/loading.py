@@ -1,4 +1,4 @@
-"""A causal language model from a folder: every weight from its files, or one sentence why not."""
+"""A language model from a folder: every weight from its files, or one sentence why not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,24 @@ from torch import nn
 
 from residency.core.errors import UserError
 
-__all__ = ["check_tokenizer", "load_causal", "load_config", "load_tokenizer", "longest_text", "quiet_transformers"]
+__all__ = [
+    "check_tokenizer",
+    "load_causal",
+    "load_config",
+    "load_seq2seq",
+    "load_tokenizer",
+    "longest_text",
+    "quiet_transformers",
+]
 
 # Their frequencies change with the longest text of a batch, once it is longer than this key of the config says.
 _CHANGING_POSITIONS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 _WITHOUT_POSITIONS = 1_000_000
+_SEQ2SEQ = {
+    "t5": "T5ForConditionalGeneration",
+    "mt5": "MT5ForConditionalGeneration",
+    "umt5": "UMT5ForConditionalGeneration",
+}
 
 
 def load_causal(folder: Path, **options: Any) -> Any:
@@ -30,16 +43,48 @@ def load_causal(folder: Path, **options: Any) -> Any:
         UserError: It is no causal language model, needs code from elsewhere, has weights in pickles only, or has
             weights that are missing, unknown or of another shape.
     """
-    config = load_config(folder)
-    chosen = _causal_class(folder, config)
-    _check_files(folder)
     from transformers import AutoModelForCausalLM
 
+    config = load_config(folder)
+    model = _load(folder, config, _causal_class(folder, config), AutoModelForCausalLM, options)
+    _check_tied(folder, model)
+    return model
+
+
+def load_seq2seq(folder: Path, **options: Any) -> Any:
+    """The encoder-decoder of a folder as transformers builds it, on the CPU.
+
+    Args:
+        folder: As `save_pretrained` writes it.
+        options: Of `from_pretrained`.
+
+    Raises:
+        UserError: As for a causal one; or it is of another family than T5's.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    config = load_config(folder)
+    chosen = _SEQ2SEQ.get(config.model_type)
+    stored = next(iter(config.architectures or ()), chosen)
+    if chosen is None or stored != chosen:
+        raise UserError(
+            f"{folder} holds {stored or config.model_type}, {_kind(stored or config.model_type, config)}",
+            why=f"Seq2Seq trains and scores {', '.join(_SEQ2SEQ.values())}: others begin their texts otherwise, or "
+            "have no decoder",
+            fix="choose a T5, FLAN-T5, mT5 or UMT5 checkpoint; for a decoder use residency.backbones.CausalLM",
+        )
+    # transformers says of every T5 that head and embedding are one tensor; a head of its own that the files hold is
+    # loaded, and saved again, as one of its own all the same.
+    return _load(folder, config, chosen, AutoModelForSeq2SeqLM, options)
+
+
+def _load(folder: Path, config: Any, chosen: str, loader: Any, options: dict[str, Any]) -> Any:
+    _check_files(folder, loader.__name__)
     try:
         with quiet_transformers():
             # Shapes that differ are told with the other weights that do not fit, and refused with them.
             options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+            model, info = loader.from_pretrained(folder, config=config, **options)
     except UserError:
         raise
     except Exception as error:  # transformers and safetensors raise many unrelated types
@@ -49,7 +94,6 @@ def load_causal(folder: Path, **options: Any) -> Any:
             fix="check that config.json and *.safetensors belong together and are complete (download them again)",
         ) from error
     _check_weights(folder, chosen, info)
-    _check_tied(folder, model)
     return model
 
 
@@ -98,7 +142,9 @@ def _causal_class(folder: Path, config: Any) -> str:
         f"{folder} holds {stored or config.model_type}, {kind}",
         why="CausalLM trains and scores causal language models; of another model parts would be missing, and drawn "
         "at random",
-        fix="choose a checkpoint whose `architectures` in config.json ends with ForCausalLM"
+        fix="set model.backbone.class_path to residency.backbones.Seq2Seq"
+        if stored in _SEQ2SEQ.values()
+        else "choose a checkpoint whose `architectures` in config.json ends with ForCausalLM"
         + (f" (for this family {names[0]})" if names else ""),
     )
 
@@ -115,7 +161,7 @@ def _kind(name: str, config: Any) -> str:
     return "which is no causal language model"
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, loader: str) -> None:
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -123,7 +169,7 @@ def _check_files(folder: Path) -> None:
         raise UserError(
             f"{folder} has its weights in {pickles[0]}, not in *.safetensors",
             why="such a file is a pickle, which can run any code when it is opened; residency opens none",
-            fix='convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+            fix=f'convert it where you trust it: python -c "from transformers import {loader} as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", copy the tokenizer's files "
             "beside it, and give that folder",
         )

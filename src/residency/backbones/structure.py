@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,11 +16,24 @@ __all__ = ["blocks", "embeddings", "matching", "names_of", "refuse_quantised"]
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The transformer blocks from the bottom to the top, by module name.
 
-    The list of modules that holds most parameters is the stack, whatever the architecture calls it.
+    The list of modules that holds most parameters is the stack, whatever the architecture calls it; of an
+    encoder-decoder there are two, the encoder's first.
 
     Raises:
         UserError: The model has no list of blocks.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        halves: Any = model
+        return {
+            f"{name}.{path}": block
+            for half in (halves.get_encoder(), halves.get_decoder())
+            for name in (next(n for n, m in model.named_modules() if m is half),)
+            for path, block in _largest_stack(half).items()
+        }
+    return _largest_stack(model)
+
+
+def _largest_stack(model: nn.Module) -> dict[str, nn.Module]:
     stacks = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if not stacks:
         raise UserError(

@@ -225,6 +225,19 @@ class Work:
         first = products.forward(positions=read, read=len(prompts), pairs=pairs, last=read)
         self._add(read + written, first + products.forward(positions=written, read=written, pairs=0, last=written))
 
+    def counted(self, *, tokens: int, forward: int, backward: int, out: Tensor | None = None) -> None:
+        """A pass that its backbone has counted by itself.
+
+        Args:
+            tokens: That are no padding.
+            forward: FLOPs.
+            backward: FLOPs of each backward pass through `out`.
+            out: What came out; `None` = nothing that could have a gradient.
+        """
+        self._add(tokens, forward)
+        if out is not None and out.requires_grad:
+            out.register_hook(partial(self._back, backward))
+
     def _add(self, tokens: int, flops: int) -> None:
         self._tokens += tokens
         self._flops += flops

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from residency.adapters.base import Adapter
+from residency.backbones.base import Backbone
 from residency.core.errors import UserError
 from residency.core.types import RowKind
 from residency.domains.base import Domain
@@ -14,7 +15,50 @@ from residency.mitigations.base import Mitigation, overrides
 from residency.mitigations.composition import check_pairs
 from residency.objectives.base import Objective, Reads
 
-__all__ = ["check_mitigations", "check_objective", "check_rows", "check_steps", "check_validation"]
+__all__ = [
+    "check_family",
+    "check_mitigations",
+    "check_objective",
+    "check_parts",
+    "check_rows",
+    "check_steps",
+    "check_validation",
+]
+
+
+def check_parts(
+    backbone: Backbone, adapter: Adapter, mitigations: Mapping[str, Mitigation], objective: Objective
+) -> None:
+    """Whether the parts of a module work with each other.
+
+    Raises:
+        UserError: As the checks below say.
+    """
+    check_family(backbone, adapter, mitigations, objective)
+    check_mitigations(adapter, mitigations)
+    check_objective(objective, adapter, mitigations)
+
+
+def check_family(
+    backbone: Backbone, adapter: Adapter, mitigations: Mapping[str, Mitigation], objective: Objective
+) -> None:
+    """Who works on a decoder only, against the backbone.
+
+    Raises:
+        UserError: Naming the part, and why.
+    """
+    if backbone.family == "decoder":
+        return
+    parts: dict[str, Adapter | Mitigation | Objective] = {"model.adapter": adapter, "model.objective": objective}
+    parts |= {f"model.mitigations.{name}": mitigation for name, mitigation in mitigations.items()}
+    for place, part in parts.items():
+        if part.decoder_only:
+            raise UserError(
+                f"{place} ({type(part).__name__}) with model.backbone {type(backbone).__name__}, an {backbone.family}",
+                why=part.decoder_only,
+                fix="use configs/adapter/lora.yaml, configs/mitigation/ewc.yaml or replay.yaml, or a decoder "
+                "(residency.backbones.CausalLM)",
+            )
 
 
 def check_mitigations(adapter: Adapter, mitigations: Mapping[str, Mitigation]) -> None:

@@ -21,7 +21,7 @@ from residency.core.randomness import seed_of
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Example, Layout, Stage, Tensors, untyped
 from residency.engine import folds
-from residency.engine.compatibility import check_mitigations, check_objective
+from residency.engine.compatibility import check_parts
 from residency.engine.fused_optimizer import fuse
 from residency.engine.lost_updates import told_if_lost
 from residency.engine.observation import adapter_stage, logs_step
@@ -93,8 +93,7 @@ class ContinualModule(LightningModule):
         self.layout_choice: LayoutChoice = layout
         for name, mitigation in self.mitigations.items():
             mitigation.name = name
-        check_mitigations(self.adapter, self.mitigations)
-        check_objective(self.objective, self.adapter, self.mitigations)
+        check_parts(backbone, adapter, self.mitigations, objective)
         self._active = folds.active_hooks(self.mitigations.values())
         self._adapts_update = changes(adapter, "transform_update")
         # Only the adapter's tensors are stored and restored; the backbone comes from its own files.

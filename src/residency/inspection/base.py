@@ -109,6 +109,9 @@ class StageSnapshot:
 class Observer:
     """The null observer; every method may be overridden. What it finds is JSON, and goes into the stage's record."""
 
+    decoder_only: str = ""
+    """Why it does not work on an encoder-decoder; empty if it does."""
+
     def callbacks(self, stage: Stage) -> list[Callback]:
         """New callbacks for the Trainer of one stage; they only watch."""
         return []

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
+from residency.backbones.base import Backbone
+from residency.core.errors import UserError
 from residency.core.types import Stage, Tensors
 from residency.inspection.base import Observer, StageSnapshot
 
@@ -31,6 +33,21 @@ class Inspection:
 
     def __init__(self, observers: Mapping[str, Observer] | None = None) -> None:
         self.observers = dict(observers or {})
+
+    def check(self, backbone: Backbone) -> None:
+        """Every observer against the backbone, before anything is loaded.
+
+        Raises:
+            UserError: One looks at decoders only.
+        """
+        for name, observer in self.observers.items():
+            if observer.decoder_only and backbone.family != "decoder":
+                raise UserError(
+                    f"inspection.{name} ({type(observer).__name__}) with model.backbone {type(backbone).__name__}, an "
+                    f"{backbone.family}",
+                    why=observer.decoder_only,
+                    fix=f"leave inspection.{name} out; weights, kl and calibration work",
+                )
 
     def callbacks(self, stage: Stage) -> list[Callback]:
         """Observers for the Trainer of one stage."""

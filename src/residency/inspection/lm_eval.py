@@ -39,6 +39,8 @@ class LmEval(Observer):
         batch_size: Requests per forward pass.
     """
 
+    decoder_only = "the harness is given a causal language model"
+
     def __init__(
         self,
         *,

@@ -27,6 +27,8 @@ class RepresentationDrift(Observer):
             tokens × width per block, and twice tokens² while one block is compared.
     """
 
+    decoder_only = "it compares one stack of blocks at the tokens of a batch"
+
     def __init__(self, *, tokens: int = 1024) -> None:
         self.tokens = tokens
         self._base: list[Tensor] = []

@@ -95,6 +95,9 @@ class Mitigation(Callback):
     follows: frozenset[str] = frozenset({"completion", "label", "pair", "unpaired", "prompt"})
     """Kinds of rows (`Objective.reads`) whose objective it can protect; may be narrowed per instance."""
 
+    decoder_only: str = ""
+    """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
+
     uses_validation: bool = False
     """Whether it reads `module.validation()`, the validation rows of the stage's own domain; may be set per instance. A
     stream whose domains have none is refused."""

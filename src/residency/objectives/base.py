@@ -110,6 +110,9 @@ class Objective(ABC):
     forward_noise: ClassVar[bool] = True
     """Whether dropout is on while it trains. A ratio to a reference, and a reward, are those of the model itself."""
 
+    decoder_only: str = ""
+    """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
+
     keeps_start: bool = False
     """Whether it asks for the weights before the stage's first step once training runs: costs a copy of what trains."""
 

@@ -54,6 +54,7 @@ class RLOO(Objective):
 
     reads: ClassVar[Reads] = "prompt"
     forward_noise: ClassVar[bool] = False
+    decoder_only = "what the policy has written so far is read behind the prompt, as one text"
 
     def __init__(
         self,
@@ -159,6 +160,7 @@ class GRPO(Objective):
 
     reads: ClassVar[Reads] = "prompt"
     forward_noise: ClassVar[bool] = False
+    decoder_only = "what the policy has written so far is read behind the prompt, as one text"
 
     def __init__(
         self,

@@ -79,6 +79,7 @@ def train_stream(
         if (done := folder.complete_record(config)) is not None:
             # Somebody else has finished it in the meantime.
             return done
+        (inspection or Inspection()).check(module.backbone)
         runner = _stage_runner(module, data, trainers, settings, views)
         if config is not None:
             keep_inputs(folder, inputs_of(module, data))

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 __all__ = ["write_backbone", "write_domain", "write_tokenizer"]
 
@@ -52,6 +60,16 @@ def write_backbone(
             **common,
         )
         model: Any = LlamaForCausalLM(config)
+    elif architecture == "t5":
+        # FLAN-T5's form: gated feed-forward, a head of its own.
+        sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+        buckets = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+        form = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(dropout_rate=dropout, **sizes, **buckets, **form, **common))
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(257, 32) * 0.1)
+        with torch.no_grad():
+            for stack in (model.encoder, model.decoder):
+                stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
     else:
         drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=4, n_positions=256, **drop, **common))

@@ -16,7 +16,7 @@ from residency.backbones.kernels.lora import fuse_lora
 from residency.core.errors import UserError
 from residency.core.types import untyped
 
-__all__ = ["expected_remarks", "is_quantised", "wrap"]
+__all__ = ["expected_remarks", "is_quantised", "task_of", "wrap"]
 
 _EXPECTED = (
     ".*is_gradient_checkpointing.*",  # PEFT asks transformers for a property that has been renamed
@@ -40,7 +40,7 @@ def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.M
         check_quantised(config)
     # A copy: PEFT writes the base model's name and the resolved targets into the config it is given.
     config = copy.deepcopy(config)
-    config.task_type = config.task_type or "CAUSAL_LM"
+    config.task_type = config.task_type or task_of(model)
     if kind_of(config) == "FROD":
         # torch's default, said aloud: it warns about FRoD's sparse matrices otherwise.
         torch.sparse.check_sparse_tensor_invariants.disable()
@@ -56,6 +56,12 @@ def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.M
             why="the tuner does not fit this model, its layers or its quantisation",
             fix="correct model.adapter.config (often target_modules), or use configs/adapter/lora.yaml",
         ) from error
+
+
+def task_of(model: nn.Module) -> str:
+    """PEFT's name for what a model does: it decides how virtual tokens are put in front, and what an export says."""
+    config = getattr(model, "config", None)
+    return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 @contextmanager

@@ -74,6 +74,7 @@ class KroneckerEWC(Mitigation):
     requires: frozenset[Capability] = frozenset({"fixed_coordinates", "low_rank"})
     alternative: ClassVar[str] = "configs/mitigation/ewc.yaml, or plain LoRA (configs/adapter/lora.yaml)"
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
+    decoder_only = "it matches what a layer sees with the tokens of a batch; encoder and decoder see different ones"
 
     def __init__(
         self,

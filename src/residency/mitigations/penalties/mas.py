@@ -116,6 +116,8 @@ class MAS(Mitigation):
             )
         self.strength = strength
         self.output = output
+        if output == "hidden":
+            self.decoder_only = "the hidden state is read at the tokens of a batch (log_probabilities works)"
         self.samples = samples
         self.batch_tokens = batch_tokens
         self.add_state("precision", {})

@@ -93,6 +93,7 @@ def export_saved(
         facts = {
             **_origin(data, settings, module.backbone, stage=chosen),
             "hub": None if base is None else {"id": base.id, "commit": base.commit},
+            "family": module.backbone.family,
             "adapter": kind,
             "format": written_format(temporary),
             "merged": merge,

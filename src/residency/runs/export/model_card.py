@@ -68,7 +68,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"licence: {text(backbone['licence'])}. {text(backbone.get('remark', ''))}".strip(),
         f"Weights SHA-256 {text(backbone.get('weights', 'unknown'))}.",
         "## Use",
-        {"peft": _LOAD_ADAPTER, "transformers": _LOAD_MODEL, "residency": _LOAD_OWN}[facts["format"]],
+        _use(facts),
         f"## Scores on {text(facts['split'])} rows",
         *([_TOLD] if facts["task_id_at_test"] else []),
         *_scores(facts),
@@ -106,6 +106,13 @@ def merge_card(facts: Mapping[str, Any]) -> str:
         f"Written by residency {text(facts['versions']['residency'])}; all facts are in residency.json.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _use(facts: Mapping[str, Any]) -> str:
+    lines = {"peft": _LOAD_ADAPTER, "transformers": _LOAD_MODEL, "residency": _LOAD_OWN}[facts["format"]]
+    if facts.get("family") == "encoder-decoder":
+        return lines.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    return lines
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:

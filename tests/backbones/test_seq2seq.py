@@ -23,8 +23,8 @@ from residency.domains.jsonl import Jsonl
 from residency.domains.template import Template
 from residency.inspection import Inspection, KLToBase, RepresentationDrift
 from residency.mitigations import EWC, Replay
-from support.counted import counter
 from support.cli import call, read_json, tiny_config, write_yaml
+from support.counted import counter
 from support.tiny_models import write_backbone
 from support.tiny_runs import make_module, train
 from table import ADAPTERS, MITIGATIONS, SOME_MITIGATIONS

@@ -123,9 +123,7 @@ class Seq2Seq(Backbone):
         rows = len(mask) if _has_virtual_tokens(model) else len(read)
         at = Passed(encoded=rows, read=read.shape[1], decoded=len(written), written=written.shape[1])
         halves = halves_of(model)
-        self.work.counted(
-            tokens=batch.tokens, forward=halves.forward(at), backward=halves.backward(at), out=result
-        )
+        self.work.counted(tokens=batch.tokens, forward=halves.forward(at), backward=halves.backward(at), out=result)
         return result
 
     @torch.inference_mode()

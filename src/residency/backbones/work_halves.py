@@ -1,7 +1,7 @@
 """FLOPs of an encoder-decoder: what passes the encoder, what passes the decoder, and the attention between them.
 
-Counted as in `residency.backbones.work`: 2 per weight and position forward, 2 for the gradient of an input that has one,
-2 for that of a weight that trains; 4 per pair of positions and unit of width forward, 8 backward.
+Counted as in `residency.backbones.work`: 2 per weight and position forward, 2 for the gradient of an input that has
+one, 2 for that of a weight that trains; 4 per pair of positions and unit of width forward, 8 backward.
 """
 
 from __future__ import annotations

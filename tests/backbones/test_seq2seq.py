@@ -23,11 +23,11 @@ from residency.domains.jsonl import Jsonl
 from residency.domains.template import Template
 from residency.inspection import Inspection, KLToBase, RepresentationDrift
 from residency.mitigations import EWC, Replay
+from residency.testing.tiny_models import write_backbone
+from residency.testing.tiny_runs import make_module, train
 from support.cli import call, read_json, tiny_config, write_yaml
 from support.counted import counter
-from support.tiny_models import write_backbone
-from support.tiny_runs import make_module, train
-from table import ADAPTERS, MITIGATIONS, SOME_MITIGATIONS
+from table import ADAPTERS, MITIGATIONS, OBJECTIVES, SOME_MITIGATIONS
 
 DRAW = torch.Generator().manual_seed(5)
 
@@ -244,7 +244,7 @@ def test_a_mitigation_for_decoders_is_refused_at_construction(t5: Path) -> None:
     with pytest.raises(UserError, match="encoder-decoder"):
         make_module(t5, Full(), {"m": MITIGATIONS["ewc_kfac"].make()}, family=Seq2Seq)
     with pytest.raises(UserError, match="encoder-decoder"):
-        make_module(t5, Full(), {}, family=Seq2Seq, objective="grpo")
+        make_module(t5, Full(), {}, family=Seq2Seq, objective=OBJECTIVES["grpo"].make())
 
 
 def test_the_first_form_of_t5_is_exact_too(tmp_path: Path) -> None:

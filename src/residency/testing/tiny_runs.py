@@ -44,10 +44,10 @@ def make_module(
     objective: Objective | None = None,
     **options: Any,
 ) -> ContinualModule:
-    """A module with SFT and AdamW, weight decay on; `loading` are options of the backbone."""
+    """A module with SFT and AdamW, weight decay on; `loading` are options of the backbone, `family` is its class."""
     optimizer: Any = partial(torch.optim.AdamW, lr=options.pop("lr", 1e-2), weight_decay=0.1)
     return ContinualModule(
-        backbone=CausalLM(path=str(backbone), **options.pop("loading", {})),
+        backbone=options.pop("family", CausalLM)(path=str(backbone), **options.pop("loading", {})),
         adapter=adapter,
         objective=objective or SFT(),
         mitigations=dict(mitigations),

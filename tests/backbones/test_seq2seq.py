@@ -124,6 +124,13 @@ def test_generation_is_that_of_transformers(t5: Path) -> None:
     assert any(written)
 
 
+def make_built(t5: Path, adapter: Adapter) -> Any:
+    """A module before its first stage."""
+    module = make_module(t5, adapter, {}, family=Seq2Seq)
+    module.build(seed=0)
+    return module
+
+
 @pytest.mark.parametrize("make", [Full, lambda: Peft(config=LoraConfig(r=4, target_modules="all-linear"))])
 def test_micro_batches_change_nothing(t5: Path, tmp_path: Path, make: Any) -> None:
     """Rows of unequal length, one at a time or four: the same weights."""
@@ -134,8 +141,10 @@ def test_micro_batches_change_nothing(t5: Path, tmp_path: Path, make: Any) -> No
             steps=3, lr=1e-3, family=Seq2Seq, data={"micro_batch_size": micro},
         )  # fmt: skip
         ends.append(module.adapter.state(module.model))
+    start = module.adapter.state(make_built(t5, make()).model)
+    # AdamW makes full steps of gradients that are nearly zero, whose last digits differ: so not entry by entry.
     for name, whole in ends[0].items():
-        torch.testing.assert_close(ends[1][name], whole, rtol=1e-4, atol=2e-6, msg=name)
+        assert (ends[1][name] - whole).norm() <= 1e-3 * (whole - start[name]).norm() + 1e-6, name
 
 
 def outcome(folder: Path, t5: Path, adapter: Adapter, mitigations: dict[str, Any], **options: Any) -> str:
@@ -268,8 +277,8 @@ def test_the_first_form_of_t5_is_exact_too(tmp_path: Path) -> None:
 def test_observers_of_decoders_are_refused() -> None:
     """Before anything is loaded: the folder need not exist."""
     with pytest.raises(UserError, match=r"inspection\.drift"):
-        Inspection({"drift": RepresentationDrift()}).check(Seq2Seq(path="nowhere"))
-    Inspection({"kl": KLToBase()}).check(Seq2Seq(path="nowhere"))
+        Inspection({"drift": RepresentationDrift()}).checked(Seq2Seq(path="nowhere"))
+    Inspection({"kl": KLToBase()}).checked(Seq2Seq(path="nowhere"))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -34,8 +34,8 @@ class Inspection:
     def __init__(self, observers: Mapping[str, Observer] | None = None) -> None:
         self.observers = dict(observers or {})
 
-    def check(self, backbone: Backbone) -> None:
-        """Every observer against the backbone, before anything is loaded.
+    def checked(self, backbone: Backbone) -> Inspection:
+        """Itself, with every observer held against the backbone, before anything is loaded.
 
         Raises:
             UserError: One looks at decoders only.
@@ -48,6 +48,7 @@ class Inspection:
                     why=observer.decoder_only,
                     fix=f"leave inspection.{name} out; weights, kl and calibration work",
                 )
+        return self
 
     def callbacks(self, stage: Stage) -> list[Callback]:
         """Observers for the Trainer of one stage."""

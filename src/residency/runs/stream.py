@@ -79,11 +79,10 @@ def train_stream(
         if (done := folder.complete_record(config)) is not None:
             # Somebody else has finished it in the meantime.
             return done
-        (inspection or Inspection()).check(module.backbone)
         runner = _stage_runner(module, data, trainers, settings, views)
         if config is not None:
             keep_inputs(folder, inputs_of(module, data))
-        runner.inspection = inspection or Inspection()
+        runner.inspection = (inspection or Inspection()).checked(module.backbone)
         stage_cache = _stage_cache(runner, config) if settings.store is not None and config is not None else None
         run = _Run(runner, folder, stage_cache, config)
         try:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_runs import make_module
 
+from residency.adapters import Full
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
-from residency.core.types import Branch
+from residency.core.types import Branch, Stage
 from residency.objectives import Objective
 from residency.objectives.label_policy import LabelPolicy
 from residency.objectives.policy import GRPO, RLOO
@@ -166,20 +168,26 @@ def test_drawn_labels_have_the_exact_gradient_on_average(llama: Path) -> None:
     assert many < 0.2
 
 
-@pytest.mark.parametrize("name", ["label_policy", "label_policy_drawn"])
-def test_a_label_policy_learns(name: str, llama: Path) -> None:
-    module = learner(llama, ROWS[name], moved=False)
-    optimizer = torch.optim.AdamW(module.adapter.trainable(module.model).values(), lr=1e-2)
+@pytest.mark.parametrize(("name", "gain"), [("label_policy", 0.55), ("label_policy_drawn", 0.2)])
+def test_a_label_policy_learns(name: str, gain: float, llama: Path) -> None:
+    """From one in three: without sampling to nearly all prompts. Over four models and seeds, 30 steps ended at 0.99 or
+    more, and with four draws, whose groups soon agree, and a divergence to pay for, between 0.63 and 0.92.
+    """
+    module = make_module(llama, Full(), {})
+    module.objective = ROWS[name]()
+    module.build(seed=0)
+    module.begin_stage(Stage(index=0, domain="x", stages=1, seed=0, steps=2, batch_size=4), LABELLED)
+    optimizer = torch.optim.AdamW(module.adapter.trainable(module.model).values(), lr=3e-3)
     rewards = []
-    for _ in range(30):
+    for _ in range(31):
         (batch,) = batches(module, 4)
         found = module.objective(module.trained_forward, module.objective.prepare(module, batch), None)
         rewards.append(float(found.log["reward"]))
         optimizer.zero_grad()
         found.loss.backward()
         optimizer.step()
-    assert rewards[-1] > rewards[0] + 0.05
-    assert float(found.log["kl"]) > 0.01
+    assert rewards[-1] > rewards[0] + gain
+    assert float(found.log["kl"]) > 0.1
 
 
 @pytest.mark.parametrize(

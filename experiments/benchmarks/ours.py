@@ -66,7 +66,7 @@ class Rows:
 
 def _example(domain: str, row: str, encoded: tuple[list[int], int]) -> Example:
     ids, start = encoded
-    return Example(domain=domain, row=row, prompt=tuple(ids[:start]), completion=tuple(ids[start:]))
+    return Example.of(domain=domain, row=row, prompt=tuple(ids[:start]), completion=tuple(ids[start:]))
 
 
 def build(options: Any, common: Any, mitigations: dict[str, Mitigation]) -> ContinualModule:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_runs import make_module
 
 from residency.adapters import Full
 from residency.core.batching import make_batch
@@ -23,6 +22,7 @@ from residency.objectives.rewards import Answer, ExactLabel, Question, Reward
 from residency.testing import objective_properties
 from residency.testing.objective_properties import batches, step
 from residency.testing.objective_rows import Parity, examples_of
+from residency.testing.tiny_runs import make_module
 from table import OBJECTIVES
 
 
@@ -173,8 +173,7 @@ def test_a_label_policy_learns(name: str, gain: float, llama: Path) -> None:
     """From one in three: without sampling to nearly all prompts. Over four models and seeds, 30 steps ended at 0.99 or
     more, and with four draws, whose groups soon agree, and a divergence to pay for, between 0.63 and 0.92.
     """
-    module = make_module(llama, Full(), {})
-    module.objective = ROWS[name]()
+    module = make_module(llama, Full(), {}, objective=ROWS[name]())
     module.build(seed=0)
     module.begin_stage(Stage(index=0, domain="x", stages=1, seed=0, steps=2, batch_size=4), LABELLED)
     optimizer = torch.optim.AdamW(module.adapter.trainable(module.model).values(), lr=3e-3)

@@ -21,8 +21,10 @@ from residency.core.tensor_files import load_tree
 from residency.core.types import Batch, Stage
 from residency.domains.stream_data import StreamData
 from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
+from residency.runs.export.hub_base import name_base
 from residency.testing.cases import Case, made
 from residency.testing.comparisons import differing
+from residency.testing.hub_cache import offline_hub
 from residency.testing.rows import AdapterRow
 from residency.testing.shared_runs import EXAMPLES, everything, logits, plain_logits
 from residency.testing.tiny_runs import domains, make_module
@@ -262,8 +264,13 @@ def _exported(case: AdapterCase, folder: Path) -> Any:
     if case.row.loads_with == "residency":
         base = AutoModelForCausalLM.from_pretrained(case.runs.backbone, dtype=torch.float32)
         return attach_exported(base, folder)[1]
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
 
-    backbone = make_module(case.runs.backbone, case.row.make(), {}, loading=case.row.loading).backbone
-    with expected_remarks():
-        return PeftModel.from_pretrained(backbone.load(), folder)
+    with offline_hub(case.runs.backbone, case.folder / "hub") as hub, expected_remarks():
+        name_base(folder, hub)
+        if "quantisation" in case.row.loading:
+            # On some CPUs bitsandbytes repacks 4-bit weights when a model is evaluated, and not of so few rows.
+            backbone = make_module(case.runs.backbone, case.row.make(), {}, loading=case.row.loading).backbone
+            return PeftModel.from_pretrained(backbone.load(), folder)
+        # Found by the id that the export names, as on any other machine.
+        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -11,7 +11,7 @@ from residency.runs.completion import completion_parser
 from residency.runs.config.short_help import DESCRIPTIONS, short_help, verb_options
 from support.cli import call
 
-DOORS = ["--help", "fit --help", "presets", "ls", "chat --help", "merge --help"]
+DOORS = ["--help", "fit --help", "presets", "ls"]
 DOORS += [
     f"{verb} --help"
     for verb in ("sweep", "store", "report", "sync", "gate", "push", "init", "show", "rm", "chat", "merge")

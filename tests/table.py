@@ -32,6 +32,7 @@ from residency.backbones import Quantisation
 from residency.core.assets.cache import PACKAGES, package_folder
 from residency.domains import packaged
 from residency.domains.base import Domain
+from residency.domains.controlled import Controlled
 from residency.domains.jsonl import Jsonl
 from residency.domains.table import Table
 from residency.metrics.discovery import matrix_metrics
@@ -374,6 +375,7 @@ def _not_fetched() -> str:
 DOMAINS: dict[str, DomainRow] = {
     "jsonl": _files(Jsonl, "generative"),
     "table": _files(Table, "label"),
+    "controlled": DomainRow(make=lambda folder: Controlled(facts=8)),
     **{
         name: DomainRow(make=lambda folder, name=name: getattr(packaged, name)(), missing=_not_fetched)
         for name in packaged.__all__

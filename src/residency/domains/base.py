@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from residency.core.errors import UserError
@@ -111,6 +112,10 @@ class Domain(ABC):
         if wanted == "chat":
             wanted = Chat()
         return wanted if isinstance(wanted, Chat) else _filled(self.default_template, wanted)
+
+    def under(self, root: Path) -> Domain:
+        """The same domain with its relative paths taken from a folder; itself, if it reads no files of the user's."""
+        return self
 
     @abstractmethod
     def read(self) -> Mapping[Split, Sequence[Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from residency.core.types import Example, Row, Split
@@ -31,6 +32,10 @@ class Joint(Domain):
     def __init__(self, *, domains: dict[str, Domain]) -> None:
         super().__init__(max_train=None, max_validation=None, max_test=None, scorers=[])
         self.domains = dict(domains)
+
+    def under(self, root: Path) -> Domain:
+        """Its parts with their relative paths taken from a folder."""
+        return Joint(domains={name: part.under(root) for name, part in self.domains.items()})
 
     @cached_property
     def template(self) -> RowTemplate:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
 from residency.core.errors import UserError
 from residency.core.types import Example, Split, Stage
 from residency.domains.base import Domain
+from residency.domains.narrowed import limited, under_root
 from residency.domains.sampler import StageExamples
+from residency.domains.shots import encode_with_shots, pick_shots
 from residency.domains.token_counts import TokenCounts, TrainingRows, check_readable, count_tokens
 
 __all__ = ["StreamData"]
 
+
+Classes = Literal["own", "seen", "all"]
 
 _LARGEST_BATCH = 65_536
 """Examples per optimizer step that are taken for meant even where a domain has fewer rows."""
@@ -32,6 +36,16 @@ class StreamData(LightningDataModule):
         batch_size: Examples per optimizer step, over all devices and accumulated micro-batches.
         micro_batch_size: Examples per forward pass on one device; `null` = as many as fit the batch size. Must divide
             batch size / devices; gradients are accumulated over the rest.
+        root: Folder that relative paths of domains and probes are taken from: your copy of a published stream.
+        max_train: Most training rows of every domain, whatever its own limit; null = its own limit alone.
+        max_validation: The same of validation rows.
+        max_test: The same of test rows.
+        classes: Labels that compete for the accuracy of a domain: `own` = its own (which one it is, is told: task
+            incremental); `seen` = those of all domains learned so far as well (class incremental); `all` = those of the
+            whole stream at every stage, which leaves the rows of the matrix comparable. One label alone is no choice:
+            there is no accuracy then.
+        shots: Training rows that stand, with their answers, before every prompt that is scored: what the model can do
+            when it is shown, not trained.
         num_workers: Processes that tokenise ahead of the model; 0 = none. Does not change the data.
     """
 
@@ -44,14 +58,23 @@ class StreamData(LightningDataModule):
         batch_size: int = 8,
         micro_batch_size: int | None = None,
         num_workers: int = 0,
+        root: str | None = None,
+        max_train: int | None = None,
+        max_validation: int | None = None,
+        max_test: int | None = None,
+        classes: Classes = "own",
+        shots: int = 0,
     ) -> None:
         super().__init__()
-        self.domains = dict(domains)
-        self.probes = dict(probes or {})
+        most: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
+        self.domains = limited(under_root(root, domains), most)
+        self.probes = limited(under_root(root, probes or {}), most)
         self.order = list(order) if order is not None else list(self.domains)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.num_workers = num_workers
+        self.classes: Classes = classes
+        self.shots = shots
         self._tokenised: dict[tuple[Any, ...], tuple[tuple[Any, ...], tuple[Example, ...]]] = {}
         self._trained: dict[str, tuple[tuple[Any, ...], tuple[tuple[int, ...], TokenCounts]]] = {}
         self._check_names()
@@ -71,11 +94,11 @@ class StreamData(LightningDataModule):
                 why="a probe is never trained on",
                 fix="rename one of them, or leave it out of data.probes",
             )
-        if self.batch_size < 1 or self.num_workers < 0 or (self.micro_batch_size or 1) < 1:
+        if self.batch_size < 1 or self.num_workers < 0 or self.shots < 0 or (self.micro_batch_size or 1) < 1:
             raise UserError(
                 f"data.batch_size={self.batch_size}, data.micro_batch_size={self.micro_batch_size}, "
-                f"data.num_workers={self.num_workers}",
-                why="sizes are at least 1, workers at least 0",
+                f"data.num_workers={self.num_workers}, data.shots={self.shots}",
+                why="sizes are at least 1, workers and shots at least 0",
                 fix="correct these values",
             )
 
@@ -84,16 +107,21 @@ class StreamData(LightningDataModule):
         """Everything that is scored: the domains in learning order, then the probes."""
         return {name: self.domains[name] for name in self.order} | self.probes
 
-    def micro_batch(self, *, devices: int) -> int:
+    def micro_batch(self, *, devices: int, batch: int | None = None) -> int:
         """Examples per forward pass on one device.
+
+        Args:
+            devices: How many.
+            batch: Examples per optimizer step; the run's by default.
 
         Raises:
             UserError: The batch size cannot be divided evenly.
         """
-        size = self.micro_batch_size or max(1, self.batch_size // devices)
-        if self.batch_size % (size * devices):
+        batch = batch or self.batch_size
+        size = self.micro_batch_size or max(1, batch // devices)
+        if batch % (size * devices):
             raise UserError(
-                f"data.batch_size={self.batch_size} on {devices} devices with micro-batches of {size}",
+                f"data.batch_size={batch} on {devices} devices with micro-batches of {size}",
                 why="the global batch must be a multiple of devices x micro-batch",
                 fix="change data.batch_size or data.micro_batch_size so that it divides evenly",
             )
@@ -147,16 +175,20 @@ class StreamData(LightningDataModule):
                 check_readable(counts, tokenizer, where=f"{part} rows of {name}")
         return found
 
-    def check(self) -> None:
+    def check(self, *, batch_sizes: Iterable[int] = ()) -> None:
         """Read every file now, so that a bad row stops the command before anything is trained.
+
+        Args:
+            batch_sizes: Of stages that have their own.
 
         Raises:
             UserError: A row, or the name of a domain, cannot be used.
         """
-        rows = max((len(domain.rows("train")) for domain in self.domains.values()), default=0)
-        if self.batch_size > max(_LARGEST_BATCH, rows):
+        rows = max(len(self.domains[name].rows("train")) for name in self.order)
+        size = max([self.batch_size, *batch_sizes])
+        if size > max(_LARGEST_BATCH, rows):
             raise UserError(
-                f"data.batch_size={self.batch_size:,}, and the largest domain has {rows:,} training rows",
+                f"a batch_size of {size:,}, and the largest domain has {rows:,} training rows",
                 why="one optimizer step would see every row many times, and have no end",
                 fix="give the examples per optimizer step, for example 8",
             )
@@ -171,8 +203,22 @@ class StreamData(LightningDataModule):
         for domain in self.columns.values():
             domain.rows("train")
 
+    def labels(self, name: str, learned: int) -> tuple[str, ...]:
+        """Labels that compete for a row of a domain.
+
+        Args:
+            name: Domain or probe.
+            learned: After how many stages.
+        """
+        own = self.columns[name].labels()
+        if self.classes == "own" or not own:
+            return own
+        domains = self.order if self.classes == "all" else self.order[:learned]
+        seen = (label for domain in domains for label in self.domains[domain].labels())
+        return tuple(sorted({*own, *seen}))
+
     def evaluation_examples(
-        self, name: str, split: Split, tokenizer: Any, *, competing: int | None = None
+        self, name: str, split: Split, tokenizer: Any, *, competing: int | None = None, learned: int = 0
     ) -> list[Example]:
         """The rows of one split as tokens; tokenised once, however many states are scored.
 
@@ -181,17 +227,21 @@ class StreamData(LightningDataModule):
             split: Which rows.
             tokenizer: Of the backbone.
             competing: How many rows get all other labels as alternatives, where a scorer reads them; `None` = all.
+            learned: After how many stages.
         """
         domain = self.columns[name]
-        labels = domain.labels() if any(s.labels != "none" for s in domain.scorers.values()) else ()
+        labels = self.labels(name, learned) if any(s.labels != "none" for s in domain.scorers.values()) else ()
         rows = domain.rows(split)
-        key = name, split, competing, bool(labels)
+        key = name, split, competing, labels
         # By identity: a tokenizer or rows that were replaced since are other ones, whatever they are equal to.
         source = tokenizer, domain.template, rows
         known, examples = self._tokenised.get(key, ((), ()))
         if not known or any(old is not new for old, new in zip(known, source, strict=True)):
             count = len(rows) if competing is None else competing
             encode = partial(domain.template.encode, tokenizer, domain=name, split=split)
+            if self.shots:
+                shown = pick_shots(domain.rows("train"), self.shots)
+                encode = partial(encode_with_shots, encode, domain.template, shown)
             examples = tuple(encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows))
             self._tokenised[key] = source, examples
         return list(examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,6 +97,21 @@ class Table(Domain):
         first = self.rows("train", checked=False)[:1]
         return "label" if any(row.kind == "labelled" for row in first) else "generative"
 
+    def under(self, root: Path) -> Domain:
+        """The same table with its relative paths taken from a folder.
+
+        A copy may be flatter than its authors' (`agnews` instead of `TC/agnews`): where the whole path leads nowhere,
+        its last part counts.
+        """
+        moved = copy(self)
+        for name in ("train", "validation", "test", "path"):
+            given = getattr(self, name)
+            if given is not None:
+                whole, last = root / given, root / Path(given).name
+                setattr(moved, name, str(last if last.exists() and not whole.exists() else whole))
+        moved.source = str(moved.train or moved.path)
+        return moved
+
     def read(self) -> Mapping[Split, Sequence[Row]]:
         """Rows of the files, in hash order."""
         rows = {split: self._rows_of(split, records) for split, records in self._records().items()}
@@ -119,6 +135,9 @@ class Table(Domain):
                 fix="give the file as train: (a tenth of it each becomes validation and test)",
             )
         found = {split: read_file(name, split, self.files) for split, name in split_files(folder).items()}
+        if (test := found.get("test")) is not None and test.document is not None:
+            # As SAPT publishes them: dev.json is test.json, and choosing on it would be choosing on the test.
+            found = {split: r for split, r in found.items() if split != "validation" or r.document != test.document}
         return olora_records(folder, found) if (folder / "labels.json").is_file() else found
 
     def _rows_of(self, split: Split, records: Records) -> list[Row]:

@@ -19,6 +19,7 @@ __all__ = [
     "check_family",
     "check_mitigations",
     "check_objective",
+    "check_objectives",
     "check_parts",
     "check_rows",
     "check_steps",
@@ -155,6 +156,29 @@ def check_rows(objective: Objective, domain: Domain, name: str) -> None:
             f"{WANTED[odd.kind]}",
             why=f"it learns from rows of the form {wanted}",
             fix=f"give such rows, or learn these with configs/{_LEARNT_BY.get(odd.kind, 'objective/sft.yaml')}",
+        )
+
+
+def check_objectives(objectives: Mapping[str, Objective], mitigations: Mapping[str, Mitigation]) -> None:
+    """Rows that are kept for later stages can be read by the objectives of all of them.
+
+    Args:
+        objectives: By domain, in the order of learning.
+        mitigations: By name.
+
+    Raises:
+        UserError: Naming the mitigation and two domains.
+    """
+    keeping = [name for name, mitigation in mitigations.items() if mitigation.keeps_examples]
+    first = next(iter(objectives))
+    other = next((name for name, one in objectives.items() if one.reads != objectives[first].reads), None)
+    if keeping and other is not None:
+        raise UserError(
+            f"model.mitigations.{keeping[0]} with {first}, whose objective reads {objectives[first].reads} rows, and "
+            f"{other}, whose objective reads {objectives[other].reads} rows",
+            why="it learns again from rows of earlier stages, which the objective of another stage cannot read",
+            fix="use configs/mitigation/ewc.yaml or weight_mixing.yaml, which keep no rows, or objectives that read "
+            "rows of one kind",
         )
 
 

@@ -27,6 +27,7 @@ from residency.engine.lost_updates import told_if_lost
 from residency.engine.observation import adapter_stage, logs_step
 from residency.engine.past import as_it_was, writing
 from residency.engine.schedules import with_schedule
+from residency.engine.stage_overrides import StageSettings
 from residency.mitigations.base import Mitigation
 from residency.objectives.base import Forward, Objective, Passes, Was
 
@@ -100,17 +101,16 @@ class ContinualModule(LightningModule):
         self.strict_loading = False
         self.model: nn.Module
         self.layout: Layout
-        self.layout_reason = ""
+        self.layout_reason, self.stage_settings = "", StageSettings()
         self.stage: Stage
         self.dataset: Sequence[Example] = ()
         self.validation: Callable[[], Sequence[Example]] = tuple
-        self.ended_early = False
+        self.ended_early = self._started = False
         self.base_weights: Tensors = {}
         self._base_state: dict[str, Tensor] = {}
         self.weights_log, self.objective_log = dict[str, float](), dict[str, Tensor]()
         self._before_stage, self._start = dict[str, Tensor](), dict[str, Tensor]()
         self.weights_after: Callable[[int], Tensors]  # given by whoever keeps the states of a run
-        self._started = False
 
     def build(self, *, seed: int) -> None:
         """Load the backbone and attach the adapter; does nothing the second time.
@@ -151,6 +151,7 @@ class ContinualModule(LightningModule):
             stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
         """
         self.stage, self.validation, self.weights_log = stage, validation, {}
+        self.objective = self.stage_settings.objective(stage.domain) or self.objective
         self.ended_early = self._started = False
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
@@ -233,10 +234,9 @@ class ContinualModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """A fresh optimizer, by way of the adapter."""
-        optimizer = fuse(self.adapter.optimizer(self.model, self.optimizer_factory))
-        if self.scheduler_factory is None:
-            return optimizer
-        return with_schedule(optimizer, self.scheduler_factory, steps=self.stage.steps)
+        own = self.stage_settings.factories(self.stage.domain, self.optimizer_factory, self.scheduler_factory)
+        optimizer = fuse(self.adapter.optimizer(self.model, own[0]))
+        return optimizer if own[1] is None else with_schedule(optimizer, own[1], steps=self.stage.steps)
 
     def configure_callbacks(self) -> list[Callback]:
         """The mitigations take part in Lightning's own hooks and checkpoints."""

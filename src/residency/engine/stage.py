@@ -24,13 +24,22 @@ from residency.engine.checkpointing import History, StageCheckpoint
 from residency.engine.compatibility import check_steps
 from residency.engine.divergence import check_finite
 from residency.engine.module import ContinualModule
+from residency.engine.stage_overrides import StageOverrides, of_stage, told_of
 from residency.engine.trainers import Trainers, quiet_lightning
 
 __all__ = ["begin_stage", "check_devices", "finish_stage", "restore_stage", "take_trained_stage", "train_stage"]
 
 
-def check_devices(data: StreamData, trainers: Trainers, adapter: Adapter) -> None:
+def check_devices(
+    data: StreamData, trainers: Trainers, adapter: Adapter, *, overrides: Mapping[str, StageOverrides] | None = None
+) -> None:
     """What trains together, before a model is loaded.
+
+    Args:
+        data: Batch size.
+        trainers: Devices, clipping.
+        adapter: The adapter.
+        overrides: Settings of single stages, by domain.
 
     Raises:
         UserError: More than one process, a batch size that cannot be divided, or an adapter that cannot accumulate or
@@ -42,8 +51,12 @@ def check_devices(data: StreamData, trainers: Trainers, adapter: Adapter) -> Non
             why="a stage is trained by one process; the record has one writer",
             fix="set trainer.devices to 1 and trainer.num_nodes to 1, and run several cells side by side instead",
         )
-    micro = data.micro_batch(devices=trainers.world_size)
-    check_steps(adapter, clip=trainers.gradient_clip_val, accumulate=data.batch_size // micro)
+    for domain in data.order:
+        own = of_stage(overrides or {}, domain)
+        batch = own.batch_size or data.batch_size
+        with told_of(domain, own):
+            micro = data.micro_batch(devices=trainers.world_size, batch=batch)
+            check_steps(adapter, clip=trainers.gradient_clip_val, accumulate=batch // micro)
 
 
 def train_stage(
@@ -206,7 +219,7 @@ def _fit(
     checkpoint: Path | None,
 ) -> None:
     ranks = trainers.world_size
-    micro = data.micro_batch(devices=ranks)
+    micro = data.micro_batch(devices=ranks, batch=stage.batch_size)
     accumulate = stage.batch_size // (micro * ranks)
     trainer = trainers.make(steps=stage.steps, accumulate=accumulate, folder=folder, observers=callbacks)
     done = 0 if checkpoint is None else int(load_tree(checkpoint)["global_step"]) * accumulate

@@ -32,14 +32,21 @@ class Trainers:
     def __init__(self, options: Callable[[], dict[str, Any]] | None = None) -> None:
         self._options = options or dict
 
-    def steps(self, *, rows: int, batch_size: int) -> int:
+    def steps(self, *, rows: int, batch_size: int, own: tuple[int | None, int | None] = (None, None)) -> int:
         """Optimizer steps of a stage: `trainer.max_steps`, else `trainer.max_epochs` (1) times the domain.
+
+        Args:
+            rows: Of the domain.
+            batch_size: Of the stage.
+            own: (steps, epochs) of the stage itself, instead of the Trainer's.
 
         Raises:
             UserError: No positive number of steps.
         """
         options = self._values
         steps, epochs = options.get("max_steps", -1), options.get("max_epochs")
+        if own != (None, None):
+            steps, epochs = own
         # -1 is the Trainer's word for "as many as the epochs have".
         if steps is None or steps == -1:
             steps = math.ceil(rows / batch_size) * (1 if epochs is None else epochs)

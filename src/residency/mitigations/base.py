@@ -98,6 +98,10 @@ class Mitigation(Callback):
     decoder_only: str = ""
     """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
 
+    keeps_examples: ClassVar[bool] = False
+    """Whether it learns again from rows of earlier stages (or from rows made in their place), by the objective of the
+    stage at hand."""
+
     uses_validation: bool = False
     """Whether it reads `module.validation()`, the validation rows of the stage's own domain; may be set per instance. A
     stream whose domains have none is refused."""

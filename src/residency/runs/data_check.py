@@ -42,7 +42,10 @@ def check_data(data: StreamData, backbone: Any) -> dict[str, Any]:
         UserError: Most of a split is trained on elsewhere or unknown to the tokenizer, or a row has tokens or a length
             that the model does not.
     """
-    key = json.dumps([dict(data.fingerprints()), sorted(data.probes), dict(backbone.fingerprint())], sort_keys=True)
+    given = {name: domain.given for name, domain in data.columns.items()}
+    key = json.dumps(
+        [dict(data.fingerprints()), given, sorted(data.probes), dict(backbone.fingerprint())], sort_keys=True
+    )
     if key not in _checked:
         columns, refused = open_columns(data.columns, probes=frozenset(data.probes))
         diagnosis: Diagnosis = examine(columns, backbone_reader(backbone), near=False, figures=False)

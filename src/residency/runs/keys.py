@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from residency.core.environment import numerics
 from residency.core.types import Stage
+from residency.engine.stage_overrides import stage_config
 from residency.mitigations.base import Mitigation, overrides
 from residency.runs.code_identity import class_code, core_code
 
@@ -102,7 +103,8 @@ class RunKeys:
     def _trained(
         self, stage: Stage, before: str, states: Mapping[str, str], offset: int
     ) -> tuple[str, tuple[str, ...]]:
-        model, data = self.config["model"], self.config["data"]
+        settings = stage_config(self.config, stage.domain)
+        objective = self.module.stage_settings.objective(stage.domain) or self.module.objective
         watched = {name: m for name, m in self._named() if m.touches_training(stage.index)}
         place = asdict(stage)
         if not (self.module.adapter.uses_stream_length or any(m.uses_stream_length for m in watched.values())):
@@ -110,10 +112,10 @@ class RunKeys:
         parts = {
             "environment": self._environment,
             "adapter": self._adapter,
-            "objective": [model["objective"], class_code(type(self.module.objective))],
-            "optimizer": [model.get("optimizer"), model.get("scheduler"), model.get("layout")],
+            "objective": [settings["objective"], class_code(type(objective))],
+            "optimizer": [settings["optimizer"], settings["scheduler"], self.config["model"].get("layout")],
             "trainer": {k: v for k, v in (self.config.get("trainer") or {}).items() if k not in _WATCHING},
-            "batches": [data.get("batch_size"), data.get("micro_batch_size")],
+            "batches": [settings["batch_size"], self.config["data"].get("micro_batch_size")],
             "domain": self.data.domains[stage.domain].fingerprint(),
             "stage": [place, offset],
             "before": before,
@@ -149,7 +151,7 @@ class RunKeys:
         domain = self.data.columns[column]
         # With the adapter off, the model before training is the same whatever the adapter is.
         base = "base" if "reference" in self.module.adapter.provides else [self.model, self.config["seed_everything"]]
-        parts = {
+        parts: dict[str, Any] = {
             "environment": self._environment,
             "weights": self.stages[k - 1].weights if k else base,
             "column": [column, domain.fingerprint(), split],
@@ -160,4 +162,8 @@ class RunKeys:
             "settings": asdict(settings),
             "layout": layout,
         }
+        if self.data.shots:
+            parts["shots"] = self.data.shots  # of the training rows, which the fingerprint holds
+        if self.data.classes != "own":
+            parts["labels"] = self.data.labels(column, k)
         return digest("scores", parts)

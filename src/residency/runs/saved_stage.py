@@ -75,7 +75,7 @@ def score_saved(
     _needs_rows(data, split)
     chosen = load_stage(module, data, folder, stage=stage, seed=settings.seed)
     module.to(device)
-    scores: Evaluation = evaluate(module, data, split=split, settings=settings.evaluation)
+    scores: Evaluation = evaluate(module, data, split=split, settings=settings.evaluation, learned=chosen)
     found = {"stage": chosen, "split": split, "means": means(scores)}
     try:
         write_json(folder.path / f"scores-{split}-{chosen}.json", found)

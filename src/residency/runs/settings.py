@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from residency.core.types import Split
 from residency.domains.base import Domain
 from residency.domains.stream_data import StreamData
 from residency.engine.scoring.evaluation import EvaluationSettings
+from residency.engine.stage_overrides import StageOverrides
 from residency.scorers.base import ScoreInfo
 
 __all__ = ["StreamSettings", "check_lengths", "check_stream"]
@@ -33,6 +34,7 @@ class StreamSettings:
         store: Folder where runs share stages and scores; `None` = not shared. Needs the resolved config.
         stage_tokens: Training tokens per stage instead of steps: the budget that streams of long and short rows share.
         frozen: Train nothing: every row of the score matrix is that of the pretrained model.
+        stages: What the stages of single domains do otherwise, by domain.
     """
 
     cell: str
@@ -44,10 +46,15 @@ class StreamSettings:
     store: Path | None = None
     stage_tokens: int | None = None
     frozen: bool = False
+    stages: Mapping[str, StageOverrides] = field(default_factory=dict)
 
 
-def check_stream(data: StreamData) -> None:
+def check_stream(data: StreamData, *, batch_sizes: Iterable[int] = ()) -> None:
     """Everything about the data that can be wrong, before a model is loaded.
+
+    Args:
+        data: Domains and probes.
+        batch_sizes: Of stages that have their own.
 
     Raises:
         UserError: See the message.
@@ -62,7 +69,7 @@ def check_stream(data: StreamData) -> None:
                     why="of one it is better to be high, of the other to be low: they are no columns of one matrix",
                     fix="give one of them another name",
                 )
-    data.check()
+    data.check(batch_sizes=batch_sizes)
     for name, domain in data.columns.items():
         _check_rows(domain, name)
 

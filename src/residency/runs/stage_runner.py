@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,26 @@ from residency.core.environment import count_parameters
 from residency.core.types import Stage
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
+from residency.engine.compatibility import check_objectives, check_parts, check_rows, check_validation
 from residency.engine.divergence import check_scores
+from residency.engine.dummy_step import check_optimization
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, evaluate
-from residency.engine.stage import finish_stage, restore_stage, take_trained_stage, train_stage
+from residency.engine.stage import check_devices, finish_stage, restore_stage, take_trained_stage, train_stage
+from residency.engine.stage_overrides import (
+    StageOverrides,
+    StageSettings,
+    check_overrides,
+    describe_stages,
+    of_stage,
+    told_of,
+)
 from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
-from residency.runs.settings import StreamSettings
+from residency.runs.settings import StreamSettings, check_lengths, check_stream
 from residency.runs.views.base import RunInfo, View
 
-__all__ = ["StageRunner", "plan_stages"]
+__all__ = ["StageRunner", "open_runner", "plan_stages"]
 
 Line = Mapping[str, Any]
 
@@ -32,14 +43,15 @@ def plan_stages(data: StreamData, trainers: Trainers, settings: StreamSettings, 
     Args:
         data: Domains and order.
         trainers: Give the number of steps.
-        settings: Seed; tokens of a stage where the budget is counted in tokens.
+        settings: Seed; what single stages do otherwise; tokens of a stage where the budget is counted in tokens.
         tokenizer: Needed for a budget in tokens.
     """
-    size, found = data.batch_size, []
+    found = []
     for index, name in enumerate(data.order):
-        rows = data.domains[name].rows("train")
+        rows, own = data.domains[name].rows("train"), of_stage(settings.stages, name)
+        size = own.batch_size or data.batch_size
         if settings.stage_tokens is None:
-            steps = trainers.steps(rows=len(rows), batch_size=size)
+            steps = trainers.steps(rows=len(rows), batch_size=size, own=(own.steps, own.epochs))
         else:
             encode = data.domains[name].template.encode
             tokens = sum(len(encode(tokenizer, domain=name, row=row)) for row in rows)
@@ -47,6 +59,38 @@ def plan_stages(data: StreamData, trainers: Trainers, settings: StreamSettings, 
         shape = {"steps": steps, "batch_size": size, "stages": len(data.order)}
         found.append(Stage(index=index, domain=name, seed=settings.seed, kind=data.domains[name].kind, **shape))
     return found
+
+
+def open_runner(
+    module: ContinualModule, data: StreamData, trainers: Trainers, settings: StreamSettings, views: Sequence[View]
+) -> StageRunner:
+    """Everything that can be wrong is found here, before a model is loaded and a row is scored.
+
+    Raises:
+        UserError: What is wrong, and of which stage where it has settings of its own.
+    """
+    own = settings.stages
+    check_overrides(own, domains=data.domains, stage_tokens=settings.stage_tokens)
+    check_stream(data, batch_sizes=[one.batch_size for one in own.values() if one.batch_size])
+    check_devices(data, trainers, module.adapter, overrides=own)
+    check_validation(module.mitigations, data)
+    module.stage_settings = StageSettings(run=StageOverrides(objective=module.objective), own=own)
+    objectives = {name: module.stage_settings.objective(name) or module.objective for name in data.order}
+    for name, objective in objectives.items():
+        with told_of(name, of_stage(own, name)):
+            check_parts(module.backbone, module.adapter, module.mitigations, objective)
+    check_objectives(objectives, module.mitigations)
+    for name, objective in objectives.items():
+        check_rows(objective, data.domains[name], name)
+    tokenizer = None if settings.stage_tokens is None else module.backbone.tokenizer
+    stages = plan_stages(data, trainers, settings, tokenizer)
+    check_lengths(module.backbone, data)
+    run = module.optimizer_factory, module.scheduler_factory
+    different = {(replace(of_stage(own, s.domain), objective=None), s.steps): s for s in stages}
+    for stage in different.values():
+        with told_of(stage.domain, of_stage(own, stage.domain)):
+            check_optimization(*module.stage_settings.factories(stage.domain, *run), steps=[stage.steps])
+    return StageRunner(module=module, data=data, trainers=trainers, settings=settings, stages=stages, views=views)
 
 
 class StageRunner:
@@ -112,6 +156,7 @@ class StageRunner:
             resumed=resumed,
             split=self.settings.split,
             data=self.data.count_tokens(self.module.backbone.tokenizer, self.settings.split),
+            stages=describe_stages(self.stages, self.settings.stages),
         )
 
     # -- states -------------------------------------------------------------------------------------------------
@@ -226,6 +271,7 @@ class StageRunner:
                 split=self.settings.split,
                 settings=self.settings.evaluation,
                 columns=list(chosen),
+                learned=self.at,
                 advance=advance,
             )
         check_scores(scores, after=title, steps=self.offset(self.at + 1))

@@ -13,11 +13,8 @@ from residency.core.markers import check_place
 from residency.core.tensor_files import append_line, load_whole_tree
 from residency.core.types import Tensors
 from residency.domains.stream_data import StreamData
-from residency.engine.compatibility import check_rows, check_validation
-from residency.engine.dummy_step import check_optimization
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, means
-from residency.engine.stage import check_devices
 from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
 from residency.runs.data_check import check_data
@@ -25,10 +22,10 @@ from residency.runs.folder import RunFolder
 from residency.runs.inputs import check_complete, inputs_of, keep_inputs
 from residency.runs.keys import RunKeys
 from residency.runs.results import build_record
-from residency.runs.settings import StreamSettings, check_lengths, check_stream
+from residency.runs.settings import StreamSettings, check_stream
 from residency.runs.shown_views import finish_views, show_again
 from residency.runs.stage_cache import StageCache
-from residency.runs.stage_runner import StageRunner, plan_stages
+from residency.runs.stage_runner import StageRunner, open_runner
 from residency.runs.store.store import STORE, Store, link_or_copy
 from residency.runs.views.base import RunInfo, View
 from residency.runs.views.guarded import GuardedView
@@ -79,7 +76,7 @@ def train_stream(
         if (done := folder.complete_record(config)) is not None:
             # Somebody else has finished it in the meantime.
             return done
-        runner = _stage_runner(module, data, trainers, settings, views)
+        runner = open_runner(module, data, trainers, settings, views)
         if config is not None:
             keep_inputs(folder, inputs_of(module, data))
         runner.inspection = (inspection or Inspection()).checked(module.backbone)
@@ -115,23 +112,7 @@ def open_stage_cache(
     Raises:
         UserError: The data or the devices are wrong.
     """
-    return _stage_cache(_stage_runner(module, data, trainers, settings, views), config)
-
-
-def _stage_runner(
-    module: ContinualModule, data: StreamData, trainers: Trainers, settings: StreamSettings, views: Sequence[View]
-) -> StageRunner:
-    """Everything that can be wrong is found here, before a model is loaded and a row is scored."""
-    check_stream(data)
-    check_devices(data, trainers, module.adapter)
-    check_validation(module.mitigations, data)
-    for name in data.order:
-        check_rows(module.objective, data.domains[name], name)
-    tokenizer = None if settings.stage_tokens is None else module.backbone.tokenizer
-    stages = plan_stages(data, trainers, settings, tokenizer)
-    check_lengths(module.backbone, data)
-    check_optimization(module.optimizer_factory, module.scheduler_factory, steps=[stage.steps for stage in stages])
-    return StageRunner(module=module, data=data, trainers=trainers, settings=settings, stages=stages, views=views)
+    return _stage_cache(open_runner(module, data, trainers, settings, views), config)
 
 
 def _stage_cache(runner: StageRunner, config: Mapping[str, Any]) -> StageCache:

@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER, UserError
+from residency.engine.stage_overrides import describe_stages
 from residency.study.compare import compare, failed_record, told_failure
 from residency.study.executors.base import Executor
 from residency.study.planning.cells import Cell
 from residency.study.planning.estimate import Estimate, describe, estimate
 from residency.study.planning.measure import measure
 from residency.study.planning.prepare import Prepared, prepare
-from residency.study.planning.resolve import Resolver
+from residency.study.planning.resolve import Resolved, Resolver
 from residency.study.planning.study_file import Study
 from residency.study.schedule import Failure, run_tree
 from residency.study.views.events import GridCell, StudyGrid, Watcher
@@ -141,6 +142,8 @@ class StudyRunner:
             self.console.print(
                 f"  {escape(cell.id)}  {'to run' if cell.id in missing else 'complete'}", highlight=False
             )
+        for line in _own_settings(prepared.missing):
+            self._say(f"  {line}")
         tried = measure(prepared.missing) if measured else None
         found = estimate(prepared.tree, prepared.missing, prepared.store, slots=self.workers, measured=tried)
         for line in describe(prepared.counts, found):
@@ -163,6 +166,21 @@ class StudyRunner:
             self.console.print(f"  {escape(message)}", highlight=False)
         mendable = {failure.code for failure in failures.values()} == {EXIT_USER}
         return EXIT_USER if len(failures) == len(prepared.cells) and mendable else EXIT_SOME_FAILED
+
+
+def _own_settings(missing: Sequence[Resolved]) -> list[str]:
+    """What the stages do, where one of them has settings of its own; cells that do the same are named together."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for cell in missing:
+        runner = cell.stage_cache.runner
+        lines = () if runner.settings.frozen else tuple(describe_stages(runner.stages, runner.settings.stages))
+        if lines:
+            found.setdefault(lines, []).append(cell.cell.id)
+    told: list[str] = []
+    for lines, cells in found.items():
+        others = f" and {len(cells) - 1} more" if cells[1:] else ""
+        told += [f"stages of {cells[0]}{others}:", *(f"  {line}" for line in lines)]
+    return told
 
 
 def _run(prepared: Prepared, found: Estimate, executor: Executor, watchers: Sequence[Watcher]) -> dict[str, Failure]:

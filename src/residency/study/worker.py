@@ -110,19 +110,39 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
         status.write(phase="scored", means=means(scores))
 
 
+def domain_key(data: Mapping[str, Any], domain: Mapping[str, Any]) -> str:
+    """What the config says of a domain: two that are equal are read once.
+
+    Args:
+        data: Its section of the config.
+        domain: The domain's part of it.
+    """
+    shared = {key: data.get(key) for key in ("root", "max_train", "max_validation", "max_test")}
+    return json.dumps([shared, domain], sort_keys=True)
+
+
 def rows_of(data: StreamData, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(key of its config, domain) of every domain and probe."""
     for part, domains in (("domains", data.domains), ("probes", data.probes)):
         for name, domain in domains.items():
-            yield json.dumps(config[part][name], sort_keys=True), domain
+            yield domain_key(config, config[part][name]), domain
 
 
-def take_rows(data: StreamData, config: Mapping[str, Any], rows: Mapping[str, str], store: Store) -> None:
-    """Give domains the rows that were read when the study was planned: reading takes seconds, and files change."""
+def take_rows(data: StreamData, config: Mapping[str, Any], rows: Mapping[str, Any], store: Store) -> None:
+    """Give domains the rows that were read when the study was planned: reading takes seconds, and files change.
+
+    Args:
+        data: Its domains.
+        config: Its section of the config.
+        rows: {key of a domain's config: [fingerprint of its rows, {split: rows there were before the limits}]}.
+        store: Where the rows lie.
+    """
     for key, domain in rows_of(data, config):
-        entry = store.find("data", rows[key]) if key in rows else None
+        fingerprint, given = rows.get(key, (None, {}))
+        entry = store.find("data", fingerprint) if fingerprint else None
         if entry is not None:
             domain.take_rows(read_json(entry.path / "rows.json"))
+            domain.given = dict(given)
 
 
 class _Status(View):

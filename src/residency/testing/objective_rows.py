@@ -60,7 +60,7 @@ class ExampleData(StreamData):
         return StageExamples(rows=len(rows), encode=rows.__getitem__, stage=stage)
 
     def evaluation_examples(
-        self, name: str, split: Split, tokenizer: Any, *, competing: int | None = None
+        self, name: str, split: Split, tokenizer: Any, *, competing: int | None = None, learned: int = 0
     ) -> list[Example]:
         """Of the same kind."""
         return examples_of(self.kind, domain=name, count=2)

@@ -17,6 +17,7 @@ from residency.domains.jsonl import Jsonl
 from residency.domains.stream_data import StreamData
 from residency.domains.template import Template
 from residency.engine.module import ContinualModule
+from residency.engine.stage_overrides import StageOverrides
 from residency.engine.trainers import Trainers
 from residency.mitigations import Mitigation
 from residency.objectives import SFT, Objective
@@ -69,6 +70,7 @@ def train(
     kinds: Mapping[str, str] | None = None,
     trainer: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    stages: Mapping[str, StageOverrides] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Any], ContinualModule]:
     """Run a whole stream of tiny domains; the record and the module at its end."""
@@ -76,6 +78,6 @@ def train(
     stream = StreamData(**{"domains": domains(folder.parent / "data", kinds), "batch_size": 4, **(data or {})})
     base = {"max_steps": steps, "accelerator": "cpu", "gradient_clip_val": 1.0, "enable_progress_bar": False}
     trainers = Trainers(lambda: {**base, "callbacks": list(callbacks), **(trainer or {})})
-    settings = StreamSettings(cell="tiny", seed=seed, checkpoint_every_n_steps=every)
+    settings = StreamSettings(cell="tiny", seed=seed, checkpoint_every_n_steps=every, stages=stages or {})
     record = train_stream(module=module, data=stream, trainers=trainers, folder=RunFolder(folder), settings=settings)
     return record, module

@@ -36,6 +36,14 @@ class Diagnosis:
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     columns: Sequence[Column] = ()
 
+    def _more(self, name: str, split: str) -> dict[str, Any]:
+        """Figures of a split; of the test rows of labels what their most frequent label would get right."""
+        found = dict(self.figures.get(name, {}).get(split, {}))
+        labels = [column for column in self.columns if column.name == name and column.domain.kind == "label"]
+        if split == "test" and labels:
+            found["majority"] = majority_line(labels[0])
+        return found
+
     @property
     def errors(self) -> list[Finding]:
         """Those that make scores mean something else than they seem to."""
@@ -58,10 +66,7 @@ class Diagnosis:
         return {
             "schema": 1,
             "domains": {
-                name: {
-                    split: {**asdict(counts), **self.figures.get(name, {}).get(split, {})}
-                    for split, counts in splits.items()
-                }
+                name: {split: {**asdict(counts), **self._more(name, split)} for split, counts in splits.items()}
                 for name, splits in self.counts.items()
             },
             "findings": [one.plain() for one in self.findings],

@@ -31,6 +31,7 @@ class LengthCounts:
         cut_answers: Rows whose completion is cut; all of these lose their end token.
         cut_answer_tokens: Tokens that this costs.
         longest: Tokens of the longest row before any cut, among those that may be too long.
+        too_long: Training rows that are left out because they are longer than the limits; not among `rows`.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class LengthCounts:
     cut_answers: int = 0
     cut_answer_tokens: int = 0
     longest: int = 0
+    too_long: int = 0
 
 
 class Reader:
@@ -55,6 +57,17 @@ class Reader:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.context = context
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """The token that stands for what is not known, also where only the tokenizer's file names one."""
+        known = self.tokenizer.unk_token_id
+        if known is None:
+            inner = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+            name = getattr(inner, "unk_token", None)
+            known = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
+        # Some name their end token as the unknown one as well (GPT-2): that says nothing.
+        return None if known == self.tokenizer.eos_token_id else known
 
     @cached_property
     def tokens_per_byte(self) -> int:
@@ -82,7 +95,8 @@ def count_lengths(column: Column, split: Split, reader: Reader) -> tuple[LengthC
     A row with fewer bytes than the limit has tokens cannot be cut, and is not tokenised.
     """
     rows, template = column.splits[split], column.domain.template
-    prompts, answers, lost, gone, longest = [], [], 0, 0, 0
+    prompts, answers, lost, gone, longest, left_out = [], [], 0, 0, 0, 0
+    drops = split == "train" and template.too_long in (None, "drop")
     for row in rows:
         if _is_short(template, row, reader):
             continue
@@ -91,19 +105,23 @@ def count_lengths(column: Column, split: Split, reader: Reader) -> tuple[LengthC
         # Of a row that is left out nothing is cut: all of it is still there.
         whole = len(example) + short + (cut if len(example.branches) and template.too_long == "truncate" else 0)
         longest = max(longest, whole)
+        if drops and cut:
+            left_out += 1
+            continue
         if cut:
             prompts.append(row.id)
         if short:
             answers.append(row.id)
         lost, gone = lost + cut, gone + short
     counts = LengthCounts(
-        rows=len(rows),
+        rows=len(rows) - left_out,
         given=column.given.get(split, len(rows)),
         cut_prompts=len(prompts),
         cut_prompt_tokens=lost,
         cut_answers=len(answers),
         cut_answer_tokens=gone,
         longest=longest,
+        too_long=left_out,
     )
     return counts, prompts, answers
 
@@ -122,9 +140,16 @@ def length_findings(
 ) -> Iterator[Finding]:
     """What a user has to know of the counts."""
     where, template = (column.name, split), column.domain.template
-    if counts.given > counts.rows:
+    if counts.too_long:
         yield make_finding(
-            "rows_left_out", "info", where, (), of=counts.given, count=counts.given - counts.rows,
+            "too_long", "info", where, (), of=counts.rows + counts.too_long, count=counts.too_long,
+            got=f"{{n}} rows are longer than the limits and left out; the longest has {counts.longest} tokens",
+            why="they go as they came: nothing of a training row is cut unless that is asked for",
+            fix="raise template.max_tokens, or set template.too_long",
+        )  # fmt: skip
+    if (unused := counts.given - counts.rows - counts.too_long) > 0:
+        yield make_finding(
+            "rows_left_out", "info", where, (), of=counts.given, count=unused,
             got=f"{{n}} of {counts.given} rows are not used (max_{split})",
             why="a limit keeps a sample of them", fix=f"set max_{split}: null to use all",
         )  # fmt: skip
@@ -173,17 +198,14 @@ def _written(ids: Sequence[list[int]], reader: Reader) -> list[list[str]]:
 def _unknown(
     rows: Sequence[Row], answers: Sequence[list[int]], where: tuple[str, str], reader: Reader
 ) -> Iterator[Finding]:
-    unknown = reader.tokenizer.unk_token_id
-    if unknown is None:
-        empty = [row.id for row, ids in zip(rows, answers, strict=True) if row.completion.strip() and not ids]
-        parts = (("completions", empty),)
-    else:
-        asked = reader.ids([row.prompt for row in rows])
-        parts = tuple(
-            (name, [row.id for row, ids in zip(rows, found, strict=True) if unknown in ids])
-            for name, found in (("completions", answers), ("prompts", asked))
-        )  # type: ignore[assignment]
-    for name, ids in parts:
+    unknown, asked = reader.unknown, reader.ids([row.prompt for row in rows])
+    said = [row.completion for row in rows], answers
+    for name, texts, found in (("completions", *said), ("prompts", [row.prompt for row in rows], asked)):
+        # A tokenizer without a token for it leaves out what it does not know.
+        pairs = zip(rows, texts, found, strict=True)
+        ids = [
+            row.id for row, text, of in pairs if (unknown is not None and unknown in of) or (text.strip() and not of)
+        ]
         if ids:
             grave = name == "completions" and len(ids) > 0.01 * len(rows)
             yield make_finding(

@@ -25,10 +25,13 @@ INSTRUCTIONS: Mapping[str, str] = {
     "NLI": _RELATION,
     "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning? Choose one from the option.',
     "BoolQA": "According to the following passage, is the question true or false? Choose one from the option.",
+    "MultiRC": "According to the following passage and question, is the candidate answer true or false? "
+    "Choose one from the option.",
+    "COPA": "",
     "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence? "
     "Choose one from the option.",
 }
-"""What O-LoRA asks, by task: the folder above a data set's (its `instruction_config.json`)."""
+"""What O-LoRA asks, by task: the folder above a data set's (`instruction_config.json`); COPA's rows ask themselves."""
 
 
 def olora_records(folder: Path, found: Mapping[Split, Records]) -> dict[Split, Records]:
@@ -50,7 +53,8 @@ def olora_records(folder: Path, found: Mapping[Split, Records]) -> dict[Split, R
             why="the folder above the data set names the task, and labels.json lists its labels",
             fix=f"name it {', '.join(INSTRUCTIONS)}, or remove labels.json and give prompts and completions",
         )
-    start = f"{INSTRUCTIONS[task]}\nOption: {', '.join(labels)} \n"
+    asked = f"{INSTRUCTIONS[task]}\n" if INSTRUCTIONS[task] else ""
+    start = f"{asked}Option: {', '.join(labels)} \n"
     kept = {split: records for split, records in found.items() if split != "validation"}
     return {split: _asked(records, start) for split, records in kept.items()}
 

@@ -83,6 +83,7 @@ def evaluate(
     split: Split,
     settings: EvaluationSettings,
     columns: Sequence[str] | None = None,
+    learned: int = 0,
     advance: Advance = lambda column, rows: None,
 ) -> Evaluation:
     """Score the module's current state. Leaves it as it was: mode, gradients and random state included.
@@ -93,6 +94,7 @@ def evaluate(
         split: Which rows.
         settings: Batch sizes.
         columns: Names to score; all by default.
+        learned: After how many stages: says which labels compete (`data.classes`).
         advance: Called with (column, rows done) for progress.
 
     Returns:
@@ -106,11 +108,13 @@ def evaluate(
             for name in columns or data.columns:
                 domain = data.columns[name]
                 tokenizer = module.backbone.tokenizer
-                examples = data.evaluation_examples(name, split, tokenizer, competing=settings.accuracy_rows)
+                most = settings.accuracy_rows
+                examples = data.evaluation_examples(name, split, tokenizer, competing=most, learned=learned)
+                labels = data.labels(name, learned)
                 generated = {e.row for e in examples[: settings.generation_rows]}
                 for context, group in module.adapter.route(module.model, name, examples, partial(prompt_nll, module)):
                     with context, folding.of(group):
-                        answers = _likelihoods(module, domain, group, settings, advance)
+                        answers = _likelihoods(module, domain, group, labels, settings, advance)
                         if any(s.needs != "likelihood" for s in domain.scorers.values()):
                             written = [e for e in group if e.row in generated]
                             answers = _with_texts(answers, _generations(module, written, settings))
@@ -187,6 +191,7 @@ def _likelihoods(
     module: ContinualModule,
     domain: Domain,
     examples: Sequence[Example],
+    names: Sequence[str],
     settings: EvaluationSettings,
     advance: Advance,
 ) -> dict[str, Answer]:
@@ -197,7 +202,7 @@ def _likelihoods(
     found = completions_and_labels(module, examples, batch_tokens=budget, advance=advance)
     everything = [e for e in examples if e.alternatives] if any(s.labels == "all" for s in scorers) else []
     nll = branch_nll(module, everything, batch_tokens=budget)
-    labels = {e.row: _label_scores(domain, e, nll[e.row].tolist()) for e in everything}
+    labels = {e.row: _label_scores(domain, e, names, nll[e.row].tolist()) for e in everything}
     texts = text_nll(module, examples, batch_tokens=budget) if any(s.text_likelihood for s in scorers) else {}
     asked = {getattr(scorer, "token", None) for scorer in scorers if scorer.rewards}
     worth = {token: pair_rewards(module, examples, token=token, batch_tokens=budget) for token in asked}
@@ -214,13 +219,15 @@ def _likelihoods(
     }
 
 
-def _label_scores(domain: Domain, example: Example, nll: Sequence[float]) -> dict[str, LabelScore]:
+def _label_scores(
+    domain: Domain, example: Example, names: Sequence[str], nll: Sequence[float]
+) -> dict[str, LabelScore]:
     """Of every label, the row's own first, then the others in the order in which the template encoded them; of a pair,
     the chosen answer and the rejected one.
     """
     tokens = [example.completion, *example.alternatives]
     row = next(row for row in domain.rows(example.split) if row.id == example.row)
-    others = (row.rejected,) if row.kind == "pair" else domain.labels()
+    others = (row.rejected,) if row.kind == "pair" else names
     texts = [row.completion, *(label for label in others if label != row.completion)]
     return {
         text: LabelScore(nll=value, tokens=len(ids), bytes=len(text.encode()))

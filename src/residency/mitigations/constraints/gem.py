@@ -48,6 +48,7 @@ class AGEM(Mitigation):
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"gradient"})
     gradient_order: ClassVar[int] = 1
     follows = Mitigation.follows - {"prompt"}
+    keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"strength", "samples", "batch_tokens"})
 
     def __init__(
@@ -109,6 +110,7 @@ class GEM(Mitigation):
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"gradient"})
     gradient_order: ClassVar[int] = 1
     follows = Mitigation.follows - {"prompt"}
+    keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"strength", "margin", "ridge", "samples", "batch_tokens"})
 
     def __init__(

@@ -91,6 +91,7 @@ class DER(Mitigation):
     """
 
     follows = Mitigation.follows - {"prompt"}
+    keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"alpha", "beta", "distance", "draws"})
 
     def __init__(

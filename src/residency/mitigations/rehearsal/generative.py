@@ -60,6 +60,7 @@ class GenerativeReplay(Mitigation):
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
     follows = frozenset({"completion"})
+    keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"ratio"})
 
     def __init__(

@@ -58,6 +58,7 @@ class Replay(Mitigation):
     """
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
+    keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"ratio", "every", "exponent", "candidates", "virtual_step"})
 
     def __init__(

@@ -21,6 +21,7 @@ __all__ = ["beside_references", "reference_rows"]
 
 _CALLED = {
     "frozen": "base model, untrained",
+    "prompted": "base model, shown examples",
     "independent": "each domain alone",
     "joint": "all domains at once (joint)",
     "per_domain": "a part per domain",

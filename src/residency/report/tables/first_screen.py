@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -11,7 +11,7 @@ from residency.metrics.discovery import printed_sign
 from residency.report.advice.case import Case
 from residency.report.evidence.decision import Evidence
 from residency.report.evidence.wording import over
-from residency.runs.views.tables import finite
+from residency.runs.views.tables import finite, majority
 
 __all__ = ["first_screen"]
 
@@ -34,12 +34,19 @@ def _score(case: Case, scorer: str) -> dict[str, Any]:
     columns = found.claim.columns if found is not None else ()
     return {
         "score": f"{printable(scorer)}, {'higher' if higher else 'lower'} is better",
-        "domains": ", ".join(map(printable, columns)),
+        "domains": ", ".join(map(printable, columns)) + _majority(case, scorer, columns),
         "before": None if before is None else sign * before,
         "baseline": case.printed(case.base, "average", scorer),
         "leader": case.printed(case.best, "average", scorer),
         **_evidence(found),
     }
+
+
+def _majority(case: Case, scorer: str, columns: Sequence[str]) -> str:
+    """What the most frequent labels would score, averaged over the same domains."""
+    record = next((e.record for arm in case.of(case.base) for e in arm.done), {})
+    lines = [line for name in columns if (line := majority(record, scorer, name)) is not None]
+    return f"; the most frequent labels would score {fmean(lines):.3f}" if lines and len(lines) == len(columns) else ""
 
 
 def _probes(case: Case) -> list[dict[str, Any]]:

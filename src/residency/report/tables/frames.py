@@ -21,7 +21,7 @@ from residency.report.records.arms import Arm
 from residency.report.records.records import Records
 from residency.report.records.reference_runs import beside_references, reference_rows
 from residency.report.tables.first_screen import first_screen
-from residency.runs.views.tables import finite, printable
+from residency.runs.views.tables import finite, majority, printable
 
 __all__ = ["Frames", "frames_of"]
 
@@ -178,6 +178,7 @@ def _domains(arm: Arm) -> list[dict[str, Any]]:
         start = own.get("before") if own["probe"] else learned
         lost = None if start is None or end is None else start - end if arm.higher_is_better else end - start
         own |= {"before": own.get("before"), "learned": learned, "forgotten": lost}
+        own["majority"] = majority(arm.done[0].record, arm.scorer, own["domain"]) if arm.done else None
     return list(cells.values())
 
 

@@ -228,10 +228,14 @@ def domains_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     """What became of every domain and probe."""
     columns = [Column("method"), Column("domain"), *(Column(k, True) for k in ("before", "just learnt", "at the end"))]
     columns.append(Column("forgotten", True, "above 0 is bad; of a probe: since the base model"))
+    keys = ["before", "learned", "end", "forgotten"]
+    if any(row.get("majority") is not None for row in rows):
+        keys.append("majority")
+        columns.append(Column("majority", True, "what the most frequent label of the training rows would score"))
     made = []
     for row in rows:
         name = Cell(printable(row["domain"]), None, "probe" if row["probe"] else "")
-        numbers = [_number(row[key], 3) for key in ("before", "learned", "end", "forgotten")]
+        numbers = [_number(row.get(key), 3) for key in keys]
         made.append(Row([Cell(printable(row["method"])), name, *numbers]))
     return Grid(id="domains", title="Domain by domain", columns=columns, rows=made)
 

@@ -40,12 +40,36 @@ def provenance(records: Records, arms: Sequence[Arm]) -> list[Grid]:
         if differ
     ]
     return [
+        plain_grid("rows", "Rows and tokens that were used and left out", _rows(records)),
         plain_grid("origin", "Data and model", _data(records)),
         plain_grid("versions", "Versions", _varying(records, "versions")),
         plain_grid("apart", "Settings that differ between methods", apart),
         plain_grid("shared", "Settings that all methods share", shared),
         plain_grid("cells", "All cells", [_cell(e.record, e.role) for e in records.entries]),
     ]
+
+
+def _rows(records: Records) -> list[dict[str, Any]]:
+    """What became of the rows of every domain and split; cells that say the same are one line."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in records.done:
+        for name, splits in ((entry.record.get("data") or {}).get("domains") or {}).items():
+            for split, c in splits.items():
+                row = {
+                    "domain": printable(name),
+                    "split": split,
+                    "rows given": c.get("given"),
+                    "used": c.get("rows"),
+                    "left out": (c.get("given") or 0) - (c.get("rows") or 0),
+                    "of these too long": c.get("too_long"),
+                    "prompts cut": c.get("cut_prompts"),
+                    "tokens of them": c.get("cut_prompt_tokens"),
+                    "answers cut, their end lost": c.get("cut_answers"),
+                    "tokens of these": c.get("cut_answer_tokens"),
+                    "longest row, tokens": c.get("longest"),
+                }
+                found[tuple(row.values())] = row
+    return list(found.values())
 
 
 def _cell(record: Mapping[str, Any], role: str) -> dict[str, Any]:

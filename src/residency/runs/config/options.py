@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from residency.core.errors import UserError
 from residency.core.text import for_terminal
 from residency.engine.scoring.evaluation import EvaluationSettings
+from residency.engine.stage_overrides import StageOverrides
 from residency.inspection import Observer
 from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings
@@ -54,6 +55,13 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         type=int | None,
         default=None,
         help="Training tokens per domain instead of trainer.max_steps: an equal budget for long and short rows.",
+    )
+    parser.add_argument(
+        "--stages",
+        type=dict[str, StageOverrides],
+        default={},
+        help="What the stages of single domains do otherwise, by domain: epochs or steps, batch_size, lr or optimizer, "
+        "scheduler, objective.",
     )
     parser.add_argument(
         "--frozen", type=bool, default=False, help="Train nothing: the pretrained model as a reference for others."
@@ -158,6 +166,7 @@ def run_settings(option: Option) -> StreamSettings:
         store=Path(store) if store else None,
         stage_tokens=option("stage_tokens"),
         frozen=option("frozen"),
+        stages=dict(option("stages")),
         split=option("split"),
     )
 

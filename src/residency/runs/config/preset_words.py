@@ -49,9 +49,8 @@ def expand_presets(words: Sequence[str]) -> list[str]:
         elif equals and (kind := component_kind(key)) is not None:
             content = _component(key, kind, value)
             inner[key] = _inner_arguments(content)
-            expanded.append(
-                f"{option}={json.dumps(content)}" if content and kind in _ENTRIES else _plain(option, kind, value)
-            )
+            is_entry = kind in _ENTRIES or key.startswith("stages.")
+            expanded.append(f"{option}={json.dumps(content)}" if content and is_entry else _plain(option, kind, value))
         elif _SCORERS.fullmatch(option) and value.startswith("["):
             expanded.append(f"{option}={json.dumps([_scorer(one, key) for one in _list(value, key)])}")
         else:

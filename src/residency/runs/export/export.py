@@ -83,7 +83,8 @@ def export_saved(
             module.model = merged_model(module.adapter, module.model, dtype=dtype)
             module.adapter = Full()  # nothing is left to switch on or off
             module.to(device)
-            again = means(evaluate(module, data, split=settings.split, settings=settings.evaluation))
+            how: dict[str, Any] = {"split": settings.split, "settings": settings.evaluation, "learned": chosen}
+            again = means(evaluate(module, data, **how))
             tax = difference(again, scores)
         with quiet_transformers():
             module.adapter.export(module.model.cpu(), temporary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ class RunInfo:
         resumed: Stages that were complete before this call.
         split: Rows that are scored.
         data: {column: {split: what became of its rows and tokens}}.
+        stages: What each stage does, in words, where one of them has settings of its own.
     """
 
     cell: str
@@ -44,6 +45,7 @@ class RunInfo:
     resumed: int
     split: str = "test"
     data: Mapping[str, Mapping[str, TokenCounts]] = field(default_factory=dict)
+    stages: Sequence[str] = ()
 
 
 class View:

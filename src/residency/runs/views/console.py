@@ -37,6 +37,7 @@ class ConsoleView(View):
     def __init__(self, *, folder: Path, console: Console | None = None) -> None:
         self.folder = folder
         self.console = console or Console()
+        self._told: frozenset[tuple[str, str]] = frozenset()
 
     def is_there(self) -> bool:
         """Whether the heat map is."""
@@ -50,10 +51,13 @@ class ConsoleView(View):
         self.console.print(
             f"  {info.trainable:,} of {info.total:,} parameters move ({share:.2%}); batches {escape(info.layout)}"
         )
+        self._told = frozenset((name, part) for name, parts in info.data.items() for part in parts)
         for name, parts in info.data.items():
             for part, counts in parts.items():
                 if lost := losses(counts):
                     self.console.print(f"  [yellow]{escape(printable(name))}, {part}:[/yellow] {'; '.join(lost)}")
+        for line in info.stages:
+            self.console.print(f"  {escape(printable(line, 300))}", highlight=False)
         if info.resumed:
             self.console.print(f"  going on after stage {info.resumed} of {len(info.domains)}")
 
@@ -61,11 +65,9 @@ class ConsoleView(View):
         """Rows and tokens that are left out, and what is wrong."""
         for name, splits in checked["domains"].items():
             for split, c in splits.items():
-                lost = {
-                    "rows not used": c["given"] - c["rows"],
-                    "prompts cut": c["cut_prompts"],
-                    "answers cut, their end lost": c["cut_answers"],
-                }
+                lost = {"rows not used": c["given"] - c["rows"] - c["too_long"]}
+                if (name, split) not in self._told:
+                    lost |= {"prompts cut": c["cut_prompts"], "answers cut, their end lost": c["cut_answers"]}
                 parts = [f"{number:,} {what}" for what, number in lost.items() if number]
                 if parts:
                     self.console.print(f"  {escape(printable(name))}/{split}: {c['rows']:,} rows; {', '.join(parts)}")

@@ -44,6 +44,10 @@ class GuardedView(View):
         """See `View`."""
         self._guard(self.view.start, info, history, rows)
 
+    def data(self, checked: Mapping[str, Any]) -> None:
+        """See `View`."""
+        self._guard(self.view.data, checked)
+
     def callbacks(self, info: RunInfo, stage: Stage) -> list[Callback]:
         """See `View`."""
         return self._guard(self.view.callbacks, info, stage) or []

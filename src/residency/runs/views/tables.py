@@ -16,7 +16,7 @@ from rich.text import Text
 from residency.core.errors import UserError
 from residency.core.text import printable  # moved
 
-__all__ = ["Record", "finite", "printable", "score_at", "score_table", "scores"]
+__all__ = ["Record", "finite", "majority", "printable", "score_at", "score_table", "scores"]
 
 Record = Mapping[str, Any]
 _Axes = tuple[tuple[str, str], ...]
@@ -24,6 +24,9 @@ _Axes = tuple[tuple[str, str], ...]
 # Vermillion and blue of Okabe and Ito: told apart by every common colour vision, readable on black and on white.
 WORSE, SLIGHTLY_WORSE, BETTER = "#D55E00", "#C98A2B", "#0072B2"
 FLOOR = 1e-3  # Forgetting up to this is none.
+
+_RIGHT = ("accuracy", "accuracy_norm", "accuracy_norm_bytes", "choice", "exact_match")
+"""Scores that are the share of right labels; names that begin with the last are its variants."""
 
 
 def finite(value: Any) -> float | None:
@@ -47,6 +50,14 @@ def scores(record: Record, scorer: str) -> Mapping[str, Any]:
 def score_at(matrix: Sequence[Sequence[object]], row: int, column: int) -> float | None:
     """R[row][column], `None` where it is missing or the record stops earlier."""
     return finite(matrix[row][column]) if row < len(matrix) and column < len(matrix[row]) else None
+
+
+def majority(record: Record, scorer: str, column: str) -> float | None:
+    """What the most frequent label of the training rows would score; `None` where the score is no share of labels."""
+    if scorer not in _RIGHT and not scorer.startswith(_RIGHT[-1]):
+        return None
+    splits = ((record.get("data") or {}).get("domains") or {}).get(column) or {}
+    return finite((splits.get("test") or {}).get("majority"))
 
 
 def _digits(values: Iterable[float]) -> int:
@@ -81,6 +92,10 @@ def score_table(record: Record, scorer: str) -> Table:
     for row, after in enumerate(["base", *(f"after {name}" for name in names[:count])]):
         cells = [_cell(entry, row, column, count, digits) for column in range(len(names))]
         table.add_row(Text(after), *cells[:count], *gap, *cells[count:])
+    lines = [majority(record, scorer, name) for name in (*record["domains"], *probes)]
+    if any(line is not None for line in lines):
+        shown = ["-" if line is None else f"{line:.{digits}f} {'':<{digits + 3}}" for line in lines]
+        table.add_row(Text("majority"), *shown[:count], *gap, *shown[count:], style="dim")
     return table
 
 

@@ -91,6 +91,7 @@ class _Few:
     def __init__(self, data: StreamData, every: int) -> None:
         self.data = data
         self.columns = data.columns
+        self.labels = data.labels
         self.every = every
 
     def evaluation_examples(self, *args: Any, **options: Any) -> list[Example]:

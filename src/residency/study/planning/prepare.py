@@ -87,7 +87,7 @@ def cells_of(study: Study, resolver: Resolver, *, found: Mapping[str, Mapping[st
         first = combinations(study)[0]
         domains = resolver.parse(make_cell(study, first.axes, first.keys, study.seeds[0])).datamodule.order
     cells = plan_cells(study, domains=domains, found=found)
-    cells += plan_references(study, resolver.config)
+    cells += plan_references(study, resolver.config, resolver.examples)
     safe_ids(study, cells)
     return cells
 

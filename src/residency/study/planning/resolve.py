@@ -15,6 +15,7 @@ from residency.domains.joint import Joint
 from residency.domains.stream_data import StreamData
 from residency.runs.keys import RunKeys
 from residency.runs.stage_cache import StageCache
+from residency.runs.stage_runner import plan_stages
 from residency.runs.store.store import Store
 from residency.study.planning.cells import Cell
 from residency.study.planning.study_file import Study
@@ -30,13 +31,13 @@ class Resolved:
         cell: The cell.
         config: Its full config.
         stage_cache: Its stages, by key; no model is loaded.
-        rows: {key of a domain's config: fingerprint of its rows}.
+        rows: {key of a domain's config: [fingerprint of its rows, {split: rows there were before the limits}]}.
     """
 
     cell: Cell
     config: Mapping[str, Any]
     stage_cache: StageCache
-    rows: Mapping[str, str]
+    rows: Mapping[str, Any]
 
     @property
     def keys(self) -> RunKeys:
@@ -92,6 +93,13 @@ class Resolver:
         """The full config of a cell."""
         return {**self.parse(cell).resolved, **cell.place}
 
+    def examples(self, cell: Cell) -> int:
+        """On how many examples a cell trains, over all its steps."""
+        cli = self.parse(cell)
+        tokenizer = None if cli.settings.stage_tokens is None else cli.model.backbone.tokenizer
+        stages = plan_stages(cli.datamodule, cli.trainers, cli.settings, tokenizer)
+        return sum(stage.steps * stage.batch_size for stage in stages)
+
     def resolve(self, cell: Cell) -> Resolved:
         """A cell with its parts and keys.
 
@@ -111,7 +119,9 @@ class Resolver:
         except UserError as error:
             raise _in_cell(cell, error) from error
         data: StreamData = cli.datamodule
-        rows = {key: domain.fingerprint() for key, domain in _keyed(data, config["data"])}
+        rows: dict[str, Any] = {
+            key: [domain.fingerprint(), domain.given] for key, domain in _keyed(data, config["data"])
+        }
         self._opened[words] = Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=rows)
         return self._opened[words]
 
@@ -129,15 +139,17 @@ class Resolver:
         data: StreamData = cli.datamodule
         for part, domains in (("domains", data.domains), ("probes", data.probes)):
             for name in domains:
-                domains[name] = self._shared(domains[name], config["data"][part][name])
+                domains[name] = self._shared(domains[name], config["data"][part][name], config["data"])
         key = json.dumps(config["model"]["backbone"], sort_keys=True)
         cli.model.backbone = self._backbones.setdefault(key, cli.model.backbone)
 
-    def _shared(self, domain: Domain, config: Mapping[str, Any]) -> Domain:
+    def _shared(self, domain: Domain, config: Mapping[str, Any], data: Mapping[str, Any]) -> Domain:
+        from residency.study.worker import domain_key
+
         if isinstance(domain, Joint):
             for name, part in config["init_args"]["domains"].items():
-                domain.domains[name] = self._shared(domain.domains[name], part)
-        return self._domains.setdefault(json.dumps(config, sort_keys=True), domain)
+                domain.domains[name] = self._shared(domain.domains[name], part, data)
+        return self._domains.setdefault(domain_key(data, config), domain)
 
     def _check_scorer(self, data: StreamData) -> None:
         known = {scorer for domain in data.columns.values() for scorer in domain.scorers}

@@ -47,7 +47,8 @@ class Study:
             each of them once at every place (and, for an even number, once after every other one); a number n: n
             different random ones; or lists of names.
         references: Runs to compare with, added for every combination of the axes that are not mitigations: `frozen`
-            (trains nothing), `independent` (every domain alone), `joint` (all domains at once, as many steps as the
+            (trains nothing), `prompted` (the same with `data.shots`, or 4, training rows in every prompt),
+            `independent` (every domain alone), `joint` (all domains at once, as many steps as the
             whole stream).
         per_domain: Preset of an adapter that keeps a part for every domain; adds runs with it as a reference.
         budget: What all stages share: `{steps: n}` or `{tokens: n}` per domain; by default what the base config says.
@@ -65,7 +66,7 @@ class Study:
     exclude: list[dict[str, Any]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     orders: Literal["given", "all", "latin"] | int | list[list[str]] = "given"
-    references: list[Literal["frozen", "independent", "joint"]] = field(default_factory=list)
+    references: list[Literal["frozen", "prompted", "independent", "joint"]] = field(default_factory=list)
     per_domain: str | None = None
     budget: Budget | None = None
     store: str | None = None

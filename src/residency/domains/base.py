@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from residency.core.errors import UserError
@@ -93,13 +92,12 @@ class Domain(ABC):
         """Rows that were read, before the limits; empty until then, and where another process has read them."""
         self.limits: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
         self._asked = None if scorers is None else list(scorers)
-        for split, limit in self.limits.items():
-            if limit is not None and limit < 0:
-                raise UserError(
-                    f"max_{split} = {limit}",
-                    why="a split cannot have less than no rows",
-                    fix=f"give max_{split} a number of rows, or null for all of them",
-                )
+        for split in (split for split, limit in self.limits.items() if limit is not None and limit < 0):
+            raise UserError(
+                f"max_{split} = {self.limits[split]}",
+                why="a split cannot have less than no rows",
+                fix=f"give max_{split} a number of rows, or null for all of them",
+            )
 
     @cached_property
     def template(self) -> RowTemplate:
@@ -113,8 +111,8 @@ class Domain(ABC):
             wanted = Chat()
         return wanted if isinstance(wanted, Chat) else _filled(self.default_template, wanted)
 
-    def under(self, root: Path) -> Domain:
-        """The same domain with its relative paths taken from a folder; itself, if it reads no files of the user's."""
+    def under(self, root: Any) -> Domain:
+        """The same domain with its relative paths taken from a folder (Path); itself, if it reads no such files."""
         return self
 
     @abstractmethod

@@ -71,8 +71,8 @@ def test_answers_that_a_lowering_tokenizer_cannot_write_are_named(llama: Path, t
     """And a score of texts does not call them wrong for it: what can be written is what is compared."""
     model = with_tokenizer(llama, tmp_path / "model", lowering())
     train = [(f"{herb} is", herb.title()) for herb in HERBS]
-    rows = {"train": train, "test": [(f"{herb}!?", herb.title()) for herb in HERBS]}
-    words = ["--trainer.max_steps=90", "--data.batch_size=8", "--model.optimizer.lr=0.01"]
+    rows = {"train": train, "test": [(f"a {herb} is", herb.title()) for herb in HERBS]}
+    words = ["--trainer.max_steps=120", "--data.batch_size=8", "--model.optimizer.lr=0.01"]
     full = "--model.adapter=residency.adapters.Full"
     found = fit(tmp_path, model, rows, full, *words, max_validation=0, scorers=["nll", "exact_match", "rougeL"])
     assert found.code == 0, found.err

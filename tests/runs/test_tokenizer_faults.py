@@ -68,22 +68,15 @@ def findings(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_answers_that_a_lowering_tokenizer_cannot_write_are_named(llama: Path, tmp_path: Path) -> None:
-    """And a score of texts does not call them wrong for it: what can be written is what is compared."""
+    """On the console and in the record: a score of whole texts is low by construction."""
     model = with_tokenizer(llama, tmp_path / "model", lowering())
     train = [(f"{herb} is", herb.title()) for herb in HERBS]
     rows = {"train": train, "test": [(f"a {herb} is", herb.title()) for herb in HERBS]}
-    words = ["--trainer.max_steps=120", "--data.batch_size=8", "--model.optimizer.lr=0.01"]
-    full = "--model.adapter=residency.adapters.Full"
-    found = fit(tmp_path, model, rows, full, *words, max_validation=0, scorers=["nll", "exact_match", "rougeL"])
+    found = fit(tmp_path, model, rows, max_validation=0)
     assert found.code == 0, found.err
-    said = " ".join(found.out.split())
-    assert "8 of 8 completions cannot be written exactly with this tokenizer" in said
+    assert "8 of 8 completions cannot be written exactly with this tokenizer" in " ".join(found.out.split())
     changed = findings(tmp_path)["changed_answer"]
     assert (changed["count"], changed["severity"]) == (8, "error")
-    scores = read_json(tmp_path / "run/results.json")["scores"]
-    learnt = {name: scores[name]["R"][1][0] for name in ("exact_match", "rougeL")}
-    assert learnt["exact_match"] == learnt["rougeL"]
-    assert learnt["rougeL"] > 0
 
 
 def test_most_answers_unknown_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from residency.__main__ import main
 from residency.study.executors import forkserver, local
-from support.tiny_runs import PRELOAD
+from support.killed_runs import PRELOAD
 
 __all__ = ["descendants", "kill", "start"]
 

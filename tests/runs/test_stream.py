@@ -112,6 +112,11 @@ def test_what_a_killed_process_left_half_written_is_removed(llama: Path, tmp_pat
     train(run, llama, tiny_lora(), steps=1, kinds={"a": "generative"})
     assert not stale.exists()
     assert all(file.read_bytes() == b"half" for file in mine)
+    # Killed after the record of the stage, before what it was trained from was removed.
+    (run / "results.json").unlink()
+    (run / "stages" / "1-a" / "checkpoint.safetensors").write_bytes(b"of the last step but one")
+    train(run, llama, tiny_lora(), steps=1, kinds={"a": "generative"})
+    assert not (run / "stages" / "1-a" / "checkpoint.safetensors").exists()
 
 
 class Diverge(Callback):

@@ -37,6 +37,7 @@ SCHEMA = 1
 # Temporary names that `replace_file` and `link_or_copy` give, and nobody else.
 _TEMPORARY = re.compile(r"\..+\.(\d+-)?[0-9a-f]{8}\.tmp")
 _STATE, _SCORES, _RECORD = "state.safetensors", "scores.parquet", "stage.json"
+_CHECKPOINT = "checkpoint.safetensors"
 
 
 class RunFolder:
@@ -170,7 +171,7 @@ class RunFolder:
         record |= {} if config is None else {"config": config_digest(config)}
         files = digest_files(folder, (_STATE, _SCORES, HISTORY))
         write_json(folder / _RECORD, seal({**record, "files": files}))
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        (folder / _CHECKPOINT).unlink(missing_ok=True)
 
     def completed(self, folder: Path, *, mend: bool = True) -> dict[str, Any] | None:
         """The record of a complete stage whose files are what was written; else `None`.
@@ -197,6 +198,8 @@ class RunFolder:
                 if _STATE in str(damage) or HISTORY in str(damage):
                     (folder / _STATE).unlink(missing_ok=True)
             return None
+        if mend:  # a kill may have come between the record and this
+            (folder / _CHECKPOINT).unlink(missing_ok=True)
         return record
 
     def _record(self, folder: Path) -> dict[str, Any] | None:

@@ -55,3 +55,18 @@ def test_on_policy_with_replay_and_ewc_goes_on_exactly(objective: str, llama_dro
     assert_same_run(whole, killed)
     rewards = [line["reward"] for line in RunFolder(killed).history()]
     assert len({*rewards}) > 1, "the policy was rewarded, and not always alike"
+
+
+def test_an_objective_per_stage_goes_on_exactly(llama_dropout: Path, tmp_path: Path) -> None:
+    """SFT, a reward model, and a policy that learns from it, as one stream with EWC; killed in the last two stages."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = {"stream": "support.preference_stream:sft_then_reward_then_policy", "every": 1}
+    assert in_child(whole, llama_dropout, "lora", ["ewc"], **options) == 0
+    kills = [Kill(stage=2, step=2), Kill(stage=3, step=1), Kill(stage=3, step=3)]
+    assert [in_child(killed, llama_dropout, "lora", ["ewc"], kill, **options) for kill in kills] == [-9] * len(kills)
+    assert in_child(killed, llama_dropout, "lora", ["ewc"], **options) == 0
+    assert_same_run(whole, killed)
+    lines = RunFolder(killed).history()
+    assert ["rewards/accuracies" in line for line in lines] == [False] * 4 + [True] * 4 + [False] * 4
+    assert ["reward" in line for line in lines] == [False] * 8 + [True] * 4
+    assert all(line["stage"] == 1 or line["loss/ewc/penalty"] >= 0 for line in lines)

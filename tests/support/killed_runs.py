@@ -95,6 +95,10 @@ def _child(
         _kill_at_write(kill)
     elif kill is not None:
         callbacks.append(_Killer(kill))
+    if "stream" in options:  # objectives cannot be sent to another process: "module:function" makes them there
+        place, _, maker = options["stream"].partition(":")
+        given = {name: value for name, value in options.items() if name != "stream"}
+        options = {**given, **getattr(import_module(place), maker)(folder.parent / "data")}
     parts = {name: MITIGATIONS[name].make() for name in mitigations}
     row = ADAPTERS[adapter]
     if "objective" in options:
@@ -107,7 +111,8 @@ def in_child(
 ) -> int:
     """Train in a process of its own (imports come from a fork server); its exit code, -9 if it was killed.
 
-    `options` are those of `tiny_runs.train`; `objective` is the name of a row.
+    `options` are those of `tiny_runs.train`; `objective` is the name of a row, `stream` a function (`module:function`)
+    that makes further ones of a folder for data.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with stop_on_signals():
-            code = _dispatch(words)
+            code = _dispatch(words, typed=argv is None)
             sys.stdout.flush()
             return code
     except Stopped as stopped:
@@ -123,7 +123,8 @@ def _end(text: str, code: int) -> int:
     return code
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], *, typed: bool) -> int:
+    """Run a verb; `typed`: whether the words are those of this process, which other ranks can be started with."""
     if not words or words[0] in ("-h", "--help", "help", "--version"):
         return _about(words)
     verb, rest = words[0], words[1:]
@@ -132,7 +133,7 @@ def _dispatch(words: list[str]) -> int:
 
         rest = take_allow(rest)
     if verb in _STREAM_VERBS:
-        return _stream_verb(verb, rest)
+        return _stream_verb(verb, rest, typed=typed)
     if verb in _COMMANDS:
         module, _, function = _COMMANDS[verb].partition(":")
         code: int = getattr(import_module(f"residency.{module}"), function)(rest)
@@ -157,7 +158,7 @@ def _about(words: list[str]) -> int:
     return EXIT_DONE
 
 
-def _stream_verb(verb: str, rest: list[str]) -> int:
+def _stream_verb(verb: str, rest: list[str], *, typed: bool) -> int:
     if any(word in ("-h", "--help") for word in rest) and "all" not in rest:
         from residency.runs.config.short_help import short_help
 
@@ -180,7 +181,7 @@ def _stream_verb(verb: str, rest: list[str]) -> int:
         rest = expand_cell(rest)
     from residency.runs.cli import ResidencyCLI
 
-    ResidencyCLI([verb, *rest])
+    ResidencyCLI([verb, *rest], launches=typed)
     return EXIT_DONE
 
 

@@ -11,15 +11,26 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import nn
 
-__all__ = ["count_parameters", "numerics", "package_version", "peak_memory_bytes", "versions"]
+__all__ = ["count_parameters", "keep_threads", "numerics", "package_version", "peak_memory_bytes", "versions"]
 
 _PACKAGES = ("residency", "torch", "lightning", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+_kept_threads: int | None = None
+
+
+def keep_threads() -> None:
+    """From now on `versions` says how many threads there are today: several ranks share the cores that one would have,
+    and what a stage is does not depend on how many there are.
+    """
+    global _kept_threads
+    _kept_threads = torch.get_num_threads()
 
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    found["threads"] = str(torch.get_num_threads())
+    found["threads"] = str(_kept_threads or torch.get_num_threads())
     return found | {package: package_version(package) for package in _PACKAGES}
 
 

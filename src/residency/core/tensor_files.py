@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from residency.core.errors import UserError
+from residency.core.trees import flatten_tree, unflatten_tree
 
 __all__ = [
     "append_line",
@@ -166,8 +167,7 @@ def save_tree(path: Path, tree: Mapping[str, Any]) -> None:
         TypeError: A leaf is neither a tensor nor a JSON value; the message names it.
         UserError: No room on disk.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    encoded = _encode(tree, "", tensors, set())
+    encoded, tensors = flatten_tree(tree)
     structure = json.dumps({_TREE: encoded, _SUMS: _sums(tensors)})
     header = {_HEADER: _checksum(structure) + structure}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=header))
@@ -191,7 +191,7 @@ def load_tree(path: Path) -> dict[str, Any]:
         if _SUMS in content and content[_SUMS] != _sums(tensors):
             raise ValueError("its tensors do not fit their checksums")
         # States of versions that kept no checksums of tensors hold the tree alone.
-        tree: dict[str, Any] = _decode(content.get(_TREE, content), tensors)
+        tree: dict[str, Any] = unflatten_tree(content.get(_TREE, content), tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"cannot read the state {path}: {' '.join(str(error).split())}",
@@ -238,44 +238,3 @@ def _sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         content = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         sums[name] = f"{content:08x} {tensor.dtype} {tuple(tensor.shape)}"
     return sums
-
-
-def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor], memories: set[int]) -> Any:
-    if isinstance(value, torch.Tensor):
-        key = name or "value"
-        if key in tensors:
-            raise TypeError(f"two tensors would be stored under the name {key!r}")
-        # A copy where memory is shared: safetensors stores every tensor by itself.
-        owned = value.detach().contiguous()
-        memory = owned.untyped_storage().data_ptr()
-        tensors[key] = owned.clone() if memory in memories and owned.numel() else owned
-        memories.add(memory)
-        return {"$tensor": key}
-    if isinstance(value, Mapping):
-        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-        inner = {key: f"{name}/{key}" if name else str(key) for key in value}
-        items = [
-            [_encode(key, inner[key], tensors, memories), _encode(value[key], inner[key], tensors, memories)]
-            for key in value
-        ]
-        return dict(items) if plain else {"$items": items}
-    if isinstance(value, list | tuple):
-        items = [_encode(item, f"{name}/{i}", tensors, memories) for i, item in enumerate(value)]
-        return {"$tuple": items} if isinstance(value, tuple) else items
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    raise TypeError(f"{name or 'the tree'} holds a {type(value).__name__}: only tensors and JSON values can be stored")
-
-
-def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tensor" in value:
-        return tensors[value["$tensor"]]
-    if "$items" in value:
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["$items"]}
-    if "$tuple" in value:
-        return tuple(_decode(item, tensors) for item in value["$tuple"])
-    return {key: _decode(item, tensors) for key, item in value.items()}

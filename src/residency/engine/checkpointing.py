@@ -15,11 +15,18 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from residency.backbones.work import Work
 from residency.core.errors import UserError
+from residency.core.ranks import gather_facts, rank, tree_from_first
 from residency.core.tensor_files import load_tree, save_tree
 from residency.core.types import Batch, Stage, untyped
 from residency.metrics.cost import optimizer_state_bytes
 
-__all__ = ["History", "SafetensorsIO", "StageCheckpoint"]
+__all__ = ["History", "SafetensorsIO", "StageCheckpoint", "load_for_all"]
+
+
+def load_for_all(path: Path) -> dict[str, Any]:
+    """A checkpoint as rank 0 reads it, on every rank."""
+    tree: dict[str, Any] = tree_from_first(load_tree(path) if rank() == 0 else None)
+    return tree
 
 
 class SafetensorsIO(CheckpointIO):
@@ -33,7 +40,7 @@ class SafetensorsIO(CheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read it back, on the CPU."""
-        return load_tree(Path(path))
+        return load_for_all(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete it."""
@@ -75,6 +82,8 @@ class History(Callback):
         every_n_steps: Optimizer steps between two lines.
         offset: Optimizer steps of the stream before this stage.
         write: Called with each line, on rank zero.
+
+    Losses are means over all micro-batches of a step, those of other ranks included, and tokens are summed.
     """
 
     def __init__(
@@ -90,6 +99,8 @@ class History(Callback):
         self._window: dict[str, float] = {}
         self._figures: dict[str, list[float]] = {}
         self._micro = 0
+        # Of this rank, since they were last summed up.
+        self._own = {"tokens": 0, "passed_tokens": 0, "flops": 0}
         self._last = (0.0, 0)
         self._clock = time.perf_counter()
 
@@ -111,18 +122,21 @@ class History(Callback):
         now = time.perf_counter()
         self.totals["seconds"] += now - self._clock
         self._clock = now
-        self.totals["tokens"] += batch.tokens
+        self._own["tokens"] += batch.tokens
         self._take(module.backbone.work)
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == self.stage.steps
         complete = step != self.totals["steps"]
         if due or (step + 1) % self.every_n_steps == 0 or step + 1 == self.stage.steps:
-            self._add(trainer.callback_metrics, step, ("loss", "adapter", *module.mitigations))
+            self._add(trainer.callback_metrics, ("loss", "adapter", *module.mitigations))
             self._add_figures(module.objective_log)
         if complete:
             self.totals["steps"] = step
-            if due and trainer.is_global_zero:
-                self.write(self._line(trainer, step))
+            if due:
+                means = self._means(step)
+                self._sum_up()
+                if trainer.is_global_zero:
+                    self.write(self._line(trainer, step, means))
             self._window, self._figures, self._micro = {}, {}, 0
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -133,20 +147,18 @@ class History(Callback):
         """What the adapter did with the last step's weights belongs to the training, too."""
         self.totals["seconds"] += time.perf_counter() - self._clock
         self._take(module.backbone.work)
+        self._sum_up()
 
     def _take(self, work: Work) -> None:
         tokens, flops = work.take()
-        self.totals["passed_tokens"] += tokens
-        self.totals["flops"] += flops
+        self._own["passed_tokens"] += tokens
+        self._own["flops"] += flops
 
-    def _add(self, metrics: Mapping[str, torch.Tensor], step: int, groups: tuple[str, ...]) -> None:
+    def _add(self, metrics: Mapping[str, torch.Tensor], groups: tuple[str, ...]) -> None:
         self._micro += 1
         for name, value in metrics.items():
             if name.partition("/")[0] in groups:
-                number = float(value)
-                if not math.isfinite(number):
-                    raise _not_finite(name, number, self.stage, step)
-                self._window[name] = self._window.get(name, 0.0) + number
+                self._window[name] = self._window.get(name, 0.0) + float(value)
 
     def _add_figures(self, figures: Mapping[str, torch.Tensor]) -> None:
         """What the objective says of a micro-batch; some have nothing to say, such as how wanted answers fare where
@@ -156,7 +168,35 @@ class History(Callback):
             if math.isfinite(number := float(value)):
                 self._figures.setdefault(name, []).append(number)
 
-    def _line(self, trainer: Trainer, step: int) -> dict[str, Any]:
+    def _means(self, step: int) -> dict[str, float]:
+        """Over the micro-batches of all ranks.
+
+        Raises:
+            UserError: One is no number; on every rank alike.
+        """
+        found = gather_facts([self._micro, self._window, self._figures])
+        count = sum(micro for micro, _, _ in found)
+        means: dict[str, float] = {}
+        for _, window, _ in found:
+            for name, value in window.items():
+                means[name] = means.get(name, 0.0) + value / count
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise _not_finite(name, value, self.stage, step)
+        figures: dict[str, list[float]] = {}
+        for *_, said in found:
+            for name, values in said.items():
+                figures.setdefault(name, []).extend(values)
+        return means | {name: sum(values) / len(values) for name, values in figures.items()}
+
+    def _sum_up(self) -> None:
+        """Add what the ranks have read and computed to the totals, which are the same on all."""
+        for own in gather_facts(self._own):
+            for name, value in own.items():
+                self.totals[name] += value
+        self._own = dict.fromkeys(self._own, 0)
+
+    def _line(self, trainer: Trainer, step: int, means: Mapping[str, float]) -> dict[str, Any]:
         seconds, tokens = self._last
         self._last = (self.totals["seconds"], int(self.totals["tokens"]))
         return {
@@ -164,15 +204,15 @@ class History(Callback):
             "domain": self.stage.domain,
             "step": step,
             "stream_step": self.offset + step,
-            **{name: value / self._micro for name, value in self._window.items()},
-            **{name: sum(values) / len(values) for name, values in self._figures.items()},
+            **means,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": self._last[1] - tokens,
             "seconds": round(self._last[0] - seconds, 4),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Costs so far survive a kill."""
+        """Costs so far survive a kill. Lightning asks all ranks when it saves."""
+        self._sum_up()
         return dict(self.totals)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -203,13 +203,14 @@ def check_validation(mitigations: Mapping[str, Mitigation], data: StreamData) ->
             )
 
 
-def check_steps(adapter: Adapter, *, clip: float | None, accumulate: int) -> None:
+def check_steps(adapter: Adapter, *, clip: float | None, accumulate: int, ranks: int = 1) -> None:
     """What the Trainer does between gradients and step, against when the adapter steps.
 
     Args:
         adapter: The adapter.
         clip: `trainer.gradient_clip_val`.
-        accumulate: Micro-batches per optimizer step.
+        accumulate: Micro-batches per optimizer step and rank.
+        ranks: Processes that train together.
 
     Raises:
         UserError: The adapter steps inside the backward pass, and gradients are to be clipped or accumulated.
@@ -222,6 +223,12 @@ def check_steps(adapter: Adapter, *, clip: float | None, accumulate: int) -> Non
             f"{name} and trainer.gradient_clip_val={clip}",
             why="every gradient is used and freed in the backward pass, so there is nothing left to clip",
             fix="set trainer.gradient_clip_val to null, or model.adapter.layerwise to false",
+        )
+    if ranks > 1:
+        raise UserError(
+            f"{name} on {ranks} ranks",
+            why="a parameter steps as soon as it has the gradient of its own rank; nothing is averaged",
+            fix="set model.adapter.layerwise to false, or trainer.devices to 1",
         )
     if accumulate > 1:
         raise UserError(

@@ -18,6 +18,7 @@ from residency.backbones.base import Backbone
 from residency.backbones.layout import LayoutChoice, choose_layout
 from residency.backbones.loading import check_tokenizer
 from residency.core.randomness import seed_of
+from residency.core.ranks import rank, ranks
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Example, Layout, Stage, Tensors, untyped
 from residency.engine import folds
@@ -213,8 +214,11 @@ class ContinualModule(LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout and every other global draw of this micro-batch start from its own seed."""
-        torch.manual_seed(seed_of(self.stage.seed, "step", self.stage.index, batch_idx, self.global_rank))
+        """Dropout and every other global draw of this micro-batch start from its own seed: that of its place in the
+        stage, whichever rank it falls to.
+        """
+        micro = batch_idx * ranks() + rank()
+        torch.manual_seed(seed_of(self.stage.seed, "step", self.stage.index, micro, 0))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Fold the gradients: accumulated, reduced over ranks, unscaled, not yet clipped."""
@@ -272,7 +276,6 @@ class ContinualModule(LightningModule):
             for mitigation in self._active["on_domain_end"] if remember else ():
                 mitigation.on_domain_end(self, self.stage)
         for mitigation in self.mitigations.values():
-            mitigation.reduce_state()
             mitigation.move_state(torch.device("cpu"))
         self._before_stage = {}
 

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from residency.adapters.base import Adapter
 from residency.core.environment import peak_memory_bytes
 from residency.core.errors import UserError
-from residency.core.tensor_files import load_tree
+from residency.core.ranks import from_first, gather_facts, rank, ranks
 from residency.core.types import Batch, Example, GlobalBatch, Layout, Stage
 from residency.domains.sampler import StageBatches, StepParts
 from residency.domains.stream_data import StreamData
-from residency.engine.checkpointing import History, StageCheckpoint
+from residency.engine.checkpointing import History, StageCheckpoint, load_for_all
 from residency.engine.compatibility import check_steps
 from residency.engine.divergence import check_finite
 from residency.engine.module import ContinualModule
@@ -42,21 +42,23 @@ def check_devices(
         overrides: Settings of single stages, by domain.
 
     Raises:
-        UserError: More than one process, a batch size that cannot be divided, or an adapter that cannot accumulate or
-            clip and should.
+        UserError: Processes that were not started, a batch size that cannot be divided, or an adapter that cannot
+            accumulate, clip or wait for other processes and should.
     """
-    if trainers.world_size > 1:
+    wanted = trainers.world_size
+    if wanted != ranks():
         raise UserError(
-            f"trainer.devices and trainer.num_nodes give {trainers.world_size} processes",
-            why="a stage is trained by one process; the record has one writer",
-            fix="set trainer.devices to 1 and trainer.num_nodes to 1, and run several cells side by side instead",
+            f"trainer.devices and trainer.num_nodes give {wanted} processes, and there are {ranks()}",
+            why="the others are started by running the command again, which is not what a program that calls residency "
+            "or a worker of a sweep was started with",
+            fix="start it with `residency fit --config ...` or by torchrun, or set trainer.devices and num_nodes to 1",
         )
     for domain in data.order:
         own = of_stage(overrides or {}, domain)
         batch = own.batch_size or data.batch_size
         with told_of(domain, own):
-            micro = data.micro_batch(devices=trainers.world_size, batch=batch)
-            check_steps(adapter, clip=trainers.gradient_clip_val, accumulate=batch // micro)
+            micro = data.micro_batch(devices=wanted, batch=batch)
+            check_steps(adapter, clip=trainers.gradient_clip_val, accumulate=batch // (micro * wanted), ranks=wanted)
 
 
 def train_stage(
@@ -89,7 +91,7 @@ def train_stage(
     """
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
-    resumed = checkpoint if checkpoint.is_file() else None
+    resumed = checkpoint if from_first(checkpoint.is_file()) else None
     stored: Container[str] = module.mitigations if resumed else ()
     module.backbone.work.take()
     module.backbone.work.renew()
@@ -98,17 +100,20 @@ def train_stage(
     _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
     history.close(module)
     check_finite(module.adapter, module.model, stage)
+    spent = gather_facts([history.totals["prepare_seconds"], history.totals["seconds"], peak_memory_bytes()])
+    prepare_seconds, train_seconds, memory = (max(column) for column in zip(*spent, strict=True))
     return {
         "stage": stage.index + 1,
         "domain": stage.domain,
-        "prepare_seconds": history.totals["prepare_seconds"],
-        "train_seconds": history.totals["seconds"],
+        "prepare_seconds": prepare_seconds,
+        "train_seconds": train_seconds,
         "train_tokens": history.totals["passed_tokens"],
         "batch_tokens": history.totals["tokens"],
         "train_flops": history.totals["flops"],
         "steps": history.totals["steps"],
         "optimizer_state_bytes": history.optimizer_state_bytes,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": memory,
+        "ranks": ranks(),
     }
 
 
@@ -159,7 +164,7 @@ def finish_stage(
     taking_part = {n: m for n, m in every if remember or m.touches_training(index) or m.changes_weights(index)}
     held = {name: m.state_bytes() for name, m in taking_part.items()}
     module.finish_stage(remember=remember)
-    tokens, flops = work.take()
+    tokens, flops = (sum(spent) for spent in zip(*gather_facts(work.take()), strict=True))
     more = {
         "finish_tokens": tokens,
         "finish_flops": flops,
@@ -218,14 +223,13 @@ def _fit(
     callbacks: list[Callback],
     checkpoint: Path | None,
 ) -> None:
-    ranks = trainers.world_size
-    micro = data.micro_batch(devices=ranks, batch=stage.batch_size)
-    accumulate = stage.batch_size // (micro * ranks)
+    micro = data.micro_batch(devices=ranks(), batch=stage.batch_size)
+    accumulate = stage.batch_size // (micro * ranks())
     trainer = trainers.make(steps=stage.steps, accumulate=accumulate, folder=folder, observers=callbacks)
-    done = 0 if checkpoint is None else int(load_tree(checkpoint)["global_step"]) * accumulate
+    done = 0 if checkpoint is None else int(load_for_all(checkpoint)["global_step"]) * accumulate
     loader: DataLoader[Any] = DataLoader(
-        StepParts(dataset=module.dataset, stage=stage, parts=accumulate * ranks),  # type: ignore[arg-type]
-        batch_sampler=StageBatches(stage=stage, micro_batch=micro, start=done, rank=trainer.global_rank, ranks=ranks),
+        StepParts(dataset=module.dataset, stage=stage, parts=accumulate * ranks()),  # type: ignore[arg-type]
+        batch_sampler=StageBatches(stage=stage, micro_batch=micro, start=done, rank=rank(), ranks=ranks()),
         collate_fn=partial(_lay_out, module.objective.collate, module.layout),
         num_workers=data.num_workers,
     )

@@ -8,18 +8,22 @@ import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from residency.core.environment import keep_threads
 from residency.core.errors import UserError
 from residency.engine.checkpointing import SafetensorsIO
+from residency.engine.rank_strategy import RankStrategy, ended_children, stage_strategy
 from residency.engine.trainer_options import refuse_overwritten, refuse_senseless
 
 __all__ = ["Trainers"]
+
+T = TypeVar("T")
 
 
 class Trainers:
@@ -93,6 +97,26 @@ class Trainers:
         """Processes that train together."""
         return self._probe.world_size
 
+    def launch(self, function: Callable[[], T]) -> T:
+        """Start the other processes, connect all of them, and run a function in each; in the first one, its result.
+
+        Before anything else that has effects: the others run the whole command again up to here.
+        """
+        strategy = self._probe.strategy
+        if not isinstance(strategy, RankStrategy):
+            return function()
+        keep_threads()
+        launcher: Any = strategy.launcher
+
+        def connected() -> T:
+            with quiet_lightning():
+                strategy.setup_environment()
+            return function()
+
+        with ended_children(launcher):
+            result: T = launcher.launch(connected, trainer=self._probe)
+            return result
+
     @property
     def gradient_clip_val(self) -> float | None:
         """Norm or value that gradients are clipped to; `None` = not clipped."""
@@ -139,6 +163,8 @@ class Trainers:
         options.setdefault("log_every_n_steps", 1)
         with quiet_lightning():
             trainer = Trainer(**options)
+            if (strategy := stage_strategy(trainer.strategy)) is not None:
+                trainer = Trainer(**options | {"strategy": strategy})
         # A batch holds token ids, positions and counts, which no precision converts; Lightning would look into it and
         # refuse a frozen dataclass.
         trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]

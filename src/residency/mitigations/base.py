@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor
 
@@ -15,9 +13,8 @@ from residency.core.tensors import size_in_bytes
 from residency.core.types import Batch, Capability, Example, Outputs, Stage, Tensors
 from residency.mitigations.contract import StageModule
 
-__all__ = ["HOOKS", "Guarantee", "Mitigation", "Reduction", "State", "overrides"]
+__all__ = ["HOOKS", "Guarantee", "Mitigation", "State", "overrides"]
 
-Reduction = Literal["mean", "sum", "max"]
 Guarantee = Literal[
     "coordinates", "slots", "rows", "columns", "inputs", "directions", "gradient", "last step", "end of stage"
 ]
@@ -47,8 +44,9 @@ class Mitigation(Callback):
     Two-way hooks take a value and return its replacement; they never write into the argument. Several mitigations are
     folded in the order of the config. `ContinualModule` draws when each hook is called; it is their only caller.
 
-    State that must survive a kill is declared with `add_state` and lives in `self.state`; it is stored, moved and
-    reduced over ranks from the declaration. Everything else must be derivable from the config.
+    State that must survive a kill is declared with `add_state` and lives in `self.state`; it is stored and moved
+    from the declaration. Everything else must be derivable from the config. Every rank holds the same state: what is
+    estimated over data is summed over ranks at once (`core.ranks`).
     """
 
     requires: frozenset[Capability] = frozenset()
@@ -109,18 +107,17 @@ class Mitigation(Callback):
     def __init__(self) -> None:
         self.name = type(self).__name__.lower()
         self.state: dict[str, State] = {}
-        self._reductions: dict[str, Reduction | None] = {}
+        self._declared: set[str] = set()
 
-    def add_state(self, key: str, default: State, *, reduce: Reduction | None = None) -> None:
+    def add_state(self, key: str, default: State) -> None:
         """Declare a piece of state.
 
         Args:
             key: Its name in `self.state`.
             default: A tensor, or named tensors (`{}` where names and shapes appear later).
-            reduce: How ranks are combined after a domain; `None` = every rank holds the same.
         """
         self.state[key] = default
-        self._reductions[key] = reduce
+        self._declared.add(key)
 
     # -- lifecycle: once per domain, also across resumes --------------------------------------------------------
 
@@ -246,8 +243,8 @@ class Mitigation(Callback):
         Raises:
             KeyError: A stored key was never declared, or a declared one is missing.
         """
-        if {*state_dict} != {*self._reductions}:
-            raise KeyError(f"{self.name}: stored state {sorted(state_dict)}, declared {sorted(self._reductions)}")
+        if {*state_dict} != self._declared:
+            raise KeyError(f"{self.name}: stored state {sorted(state_dict)}, declared {sorted(self._declared)}")
         self.state.update(state_dict)
 
     def state_bytes(self) -> int:
@@ -257,14 +254,6 @@ class Mitigation(Callback):
     def move_state(self, device: torch.device) -> None:
         """Bring the declared state to a device."""
         self.state = {key: _map(value, lambda t: t.to(device)) for key, value in self.state.items()}
-
-    def reduce_state(self) -> None:
-        """Combine the declared state over ranks; nothing to do in a single process."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        for key, how in self._reductions.items():
-            if how is not None:
-                self.state[key] = _map(self.state[key], partial(_all_reduce, how=how))
 
 
 def overrides(mitigation: Mitigation, hook: str) -> bool:
@@ -276,9 +265,3 @@ def _map(value: State, function: Callable[[Tensor], Tensor]) -> State:
     if isinstance(value, Tensor):
         return function(value)
     return {name: function(tensor) for name, tensor in value.items()}
-
-
-def _all_reduce(tensor: Tensor, how: Reduction) -> Tensor:
-    reduced = tensor.clone()
-    dist.all_reduce(reduced, op=dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
-    return reduced / dist.get_world_size() if how == "mean" else reduced

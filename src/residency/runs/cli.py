@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from residency.core.ranks import rank
 from residency.core.tensor_files import write_lines
 from residency.core.types import Split
 from residency.domains.stream_data import StreamData
@@ -20,7 +21,7 @@ from residency.inspection import Inspection
 from residency.runs.config.class_names import part_names
 from residency.runs.config.explain import ParseFailure, explain
 from residency.runs.config.imports import tell_outside
-from residency.runs.config.instantiate import build_trainer_options, building
+from residency.runs.config.instantiate import TRAINER_DEFAULTS, Verbs, build_trainer_options, building
 from residency.runs.config.jsonargparse_patch import install
 from residency.runs.config.options import (
     add_export_options,
@@ -47,24 +48,8 @@ from residency.runs.whole_run import written_at
 
 __all__ = ["ResidencyCLI", "parse"]
 
-_TRAINER_DEFAULTS = {
-    "logger": False,
-    "devices": 1,
-    "enable_model_summary": False,
-    "enable_progress_bar": False,
-    "log_every_n_steps": 1,
-    "gradient_clip_val": 1.0,
-}
-
 # Words of one call: where the run lies, and what may be written over.
 _NOT_THE_RUN = ("config", "run_dir", "subcommand", "overwrite")
-
-
-class _Verbs:
-    """Verbs that Lightning's Trainer does not have; their options are added by hand."""
-
-    def export(self) -> None:
-        """Write a saved stage."""
 
 
 class ResidencyCLI(LightningCLI):
@@ -75,18 +60,26 @@ class ResidencyCLI(LightningCLI):
         run: Whether the verb is carried out, or only parsed and instantiated.
         build: Whether objects are built; if not, only `config` and `resolved` exist.
         like: Another of the same verb, whose parser is used again.
+        launches: Whether this process was started by these very words, so that other ranks can be.
     """
 
     def __init__(
-        self, args: list[str], *, run: bool = True, build: bool = True, like: ResidencyCLI | None = None
+        self,
+        args: list[str],
+        *,
+        run: bool = True,
+        build: bool = True,
+        like: ResidencyCLI | None = None,
+        launches: bool = False,
     ) -> None:
         install()
         self._verb, self._carry_out, self._build, self._like = args[0], run, build, like
+        self._launches = launches
         super().__init__(
             ContinualModule,
             StreamData,
             save_config_callback=None,
-            trainer_defaults=dict(_TRAINER_DEFAULTS),
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -126,7 +119,7 @@ class ResidencyCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Only the parser that is needed: each takes a tenth of a second to make.
-        klass = _Verbs if self._verb == "export" else Trainer
+        klass = Verbs if self._verb == "export" else Trainer
         subparser = self._prepare_subcommand_parser(klass, self._verb, **kwargs[self._verb])
         # The generated line names every key there is and fills a screen.
         subparser.usage = f"residency {self._verb} [RUN] [--config FILE ...] [--KEY=VALUE ...]"
@@ -188,7 +181,10 @@ class ResidencyCLI(LightningCLI):
     # -- verbs --------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Train the stream."""
+        """Train the stream, on as many processes as the Trainer's options say."""
+        return self.trainers.launch(self._fit) if self._launches else self._fit()
+
+    def _fit(self) -> dict[str, Any]:
         before = written_at(self.folder.path / "results.json")
         record = train_stream(
             module=self.model,
@@ -200,7 +196,7 @@ class ResidencyCLI(LightningCLI):
             views=self._views(),
             inspection=Inspection(self.option("inspection")),
         )
-        if before is not None and before == written_at(self.folder.path / "results.json"):
+        if rank() == 0 and before is not None and before == written_at(self.folder.path / "results.json"):
             show_complete(self.folder.path)
         return record
 

@@ -12,10 +12,12 @@ from residency.core.errors import UserError
 from residency.core.markers import FolderKind
 from residency.core.yaml_files import YamlRefused, parse_yaml
 
-__all__ = ["RUN", "config_digest", "differences", "differences_today", "kept_config"]
+__all__ = ["ONE_RANK", "RUN", "config_digest", "differences", "differences_today", "kept_config"]
 
 # What may differ between the call that started a run and the one that goes on with it.
 _FREE_KEYS = ("run_dir", "name", "store", "wandb", "checkpoint_every_n_steps", "progress")
+# Of the Trainer's options, how many processes train: the same stages but for rounding.
+ONE_RANK = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 _OWN_KEYS = {"model", "data", "trainer", "seed_everything"}
 
 
@@ -91,7 +93,10 @@ def _named(config: Any, key: str) -> bool:
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _FREE_KEYS}
+    fixed = {key: value for key, value in config.items() if key not in _FREE_KEYS}
+    if isinstance(trainer := fixed.get("trainer"), Mapping):
+        fixed["trainer"] = {key: ONE_RANK.get(key, value) for key, value in trainer.items()}
+    return fixed
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:

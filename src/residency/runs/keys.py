@@ -22,6 +22,7 @@ from residency.core.types import Stage
 from residency.engine.stage_overrides import stage_config
 from residency.mitigations.base import Mitigation, overrides
 from residency.runs.code_identity import class_code, core_code
+from residency.runs.kept_config import ONE_RANK
 
 if TYPE_CHECKING:
     from residency.domains.stream_data import StreamData
@@ -114,7 +115,7 @@ class RunKeys:
             "adapter": self._adapter,
             "objective": [settings["objective"], class_code(type(objective))],
             "optimizer": [settings["optimizer"], settings["scheduler"], self.config["model"].get("layout")],
-            "trainer": {k: v for k, v in (self.config.get("trainer") or {}).items() if k not in _WATCHING},
+            "trainer": self._trainer(),
             "batches": [settings["batch_size"], self.config["data"].get("micro_batch_size")],
             "domain": self.data.domains[stage.domain].fingerprint(),
             "stage": [place, offset],
@@ -122,6 +123,11 @@ class RunKeys:
             "mitigations": [[*self._mitigation(name, m), states[name]] for name, m in watched.items()],
         }
         return digest("trained", parts), tuple(watched)
+
+    def _trainer(self) -> dict[str, Any]:
+        """How many processes train changes the last bits of what is learnt, not what it is."""
+        options = self.config.get("trainer") or {}
+        return {k: ONE_RANK.get(k, v) for k, v in options.items() if k not in _WATCHING}
 
     def _mitigation(self, name: str, mitigation: Mitigation, *, without: frozenset[str] = frozenset()) -> list[Any]:
         written = self.config["model"]["mitigations"][name]

@@ -5,92 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from residency.core.environment import count_parameters
+from residency.core.ranks import gather_facts, tree_from_first
 from residency.core.types import Stage
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
-from residency.engine.compatibility import check_objectives, check_parts, check_rows, check_validation
 from residency.engine.divergence import check_scores
-from residency.engine.dummy_step import check_optimization
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, evaluate
-from residency.engine.stage import check_devices, finish_stage, restore_stage, take_trained_stage, train_stage
+from residency.engine.stage import finish_stage, restore_stage, take_trained_stage, train_stage
 from residency.engine.stage_overrides import (
-    StageOverrides,
-    StageSettings,
-    check_overrides,
     describe_stages,
-    of_stage,
-    told_of,
 )
 from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
-from residency.runs.settings import StreamSettings, check_lengths, check_stream
+from residency.runs.rank_steps import RankSteps
+from residency.runs.settings import StreamSettings
 from residency.runs.views.base import RunInfo, View
 
-__all__ = ["StageRunner", "open_runner", "plan_stages"]
+__all__ = ["StageRunner"]
 
 Line = Mapping[str, Any]
-
-
-def plan_stages(data: StreamData, trainers: Trainers, settings: StreamSettings, tokenizer: Any = None) -> list[Stage]:
-    """Place, steps and batch size of every stage.
-
-    Args:
-        data: Domains and order.
-        trainers: Give the number of steps.
-        settings: Seed; what single stages do otherwise; tokens of a stage where the budget is counted in tokens.
-        tokenizer: Needed for a budget in tokens.
-    """
-    found = []
-    for index, name in enumerate(data.order):
-        rows, own = data.domains[name].rows("train"), of_stage(settings.stages, name)
-        size = own.batch_size or data.batch_size
-        if settings.stage_tokens is None:
-            steps = trainers.steps(rows=len(rows), batch_size=size, own=(own.steps, own.epochs))
-        else:
-            encode = data.domains[name].template.encode
-            tokens = sum(len(encode(tokenizer, domain=name, row=row)) for row in rows)
-            steps = max(1, round(settings.stage_tokens * len(rows) / (tokens * size)))
-        shape = {"steps": steps, "batch_size": size, "stages": len(data.order)}
-        found.append(Stage(index=index, domain=name, seed=settings.seed, kind=data.domains[name].kind, **shape))
-    return found
-
-
-def open_runner(
-    module: ContinualModule, data: StreamData, trainers: Trainers, settings: StreamSettings, views: Sequence[View]
-) -> StageRunner:
-    """Everything that can be wrong is found here, before a model is loaded and a row is scored.
-
-    Raises:
-        UserError: What is wrong, and of which stage where it has settings of its own.
-    """
-    own = settings.stages
-    check_overrides(own, domains=data.domains, stage_tokens=settings.stage_tokens)
-    check_stream(data, batch_sizes=[one.batch_size for one in own.values() if one.batch_size])
-    check_devices(data, trainers, module.adapter, overrides=own)
-    check_validation(module.mitigations, data)
-    module.stage_settings = StageSettings(run=StageOverrides(objective=module.objective), own=own)
-    objectives = {name: module.stage_settings.objective(name) or module.objective for name in data.order}
-    for name, objective in objectives.items():
-        with told_of(name, of_stage(own, name)):
-            check_parts(module.backbone, module.adapter, module.mitigations, objective)
-    check_objectives(objectives, module.mitigations)
-    for name, objective in objectives.items():
-        check_rows(objective, data.domains[name], name)
-    tokenizer = None if settings.stage_tokens is None else module.backbone.tokenizer
-    stages = plan_stages(data, trainers, settings, tokenizer)
-    check_lengths(module.backbone, data)
-    run = module.optimizer_factory, module.scheduler_factory
-    different = {(replace(of_stage(own, s.domain), objective=None), s.steps): s for s in stages}
-    for stage in different.values():
-        with told_of(stage.domain, of_stage(own, stage.domain)):
-            check_optimization(*module.stage_settings.factories(stage.domain, *run), steps=[stage.steps])
-    return StageRunner(module=module, data=data, trainers=trainers, settings=settings, stages=stages, views=views)
 
 
 class StageRunner:
@@ -103,6 +41,7 @@ class StageRunner:
         settings: Seed, evaluation, checkpoints.
         stages: What is to be trained.
         views: What shows it.
+        ranks: Other processes that carry out what this one does.
     """
 
     def __init__(
@@ -114,8 +53,19 @@ class StageRunner:
         settings: StreamSettings,
         stages: Sequence[Stage],
         views: Sequence[View],
+        ranks: RankSteps | None = None,
     ) -> None:
+        self._ranks = ranks or RankSteps()
+        self.steps: Mapping[str, Callable[..., Any]] = {
+            "restore": self._restore,
+            "train": self._train,
+            "take_trained": self._take_trained,
+            "finish": self._finish,
+            "evaluate": self._evaluate,
+        }
         self.module = module
+        # Asked for in the middle of a step, where all ranks are: the first one has the states.
+        self.module.weights_after = lambda stage: tree_from_first(None)
         self.data = data
         self.trainers = trainers
         self.settings = settings
@@ -168,18 +118,21 @@ class StageRunner:
             k: 0 = before training.
             load: Gives the stored state after a stage.
         """
-        self.module.weights_after = lambda stage: load(stage)["weights"]
+        self.module.weights_after = lambda stage: tree_from_first(load(stage)["weights"])
         if self.at == k and hasattr(self.module, "model"):
             return
-        if k:
-            tree = load(k)
-            if self.at == k:
-                # Loading made it: the module is there already.
-                return
+        tree = load(k) if k else None
+        if k and self.at == k:
+            # Loading made it: the module is there already.
+            return
+        self._ranks.run(self, "restore", k=k, tree=tree)
+
+    def _restore(self, k: int, tree: Mapping[str, Any] | None) -> None:
+        if tree is None:
+            self._start_over()
+        else:
             self.build()
             restore_stage(self.module, tree)
-        else:
-            self._start_over()
         self.at, self.trained = k, 0
 
     def _start_over(self) -> None:
@@ -198,6 +151,12 @@ class StageRunner:
             write: Called with every line of the history.
             info: For the views.
         """
+        facts: dict[str, Any] = self._ranks.run(self, "train", k=k, work=str(work), here={"write": write, "info": info})
+        return facts
+
+    def _train(
+        self, k: int, work: str, write: Callable[[Line], None] = lambda line: None, info: RunInfo | None = None
+    ) -> dict[str, Any]:
         stage = self.stages[k - 1]
         self.at = -1
 
@@ -211,7 +170,7 @@ class StageRunner:
             data=self.data,
             trainers=self.trainers,
             stage=stage,
-            folder=work,
+            folder=Path(work),
             history=History(
                 stage=stage,
                 every_n_steps=self.trainers.log_every_n_steps,
@@ -219,7 +178,7 @@ class StageRunner:
                 write=tell,
             ),
             observers=[
-                *(callback for view in self.views for callback in view.callbacks(info, stage)),
+                *(callback for view in self.views if info for callback in view.callbacks(info, stage)),
                 *self.inspection.callbacks(stage),
             ],
             checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
@@ -233,12 +192,19 @@ class StageRunner:
 
     def take_trained(self, k: int, tree: Mapping[str, Any]) -> None:
         """Take over what another run has trained as its k-th stage."""
+        self._ranks.run(self, "take_trained", k=k, tree=tree)
+
+    def _take_trained(self, k: int, tree: Mapping[str, Any]) -> None:
         self.at = -1
         take_trained_stage(self.module, self.data, self.stages[k - 1], tree, device=self.trainers.root_device)
         self.trained = k
 
     def finish(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         """What follows the training of the k-th stage; what is to be stored."""
+        tree: dict[str, Any] = self._ranks.run(self, "finish", k=k, facts=dict(facts))
+        return tree
+
+    def _finish(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         last = k == len(self.stages)
         tree = finish_stage(self.module, facts, device=self.trainers.root_device, remember=not last)
         self.at, self.trained = k, 0
@@ -249,10 +215,15 @@ class StageRunner:
     def evaluate(self, columns: Sequence[str] | None = None) -> tuple[Evaluation, dict[str, Any]]:
         """Score the state in which the module is; (scores, what they cost)."""
         start = time.perf_counter()
+        scores, tokens, flops = self._ranks.run(self, "evaluate", columns=list(columns or self.data.columns))
+        seconds = time.perf_counter() - start
+        return scores, {"evaluation_seconds": seconds, "evaluation_tokens": tokens, "evaluation_flops": flops}
+
+    def _evaluate(self, columns: Sequence[str]) -> tuple[Evaluation, int, int]:
         work = self.module.backbone.work
         work.take()
         work.renew()
-        chosen = {name: self.data.columns[name] for name in columns or self.data.columns}
+        chosen = {name: self.data.columns[name] for name in columns}
         total = sum(len(domain.rows(self.settings.split)) for domain in chosen.values())
         title = f"after {self.stages[self.at - 1].domain}" if self.at else "before training"
         self.module.to(self.trainers.root_device)
@@ -275,6 +246,5 @@ class StageRunner:
                 advance=advance,
             )
         check_scores(scores, after=title, steps=self.offset(self.at + 1))
-        tokens, flops = work.take()
-        seconds = time.perf_counter() - start
-        return scores, {"evaluation_seconds": seconds, "evaluation_tokens": tokens, "evaluation_flops": flops}
+        tokens, flops = (sum(spent) for spent in zip(*gather_facts(work.take()), strict=True))
+        return scores, tokens, flops

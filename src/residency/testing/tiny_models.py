@@ -100,7 +100,10 @@ def write_domain(folder: Path, name: str, *, rows: int = 24, kind: str = "genera
     paths = {}
     for split, part in (("train", lines[12:]), ("validation", lines[:4]), ("test", lines[4:12])):
         path = folder / f"{name}-{split}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in part), encoding="utf-8")
+        text = "".join(json.dumps(line) + "\n" for line in part)
+        # Ranks share the file: what is there is not written again while another one reads it.
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
         paths[split] = str(path)
     template = {"prompt": "{prompt}>", "completion": "{completion}", "max_prompt_tokens": 12, "max_tokens": 24}
     return {

@@ -46,7 +46,8 @@ def make_module(
     **options: Any,
 ) -> ContinualModule:
     """A module with SFT and AdamW, weight decay on; `loading` are options of the backbone, `family` is its class."""
-    optimizer: Any = partial(torch.optim.AdamW, lr=options.pop("lr", 1e-2), weight_decay=0.1)
+    kind = options.pop("optimizer", torch.optim.AdamW)
+    optimizer: Any = partial(kind, lr=options.pop("lr", 1e-2), weight_decay=0.1)
     return ContinualModule(
         backbone=options.pop("family", CausalLM)(path=str(backbone), **options.pop("loading", {})),
         adapter=adapter,

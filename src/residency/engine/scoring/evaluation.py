@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from residency.adapters.base import changes
+from residency.core.ranks import spread
 from residency.core.types import Example, Split
 from residency.domains.base import Domain
 from residency.domains.stream_data import StreamData
@@ -248,10 +249,14 @@ def _generations(
         return {}
     # Whoever writes more than the longest reference has not written it exactly, and need not be waited for.
     limit = max(len(e.completion) for e in examples) or settings.generation_tokens
-    for first in range(0, len(ordered), settings.generation_batch):
-        group = ordered[first : first + settings.generation_batch]
+    groups = [ordered[i : i + settings.generation_batch] for i in range(0, len(ordered), settings.generation_batch)]
+
+    def write(group: Sequence[Example]) -> list[list[int]]:
         prompts = [e.prompt for e in group]
         written = module.backbone.generate(module.model, prompts, max_new_tokens=limit, layout=module.layout)
+        return [list(map(int, ids)) for ids in written]
+
+    for group, written in zip(groups, spread(write, groups), strict=True):
         texts |= {
             e.row: (tokenizer.decode(ids).strip(), len(ids) < limit) for e, ids in zip(group, written, strict=True)
         }

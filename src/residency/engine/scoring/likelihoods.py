@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from residency.core.batching import by_token_budget, make_batch
+from residency.core.ranks import spread
 from residency.core.types import Example
 from residency.engine.module import ContinualModule
 from residency.objectives.reward_model import asked_behind, branch_rewards, reward_token
@@ -24,8 +26,9 @@ def branch_nll(module: ContinualModule, examples: Sequence[Example], *, batch_to
     """{row: (branches,) summed negative log-likelihood of each branch, in nats, float64}."""
     found: dict[str, Tensor] = {}
     # Rows of one length together: nothing is wasted where batches must be padded.
-    for group in by_token_budget(sorted(examples, key=len), tokens=batch_tokens):
-        found |= zip((e.row for e in group), _branch_nll(module, group), strict=True)
+    groups = list(by_token_budget(sorted(examples, key=len), tokens=batch_tokens))
+    for group, nll in zip(groups, spread(partial(_branch_nll, module), groups), strict=True):
+        found |= zip((e.row for e in group), map(_float64, nll), strict=True)
     return found
 
 
@@ -46,9 +49,15 @@ def completions_and_labels(
     # Padded, every label is a row of its own with the whole prompt in it: then nothing is free.
     looks = {e.row: _first_look(e) if module.layout == "packed" else e for e in examples}
     found: dict[str, Tensor] = {}
-    for group in by_token_budget(sorted(looks.values(), key=len), tokens=batch_tokens):
-        found |= zip((e.row for e in group), _branch_nll(module, group), strict=True)
+    groups = list(by_token_budget(sorted(looks.values(), key=len), tokens=batch_tokens))
+
+    def read(group: Sequence[Example]) -> list[list[float]]:
+        nll = _branch_nll(module, group)
         advance(group[0].domain, len(group))
+        return nll
+
+    for group, nll in zip(groups, spread(read, groups), strict=True):
+        found |= zip((e.row for e in group), map(_float64, nll), strict=True)
     contests = [_contest(e, found[e.row]) for e in examples if looks[e.row] is not e]
     beaten = _beaten(module, [c for c in contests if c.open], batch_tokens=batch_tokens)
     beaten |= {e.row for e in examples if looks[e.row] is e and not label_is_best(found[e.row])}
@@ -175,10 +184,13 @@ def prompt_nll(module: ContinualModule, examples: Sequence[Example]) -> Tensor:
     return completion_nll(module, [replace(e, prompt=e.prompt[:1]).answered(e.prompt[1:]) for e in examples])
 
 
-def _branch_nll(module: ContinualModule, group: Sequence[Example]) -> list[Tensor]:
+_float64 = partial(torch.tensor, dtype=torch.float64)
+
+
+def _branch_nll(module: ContinualModule, group: Sequence[Example]) -> list[list[float]]:
     batch = make_batch(group, layout=module.layout).to(module.device)
     nll = module.backbone.target_nll(module.model, batch).double()
     width = int(batch.target_branch.max()) + 1
     table = nll.new_zeros(batch.size * width).index_add(0, batch.target_example * width + batch.target_branch, nll)
-    rows = table.view(batch.size, width).cpu()
+    rows: list[list[float]] = table.view(batch.size, width).tolist()
     return [row[: len(example.branches)] for row, example in zip(rows, group, strict=True)]

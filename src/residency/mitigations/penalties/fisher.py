@@ -11,7 +11,7 @@ log p(y|x) is the SUM over the completion's tokens; with the mean over n tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from residency.core.losses import token_nll
 from residency.core.randomness import generator
+from residency.core.ranks import own_share, sum_over_ranks
 from residency.core.types import Batch, Example, Tensors
 from residency.mitigations.penalties.per_example import ExampleLosses, per_example_gradients, supports_batched
 
@@ -57,18 +58,24 @@ def mean_over_examples(
     Returns:
         By name, float32.
     """
-    mean = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
+    total = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
     count = 0
     batched: bool | None = None
-    for batch in batches:
+    for batch in own_share(batches):
         if batched is None:
             batched = supports_batched(model, leaves, batch, losses)
         for name, gradients in per_example_gradients(model, leaves, batch, losses, batched=batched):
-            mean[name] += function(gradients.detach().float()).sum(0)
+            total[name] += function(gradients.detach().float()).sum(0)
         count += batch.size
-    if count == 0:
+    return _mean(total, count)
+
+
+def _mean(total: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Sums of this rank's share of some examples -> means over all of them."""
+    counted = int(sum_over_ranks(torch.tensor(count)))
+    if counted == 0:
         raise ValueError("a Fisher information needs at least one example, got none")
-    return {name: value / count for name, value in mean.items()}
+    return {name: sum_over_ranks(value) / counted for name, value in total.items()}
 
 
 def fisher_diagonal(
@@ -84,12 +91,12 @@ def batch_fisher_diagonal(leaves: Tensors, batches: Iterable[Batch], losses: Exa
     """
     total = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
     count = 0
-    for batch in batches:
+    for batch in own_share(batches):
         gradients = torch.autograd.grad(losses(batch).mean(), list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, gradients, strict=True):
             total[name] += 0 if gradient is None else gradient.detach().float().square()
         count += 1
-    return {name: value / count for name, value in total.items()}
+    return _mean(total, count)
 
 
 def true_fisher_diagonal(
@@ -119,7 +126,7 @@ def true_fisher_diagonal(
     total = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
     count = 0
     batched: bool | None = None
-    for example in examples:
+    for example in own_share(examples):
         rivals = batch([example.answered(label) for label in labels])
         if batched is None:
             batched = supports_batched(model, leaves, rivals, losses)
@@ -133,9 +140,7 @@ def true_fisher_diagonal(
             centred = gradient - torch.tensordot(p, gradient, 1)
             total[name] += torch.tensordot(p, centred.square_(), 1)
         count += 1
-    if count == 0:
-        raise ValueError("a Fisher information needs at least one example, got none")
-    return {name: value / count for name, value in total.items()}
+    return _mean(total, count)
 
 
 def data_losses(logits: Logits) -> ExampleLosses:

@@ -16,7 +16,23 @@ from lightning.pytorch.cli import LightningArgumentParser
 from residency.core.errors import UserError
 from residency.runs.config.explain import UNION
 
-__all__ = ["build_trainer_options", "building"]
+__all__ = ["TRAINER_DEFAULTS", "Verbs", "build_trainer_options", "building"]
+
+TRAINER_DEFAULTS = {
+    "logger": False,
+    "devices": 1,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "log_every_n_steps": 1,
+    "gradient_clip_val": 1.0,
+}
+
+
+class Verbs:
+    """Verbs that Lightning's Trainer does not have; their options are added by hand."""
+
+    def export(self) -> None:
+        """Write a saved stage."""
 
 
 @contextmanager

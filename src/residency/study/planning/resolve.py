@@ -14,8 +14,8 @@ from residency.domains.base import Domain
 from residency.domains.joint import Joint
 from residency.domains.stream_data import StreamData
 from residency.runs.keys import RunKeys
+from residency.runs.open_runner import plan_stages
 from residency.runs.stage_cache import StageCache
-from residency.runs.stage_runner import plan_stages
 from residency.runs.store.store import Store
 from residency.study.planning.cells import Cell
 from residency.study.planning.study_file import Study

@@ -1,0 +1,108 @@
+"""Several processes within one stage: Lightning's DDP starts and connects them, the gradients are averaged here.
+
+The reducer of `DistributedDataParallel` is left out. It expects every leaf in every batch, counts the hooks of leaves
+and cannot see an auxiliary backward pass; adapters with parts that rest and mitigations with passes of their own break
+these rules, some of them silently. One mean over all gradients at the end of a step has no rules, and overlaps with
+nothing: for adapters there is next to nothing to overlap.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
+
+from residency.core.errors import UserError
+from residency.core.ranks import mean_gradients
+
+__all__ = ["RankStrategy", "ended_children", "stage_strategy"]
+
+_PATIENCE = 20  # seconds for the other processes to end by themselves
+
+
+class RankStrategy(DDPStrategy):
+    """DDP whose gradients are averaged once per optimizer step, before they are unscaled, folded and clipped.
+
+    Args:
+        timeout: How long a rank waits for the others.
+        process_group_backend: `gloo`, `nccl`; by the device by default.
+    """
+
+    def __init__(self, *, timeout: timedelta, process_group_backend: str | None = None) -> None:
+        super().__init__(timeout=timeout, process_group_backend=process_group_backend)
+        self._accumulates = False
+
+    def configure_ddp(self) -> None:
+        """Nothing is wrapped."""
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Inside, a micro-batch is not the last of its step (Lightning says so)."""
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._accumulates = False
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average what the step's micro-batches have left."""
+        if not self._accumulates:
+            assert self.lightning_module is not None
+            mean_gradients(self.lightning_module.parameters())
+
+
+def stage_strategy(chosen: Strategy) -> RankStrategy | None:
+    """What takes the place of the strategy that Lightning has chosen; `None` where one process trains.
+
+    Raises:
+        UserError: A strategy with which hooks would see parts of the weights, or processes cannot go on from stage to
+            stage.
+    """
+    if type(chosen) is SingleDeviceStrategy or isinstance(chosen, RankStrategy):
+        return None
+    options: dict[str, Any] = vars(chosen)
+    if type(chosen) is DDPStrategy and options["_start_method"] == "popen":
+        return RankStrategy(timeout=options["_timeout"], process_group_backend=options["_process_group_backend"])
+    name = type(chosen).__name__
+    why = "adapters and mitigations read and write whole tensors, and with it a process has parts of them"
+    if type(chosen) is DDPStrategy:
+        name = f"DDPStrategy with start_method {options['_start_method']}"
+        why = "such processes end with the first stage, and what they have learnt about the stream with them"
+    raise UserError(
+        f"trainer.strategy: {name}",
+        why=why,
+        fix="set trainer.strategy to ddp (or auto), or use one device per cell",
+    )
+
+
+@contextmanager
+def ended_children(launcher: Any) -> Iterator[None]:
+    """Around what processes do that a launcher has started: none of them outlives the block.
+
+    Args:
+        launcher: Its `procs` are those that it has started; Lightning's observer, which ends this process by SIGKILL
+            when one of them fails, looks at the same list.
+    """
+    try:
+        yield
+    except BaseException:
+        failed, launcher.procs[:] = launcher.procs[:], []
+        for process in failed:
+            process.terminate()
+        _wait(failed)
+        raise
+    _wait(launcher.procs)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        try:
+            process.wait(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,228 @@
+"""Two and four processes within a stage: the learning of one, one writer, and no process that outlives the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from residency.core.errors import EXIT_SIGNAL, EXIT_USER
+from support.cli import call, read_json, tiny_config, write_yaml
+from support.rank_runs import Group, apart, group, run_row
+from support.stop_and_resume import history
+from table import ADAPTERS, MITIGATIONS
+
+EQUAL = 1e-5
+KINDS = {"a": "generative", "b": "label", "c": "generative"}
+QUICK = ["", "ewc", "replay", "gem"]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Group]:
+    """Two ranks, started once."""
+    with group(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Group]:
+    """Four ranks."""
+    with group(4) as found:
+        yield found
+
+
+def assert_equal_learning(
+    ranks: Group, backbone: Path, folder: Path, adapter: str, *names: str, **options: Any
+) -> None:
+    """Weights, what is remembered, and scores of every stage, and of every line of the history."""
+    row = {"backbone": backbone, "adapter": adapter, "mitigations": names, "steps": 3, "kinds": KINDS, **options}
+    alone, shared = folder / "alone" / "run", folder / "shared" / "run"
+    one = run_row({**row, "folder": alone}, ranks=1)
+    many = ranks.record({**row, "folder": shared})
+    far = {name: distance for name, distance in apart(alone, shared).items() if distance > EQUAL}
+    assert not far, f"{adapter} with {names} on {ranks.ranks} ranks: {far}"
+    lines = [[(line["stage"], line["step"], line["tokens"]) for line in history(run)] for run in (alone, shared)]
+    assert lines[0] == lines[1]
+    losses = [[line["loss/task"] for line in history(run)] for run in (alone, shared)]
+    assert losses[0] == pytest.approx(losses[1], rel=EQUAL)
+    for scorer, found in one["scores"].items():
+        for mine, theirs in zip(found["R"], many["scores"][scorer]["R"], strict=True):
+            assert [x is None for x in mine] == [x is None for x in theirs]
+            known = [x for x in mine if x is not None]
+            assert [x for x in theirs if x is not None] == pytest.approx(known, rel=EQUAL, abs=EQUAL), scorer
+
+
+@pytest.mark.parametrize("mitigation", QUICK)
+def test_two_ranks_learn_what_one_does(mitigation: str, two: Group, llama: Path, tmp_path: Path) -> None:
+    assert_equal_learning(two, llama, tmp_path, "lora", *filter(None, [mitigation]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mitigation", [name for name in MITIGATIONS if name not in QUICK])
+def test_with_every_mitigation(mitigation: str, two: Group, llama: Path, tmp_path: Path) -> None:
+    assert_equal_learning(two, llama, tmp_path, "lora", mitigation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [name for name, row in ADAPTERS.items() if not row.make().steps_in_backward])
+def test_with_every_adapter(adapter: str, two: Group, llama: Path, tmp_path: Path) -> None:
+    assert_equal_learning(two, llama, tmp_path, adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mitigation", [*QUICK, "der", "self_distillation", "ogd"])
+def test_four_ranks(mitigation: str, four: Group, llama: Path, tmp_path: Path) -> None:
+    assert_equal_learning(four, llama, tmp_path, "lora", *filter(None, [mitigation]))
+
+
+@pytest.mark.slow
+def test_dropout_is_that_of_the_place_in_the_stage(two: Group, llama_dropout: Path, tmp_path: Path) -> None:
+    micro = {"data": {"micro_batch_size": 2}}
+    assert_equal_learning(two, llama_dropout, tmp_path, "lora", "replay", **micro)
+
+
+def test_an_adapter_that_steps_in_the_backward_pass_is_refused(two: Group, llama: Path, tmp_path: Path) -> None:
+    row = {"backbone": llama, "adapter": "galore_layerwise", "folder": tmp_path / "run"}
+    found = two.run(row)
+    assert [("nothing is averaged" in error, "layerwise to false" in error) for _, error in found[:1]] == [(True, True)]
+    assert not (tmp_path / "run" / "stages").exists()
+    assert found[1] == ({}, ""), "one rank tells it"
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(two: Group, llama: Path, tmp_path: Path) -> None:
+    row = {"backbone": llama, "adapter": "lora", "folder": tmp_path / "run", "data": {"batch_size": 3}}
+    (_, error), other = two.run(row)
+    assert "multiple of devices x micro-batch" in error
+    assert other == ({}, "")
+
+
+# -- the command itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny stream as a config file, with plain SGD and EWC; a checkpoint after every step."""
+    folder = tmp_path_factory.mktemp("config")
+    content = tiny_config(folder / "data", llama)
+    content["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    content["model"]["mitigations"] = {
+        "ewc": {"class_path": "residency.mitigations.EWC", "init_args": {"strength": 10.0}}
+    }
+    return write_yaml(folder / "tiny.yaml", {**content, "checkpoint_every_n_steps": 1})
+
+
+def _command(config: Path, run: Path, ranks: int, *more: str) -> list[str]:
+    words = ["fit", "--config", str(config), "--run_dir", str(run), f"--trainer.devices={ranks}", *more]
+    return [sys.executable, "-m", "residency", *words]
+
+
+def _start(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, text=True, env=known, start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def _members(process: subprocess.Popen[str]) -> list[int]:
+    """Processes of the session that a command began."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == process.pid and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} does not appear"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_a_killed_rank_ends_all_and_another_number_goes_on(victim: str, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # So many steps that there is time to kill in the middle of the second stage.
+    long = ["--trainer.max_steps=60"]
+    process = _start(_command(config, run, 2, *long))
+    _wait_for(run / "stages" / "2-b" / "checkpoint.safetensors", process)
+    first, *others = _members(process)
+    assert first == process.pid
+    os.kill(first if victim == "first" else others[-1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode in ((-signal.SIGKILL,) if victim == "first" else (EXIT_SIGNAL, -signal.SIGKILL))
+    end = time.monotonic() + 60
+    while _members(process):
+        assert time.monotonic() < end, "a rank has outlived the others"
+        time.sleep(0.2)
+    assert not (run / "results.json").exists()
+    assert call("fit", "--config", config, "--run_dir", run, *long).code == 0, "the same command on one rank"
+    whole = tmp_path / "whole"
+    assert call("fit", "--config", config, "--run_dir", whole, *long).code == 0
+    assert max(apart(whole, run).values()) <= EQUAL
+    assert read_json(run / "results.json")["summary"].keys() == read_json(whole / "results.json")["summary"].keys()
+
+
+@pytest.mark.slow
+def test_the_command_starts_its_ranks(config: Path, tmp_path: Path) -> None:
+    store = ["--store", str(tmp_path / "store")]
+    process = _start(_command(config, tmp_path / "two", 2, *store))
+    alone = call("fit", "--config", config, "--run_dir", tmp_path / "one", "--store", tmp_path / "other")
+    assert alone.code == 0, alone.err
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert not _members(process)
+    assert out.count("complete") <= 1
+    assert "warn" not in err.lower()
+    assert "GLOBAL_RANK" not in err
+    distances = apart(tmp_path / "one", tmp_path / "two")
+    assert max(distances.values()) <= EQUAL, distances
+    # One stage has one key, however many ranks train it: the run on one rank finds every one in the store.
+    shared = call("fit", "--config", config, "--run_dir", tmp_path / "again", *store)
+    assert shared.code == 0
+    again = read_json(tmp_path / "again" / "stages" / "1-a" / "stage.json")
+    assert again["ranks"] == 2, "what another run has trained"
+
+
+def test_a_program_that_calls_residency_starts_no_ranks(config: Path, tmp_path: Path) -> None:
+    result = call("fit", "--config", config, "--run_dir", tmp_path / "run", "--trainer.devices=2")
+    assert result.code == EXIT_USER
+    assert "torchrun" in result.err
+    assert "trainer.devices and num_nodes to 1" in result.err
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "instead"),
+    [("ddp_spawn", "end with the first stage"), ("fsdp", "parts of them"), ("ddp_fork", "stage")],
+)
+def test_strategies_that_cannot_work_are_refused(strategy: str, instead: str, config: Path, tmp_path: Path) -> None:
+    words = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    result = call("fit", "--config", config, "--run_dir", tmp_path / "run", *words)
+    assert result.code == EXIT_USER, result.err
+    assert instead in result.err or "accelerator" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_torchrun(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = _command(config, run, 2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", *words[1:]]
+    process = _start(torchrun)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert call("fit", "--config", config, "--run_dir", tmp_path / "one").code == 0
+    assert max(apart(tmp_path / "one", run).values()) <= EQUAL

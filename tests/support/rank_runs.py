@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def run_row(row: Mapping[str, Any], *, ranks: int) -> dict[str, Any]:
     mitigations = {m: MITIGATIONS[m].make() for m in options.pop("mitigations", ())}
     adapter = ADAPTERS[name]
     trainer = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **adapter.trainer}
-    # Adam divides a gradient by itself in its first step: where it is rounding alone, so is the whole step.
-    options = {**adapter.options, "lr": 0.1, "optimizer": torch.optim.SGD, **options}
+    # With the usual eps Adam divides a gradient by itself: where that is rounding alone, so is the whole step.
+    options = {**adapter.options, "optimizer": partial(torch.optim.AdamW, eps=1e-4), **options}
     options["trainer"] = {**trainer, **options.get("trainer", {})}
     launcher = Trainers(lambda: {"accelerator": "cpu", **trainer})
     return launcher.launch(lambda: train(folder, backbone, adapter.make(), mitigations, **options)[0])
@@ -142,9 +143,9 @@ def _groups(tree: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     for mitigation, state in tree["mitigations"].items():
         parts |= {f"{mitigation}/{key}": value for key, value in state.items()}
     flat = {name: dict(_tensors(value)) for name, value in parts.items()}
-    if "gpm/basis" in flat:
-        # Directions of nearly equal singular values turn into each other; what they span is what counts.
-        flat["gpm/basis"] = {name: basis @ basis.T for name, basis in flat["gpm/basis"].items()}
+    # Directions of nearly equal singular values turn into each other; what they span is what counts.
+    for part, tensors in flat.items():
+        flat[part] = {n: t @ t.T if part == "gpm/basis" or n.endswith("_basis") else t for n, t in tensors.items()}
     return {name: tensors for name, tensors in flat.items() if tensors}
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "rank",
     "ranks",
     "spread",
+    "sum_by_name",
     "sum_over_ranks",
     "together",
     "tree_from_first",
@@ -159,6 +160,17 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().to(_device(), torch.float64, copy=True)
     dist.all_reduce(total)
     return total.to(value.device, value.dtype)
+
+
+def sum_by_name(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`sum_over_ranks` of tensors by name; a name that a rank lacks counts as zero there."""
+    if not _splits():
+        return dict(values)
+    own = {name: list(value.shape) for name, value in values.items()}
+    shapes = {name: shape for told in gather_facts(own) for name, shape in told.items()}
+    like = next(iter(values.values()), torch.zeros(0))
+    missing = {name: like.new_zeros(shape) for name, shape in shapes.items() if name not in values}
+    return {name: sum_over_ranks({**missing, **values}[name]) for name in sorted(shapes)}
 
 
 # -- work -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from residency.adapters.algebra.covariance import tokens_of
 from residency.core.errors import UserError
+from residency.core.ranks import sum_by_name
 from residency.core.types import Batch, Capability, Tensors
 from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.constraints.linear_maps import kept_share, linear_maps
@@ -98,7 +99,11 @@ class MIGU(Mitigation):
         sums, self._sums = self._sums, {}
         if not sums:
             return after
-        rows = {path: kept_rows(total / count, self.threshold) for path, (total, count) in sums.items()}
+        # Of the tokens of the whole step, on whichever rank they were read.
+        whole = sum_by_name(
+            {path: torch.cat([total, total.new_tensor([count])]) for path, (total, count) in sums.items()}
+        )
+        rows = {path: kept_rows(found[:-1] / found[-1], self.threshold) for path, found in whole.items()}
         places, final = linear_maps(module.model, after), dict(after)
         for name, path in self._watched(module.model, after).items():
             if path not in rows:  # an expert that no token went to

@@ -21,6 +21,7 @@ from table import ADAPTERS, MITIGATIONS
 
 EQUAL = 1e-5
 KINDS = {"a": "generative", "b": "label", "c": "generative"}
+DRAWS = ("lora_dropout", "o_lora", "pvera")  # in every micro-batch, as large as it: it must be the same
 QUICK = ["", "ewc", "replay", "gem"]
 
 
@@ -75,8 +76,7 @@ def test_with_every_mitigation(mitigation: str, two: Group, llama: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [name for name, row in ADAPTERS.items() if not row.make().steps_in_backward])
 def test_with_every_adapter(adapter: str, two: Group, llama: Path, tmp_path: Path) -> None:
-    # A draw of dropout is as large as a micro-batch.
-    data = {"micro_batch_size": 2} if adapter in ("lora_dropout", "o_lora") else {}
+    data = {"micro_batch_size": 2} if adapter in DRAWS else {}
     assert_equal_learning(two, llama, tmp_path, adapter, data=data)
 
 

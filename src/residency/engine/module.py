@@ -264,9 +264,8 @@ class ContinualModule(LightningModule):
     def finish_stage(self, *, remember: bool = True) -> None:
         """What follows training: mix weights, then let mitigations remember, at the final weights.
 
-        `remember`: whether another stage follows; a Fisher estimate for a domain that never comes is work for nobody.
-        Not part of the fit, so that it can be done, or done again with other mitigations, from a stored trained state
-        (after `begin_stage` and `Adapter.load_state`).
+        `remember`: whether another stage follows. Not part of the fit, so that it can be done again, with other
+        mitigations, from a stored trained state (after `begin_stage` and `Adapter.load_state`).
         """
         self.model.eval()
         for mitigation in self.mitigations.values():
@@ -281,9 +280,9 @@ class ContinualModule(LightningModule):
 
     @torch.no_grad()
     def _transform_weights(self) -> None:
-        if self._active["transform_weights"]:
+        if active := self._active["transform_weights"]:
             moved = ({n: t.to(self.device) for n, t in s.items()} for s in (self._before_stage, self._base_state))
-            self.weights_log = folds.mixed_weights(self, self._active["transform_weights"], *moved)
+            self.weights_log = folds.mixed_weights(self, active, *moved)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the adapter's state instead of the whole model."""

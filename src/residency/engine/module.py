@@ -214,9 +214,7 @@ class ContinualModule(LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout and every other global draw of this micro-batch start from its own seed: that of its place in the
-        stage, whichever rank it falls to.
-        """
+        """Global draws of this micro-batch, dropout too, start from the seed of its place, whatever its rank."""
         micro = batch_idx * ranks() + rank()
         torch.manual_seed(seed_of(self.stage.seed, "step", self.stage.index, micro, 0))
 

@@ -224,7 +224,7 @@ def test_strategies_that_cannot_work_are_refused(strategy: str, instead: str, co
 def test_torchrun(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = _command(config, run, 2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", *words[1:]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words[1:]]
     process = _start(torchrun)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

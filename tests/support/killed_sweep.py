@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,22 @@ def _killed_at(count: int) -> None:
         module.sync_folder = sync
 
 
-def _child(path: Path, into: Path, at: int, options: Any) -> None:
+def _child(path: Path, into: Path, at: int, environment: Mapping[str, str], options: Any) -> None:
     torch.set_num_threads(1)
-    os.environ["WANDB_MODE"] = "disabled"
+    # Forked from a server that may have been started before the environment was what it is.
+    os.environ.update(environment)
     _killed_at(at)
     code, out = run_sweep(path, into, **options)
     print(out, file=sys.stderr)
     os._exit(code)
 
 
-def in_child(path: Path, into: Path, *, at: int = 0, **options: Any) -> Any:
-    """Start a sweep in a process of its own."""
+def in_child(path: Path, into: Path, *, at: int = 0, wandb: str = "disabled", **options: Any) -> Any:
+    """Start a sweep in a process of its own; `wandb` is its WANDB_MODE."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    environment["WANDB_MODE"] = wandb
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "residency.runs.cli", "residency.study.planning.prepare"])
-    process = context.Process(target=_child, args=(path, into, at, options))
+    process = context.Process(target=_child, args=(path, into, at, environment, options))
     process.start()
     return process

@@ -52,4 +52,4 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 
 def _without_time(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key != "seconds"}
+    return {key: value for key, value in line.items() if key not in ("seconds", "time")}

@@ -73,4 +73,4 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, torch.Tensor]:
 
 
 def _losses(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name not in ("seconds", "lr")}
+    return {name: value for name, value in line.items() if name not in ("seconds", "time", "lr")}

@@ -208,6 +208,8 @@ class History(Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": self._last[1] - tokens,
             "seconds": round(self._last[0] - seconds, 4),
+            # When it was trained: a view that shows the line later, or for another run that shares the stage, says so.
+            "time": round(time.time(), 3),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -286,7 +286,13 @@ class ResidencyCLI(LightningCLI):
 
     def tracker(self) -> Tracker:
         """The run on W&B."""
-        return Tracker(settings=wandb_settings(self.option), folder=self.folder.path, config=self.resolved)
+        return Tracker(
+            settings=wandb_settings(self.option),
+            folder=self.folder.path,
+            config=self.resolved,
+            module=self.model,
+            data=self.datamodule,
+        )
 
 
 def parse(args: list[str]) -> ResidencyCLI:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from residency.core.text import for_terminal
+from residency.core.yaml_files import read_yaml
 from residency.study.planning.cells import Cell
 from residency.study.planning.study_file import Study
 from residency.study.repeat import show_files, show_tables
 from residency.study.schedule import Failure
+
+if TYPE_CHECKING:
+    from residency.report.page.build import Report
 
 __all__ = ["compare", "failed_record", "told_failure"]
 
@@ -77,6 +81,23 @@ def compare(
         )
         console.print(f" complete: residency report {escape(for_terminal(folder))} --output FOLDER makes it again")
         return None
+    _track(report, folder, Path(page), Path(pictures[0]))
     made = {"scorer": study.scorer, "baseline": baseline, "pictures": pictures, "page": page, **told}
     show_files(folder, made, console)
     return made
+
+
+def _track(report: Report, folder: Path, page: Path, heat_map: Path) -> None:
+    """The report as a W&B run of its own, where the study's cells have theirs."""
+    from residency.report.page.wandb_report import track_report
+    from residency.runs.views.wandb_settings import WandbSettings
+
+    files = sorted(folder.glob("cells/*/config.yaml"))
+    config = read_yaml(files[0], what="the config of a cell") if files else {}
+    given = config.get("wandb") or {}
+    settings = WandbSettings(
+        **{key: given[key] for key in ("project", "tags", "enabled") if given.get(key) is not None}
+    )
+    if settings.active:
+        tables = report.frames.items()
+        track_report(page, report.records, report.advice, tables, settings=settings, heat_map=heat_map)

@@ -46,11 +46,11 @@ def expand_cell(words: Sequence[str]) -> list[str]:
     store = given.get("store") or (study.store if study.store else str(folder / "store"))
     cell = _choose(_cells(study, Path(store)), given, Path(studies[-1]))
     rest = [(key, value) for key, value in options if not _chooses(key, given)]
-    changes = [(key, value) for key, value in rest if key not in ("run_dir", "store", "name")]
+    changes = [(key, value) for key, value in rest if key not in ("run_dir", "store", "name", "wandb.study")]
     name = f"{cell.id}-{_digest(changes)}" if changes else cell.id
     own = {"name": name, "run_dir": str(folder / ("cells" if not changes else "more") / name), "store": store}
-    own |= dict(rest)
-    final = [*changes, *((key, own[key]) for key in ("name", "run_dir", "store"))]
+    own |= {"wandb.study": study.name} | dict(rest)
+    final = [*changes, *((key, own[key]) for key in ("name", "run_dir", "store", "wandb.study"))]
     return [*cell.words, *(f"--{key}={value}" for key, value in final), *flags]
 
 

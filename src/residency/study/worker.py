@@ -19,8 +19,10 @@ from residency.core.signals import Stopped, stop_on_signals
 from residency.core.tensor_files import explained, read_json
 from residency.domains.stream_data import StreamData
 from residency.engine.scoring.evaluation import means
+from residency.runs.stage_cache import StageCache
 from residency.runs.store.store import Store
 from residency.runs.views.base import View
+from residency.runs.views.trackers import Tracker
 
 __all__ = ["EXIT_BUG", "EXIT_MEMORY", "main", "read_status", "run_task"]
 
@@ -95,19 +97,33 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
             views=[status, cli.tracker(), LoggerView()],
         )
         return
+    tracker = cli.tracker()
     stage_cache = open_stage_cache(
         module=cli.model,
         data=cli.datamodule,
         trainers=cli.trainers,
         settings=cli.settings,
         config=cli.resolved,
-        views=[status],
+        views=[status, tracker],
     )
+    try:
+        _make_stage(stage_cache, until, tracker, status, evaluate=spec.get("evaluate", True))
+    except BaseException as error:
+        tracker.fail(error)
+        raise
+    tracker.release()
+
+
+def _make_stage(stage_cache: StageCache, until: int, tracker: Tracker, status: _Status, *, evaluate: bool) -> None:
     if until:
         stage_cache.finished(until)
-    if spec.get("evaluate", True):
+        # Scoring takes a while, in which the next stage's process may begin to write.
+        tracker.release()
+    if evaluate:
         scores, _ = stage_cache.scores(until)
-        status.write(phase="scored", means=means(scores))
+        found = means(scores)
+        status.write(phase="scored", means=found)
+        tracker.row(until, found)
 
 
 def domain_key(data: Mapping[str, Any], domain: Mapping[str, Any]) -> str:

@@ -102,8 +102,10 @@ def build(
     page = write_report(report, folder, beside=beside, overwrite=overwrite)
     if wandb_project is not None:
         from residency.report.page.wandb_report import track_report
+        from residency.runs.views.wandb_settings import WandbSettings
 
-        track_report(page, records, report.advice, report.frames.items(), project=wandb_project)
+        settings = WandbSettings(project=wandb_project)
+        track_report(page, records, report.advice, report.frames.items(), settings=settings)
     return page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from residency.report.advice.advice import Advice
 from residency.report.records.records import Records
 from residency.runs.views.flat_config import Scalar
 from residency.runs.views.tables import finite, printable
-from residency.runs.views.wandb_view import WandbSettings, WandbView
+from residency.runs.views.wandb_settings import WandbSettings
+from residency.runs.views.wandb_view import WandbView
 
 __all__ = ["track_report"]
 
@@ -20,9 +22,17 @@ _ROWS = 5000  # of a table; W&B shows 10,000 at most
 
 
 def track_report(
-    page: Path, records: Records, advice: Advice, tables: Mapping[str, pl.DataFrame], *, project: str
+    page: Path,
+    records: Records,
+    advice: Advice,
+    tables: Mapping[str, pl.DataFrame],
+    *,
+    settings: WandbSettings,
+    heat_map: Path | None = None,
 ) -> None:
     """Log a report: job type `report`, in the group of the study; offline unless WANDB_MODE says otherwise.
+
+    A report that is made again goes on with its W&B run.
 
     Keys: `report/<table>` for every table, `report/page`, and in the summary `report/choice`, `report/evidence`,
     `report/headline`, `report/count`, `report/missing` and `final/<scorer>/<metric>` of the choice.
@@ -32,9 +42,12 @@ def track_report(
         records: What the report is about.
         advice: Its summary.
         tables: Name -> table.
-        project: W&B project.
+        settings: Project, tags, and whether W&B is used.
+        heat_map: PNG of the score matrices.
     """
-    settings = WandbSettings(project=project, group=records.title, job_type="report", tags=["report"])
+    settings = replace(
+        settings, group=records.title, job_type="report", tags=[*settings.tags, "report"], study=records.title
+    )
     config: dict[str, Scalar] = {
         "scorer": records.scorer,
         "subject": records.subject,
@@ -45,7 +58,8 @@ def track_report(
     view = WandbView(
         settings=settings, run_dir=page.parent, name=f"{records.title} report", flat_config=config, domains=domains
     )
-    view.start()
+    if not view.start():
+        return
     facts: dict[str, Scalar] = {
         "report/choice": advice.choice or "none",
         "report/evidence": advice.evidence,
@@ -54,7 +68,8 @@ def track_report(
         "report/missing": len(records.entries) - len(records.done),
         **_choice(records, advice, tables),
     }
-    view.conclude(facts, {f"report/{name}": _rows(table) for name, table in tables.items()}, page=page)
+    shown = {"report/page": page} | ({"report/matrices": heat_map} if heat_map and heat_map.is_file() else {})
+    view.conclude(facts, {f"report/{name}": _rows(table) for name, table in tables.items()}, pages=shown)
 
 
 def _rows(table: pl.DataFrame) -> tuple[Sequence[str], list[list[Any]]]:

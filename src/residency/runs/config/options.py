@@ -17,7 +17,7 @@ from residency.engine.stage_overrides import StageOverrides
 from residency.inspection import Observer
 from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings
-from residency.runs.views.wandb_view import WandbSettings
+from residency.runs.views.wandb_settings import WandbSettings
 
 __all__ = [
     "add_export_options",

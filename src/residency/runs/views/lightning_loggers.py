@@ -18,7 +18,7 @@ from residency.runs.views.base import RunInfo, View
 
 __all__ = ["LoggerView"]
 
-_PLACES = ("stage", "domain", "step", "stream_step")
+_PLACES = ("stage", "domain", "step", "stream_step", "time")
 
 
 class LoggerView(View):

@@ -1,47 +1,30 @@
 """Weights & Biases as a view of the record.
 
 The truth is on disk; a failure of W&B is a warning, never the end of a run. Offline unless WANDB_MODE says otherwise.
-One W&B run per attempt: who goes on with a run replays what is on disk into a new W&B run of the same group.
+One W&B run per run, whatever number of processes and attempts makes it: they share an id (`wandb_journal`), online
+they resume it, and offline every process leaves a fragment of it, which `residency sync` uploads in their order.
 """
 
 from __future__ import annotations
 
-import base64
-import math
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from residency.core.errors import UserError
 from residency.runs.views.flat_config import Scalar
+from residency.runs.views.wandb_final import Tables, final_summary, final_tables, log_artifacts
+from residency.runs.views.wandb_journal import Journal
+from residency.runs.views.wandb_settings import WandbSettings, mode
+from residency.runs.views.wandb_values import html, keys_of, numbers, safe, safe_path
 
-__all__ = ["Scores", "WandbSettings", "WandbView"]
+__all__ = ["Scores", "WandbView"]
 
 Scores = Mapping[str, Mapping[str, float | None]]
 
-
-@dataclass(kw_only=True)
-class WandbSettings:
-    """Where a run appears on Weights & Biases.
-
-    Args:
-        project: W&B project, normally one per study.
-        group: Runs that belong together, such as the seeds of one cell; the run's name by default.
-        job_type: Role of the run in its group: train, reference, report.
-        tags: Free labels.
-        enabled: Whether W&B is used at all. WANDB_MODE (online, offline, disabled) decides how; default offline.
-    """
-
-    project: str = "residency"
-    group: str | None = None
-    job_type: str = "train"
-    tags: list[str] = field(default_factory=list)
-    enabled: bool = True
+_PLACES = ("stage", "domain", "step", "stream_step", "time")
 
 
 class WandbView:
@@ -54,6 +37,7 @@ class WandbView:
         flat_config: What `flat_config` makes of the resolved config.
         domains: Names in learning order.
         probes: Names of what is only evaluated.
+        directions: {scorer: whether higher is better}: which value of `eval/...` the summary calls the best.
     """
 
     def __init__(
@@ -65,25 +49,38 @@ class WandbView:
         flat_config: Mapping[str, Scalar],
         domains: Sequence[str],
         probes: Sequence[str] = (),
+        directions: Mapping[str, bool] | None = None,
     ) -> None:
         self.settings = settings
         self.run_dir = run_dir
         self.name = name
         self.flat_config = dict(flat_config)
-        self.keys = _keys([*domains, *probes])
+        self.keys = keys_of([*domains, *probes])
+        self.directions = dict(directions or {})
+        self.journal = Journal(run_dir, (settings.study or "", name))
         self._run: Any = None
         self._failed = False
+        self._defined: set[str] = set()
 
-    def start(self) -> None:
-        """Create the W&B run, unless W&B is switched off.
+    @property
+    def live(self) -> bool:
+        """Whether it is being written to."""
+        return self._run is not None
+
+    def start(self, *, wait: float = 60.0) -> bool:
+        """Create the W&B run, or go on with it, unless W&B is switched off or another process has it.
+
+        Args:
+            wait: Seconds to wait for another process that writes to it.
 
         Raises:
             UserError: This process has a live W&B run that is not ours and would swallow the scores of this one.
         """
-        if self.settings.enabled and _mode() != "disabled":
-            self._guarded(self._init)
+        if self._run is None and not self._failed and self.settings.active:
+            self._guarded(lambda: self._init(wait))
+        return self.live
 
-    def _init(self) -> None:
+    def _init(self, wait: float) -> None:
         import wandb
 
         if wandb.run is not None:
@@ -92,30 +89,45 @@ class WandbView:
                 why="W&B keeps one run per process, so two trainings would be mixed into one",
                 fix="call wandb.finish() first, start a process per run, or pass --wandb.enabled=false",
             )
-        if _mode() == "online":
-            # Without a key W&B asks on the terminal, and nobody may be there to answer.
-            wandb.setup(settings=wandb.Settings(login_timeout=15.0))
-        folder = Path(os.environ.get("WANDB_DIR") or self.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=self.settings.project,
-            group=self.settings.group or self.name,
-            job_type=self.settings.job_type,
-            name=self.name,
-            tags=list(self.settings.tags),
-            config=self.flat_config,
-            dir=folder,
-            mode=_mode(),  # type: ignore[arg-type]
-            # Console, code and git state may hold what must not leave the machine.
-            settings=wandb.Settings(console="off", disable_git=True, disable_code=True, save_code=False, silent=True),
-        )
+        if not self.journal.open(wait=wait):
+            return
+        try:
+            self._run = self._begin()
+        finally:
+            if self._run is None:
+                self.journal.close()
+        self.journal.begun(Path(self._run.settings.sync_dir) if mode() == "offline" else None)
         # Suffix globs only: W&B refuses "*/nll".
         for axis, shown in (("stream/step", "train/*"), ("stream/domain", "eval/*")):
             self._run.define_metric(axis)
             self._run.define_metric(shown, step_metric=axis)
 
+    def _begin(self) -> Any:
+        import wandb
+
+        if mode() == "online":
+            # Without a key W&B asks on the terminal, and nobody may be there to answer.
+            wandb.setup(settings=wandb.Settings(login_timeout=15.0))
+        folder = Path(os.environ.get("WANDB_DIR") or self.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        place = self.settings.place(self.name)
+        return wandb.init(
+            project=place.project,
+            group=place.group,
+            job_type=self.settings.job_type,
+            name=self.name,
+            tags=list(place.tags),
+            config=self.flat_config,
+            dir=folder,
+            mode=mode(),
+            id=self.journal.id,
+            resume="allow",
+            # Console, code and git state may hold what must not leave the machine.
+            settings=wandb.Settings(console="off", disable_git=True, disable_code=True, save_code=False, silent=True),
+        )
+
     def replay(self, lines: Sequence[Mapping[str, Any]], rows: Sequence[Scores]) -> None:
-        """Show what an earlier attempt has done: the lines of `history.jsonl`, and score rows 0, 1, ... so far."""
+        """Show what W&B was not told yet: the lines of `history.jsonl`, and score rows 0, 1, ... so far."""
         for row, scores in enumerate(rows):
             self.log_row(row, scores)
             for line in lines:
@@ -123,18 +135,38 @@ class WandbView:
                     self.log_step(line)
 
     def log_step(self, line: Mapping[str, Any]) -> None:
-        """Log one line of the history."""
+        """Log one line of the history, at the time at which it was written; one that is known already is left out."""
+        place = line.get("stage", 0), line.get("step", line.get("stream_step", 0))
+        if not self._wants(lambda: self.journal.step(*place)):
+            return
         axes = {"stream/step": line.get("stream_step"), "stream/domain_index": line.get("stage")}
-        rest = {k: v for k, v in line.items() if k not in ("stage", "domain", "step", "stream_step")}
-        self._log(axes | {"/".join(("train", *map(_safe, k.split("/")))): v for k, v in rest.items()})
+        told = {"_timestamp": line["time"]} if "time" in line else {}
+        rest = {f"train/{safe_path(k)}": v for k, v in line.items() if k not in _PLACES}
+        self._log(axes | told | rest)
 
     def log_row(self, row: int, scores: Scores) -> None:
-        """Log row `row` of the score matrices (0 = before training)."""
-        cells = [(self.keys.get(d), _safe(s), v) for s, means in scores.items() for d, v in means.items()]
-        self._log({"stream/domain": row} | {f"eval/{key}/{scorer}": v for key, scorer, v in cells if key})
+        """Log row `row` of the score matrices (0 = before training), unless it is known already."""
+        if not self._wants(lambda: self.journal.first(f"row {row}")):
+            return
+        cells = {
+            f"eval/{self.keys[domain]}/{safe(scorer)}": (scorer, value)
+            for scorer, means in scores.items()
+            for domain, value in means.items()
+            if domain in self.keys
+        }
+        for key, (scorer, _) in cells.items():
+            if scorer in self.directions and key not in self._defined:
+                self._defined.add(key)
+                best = "max" if self.directions[scorer] else "min"
+                self._guarded(lambda key=key, best=best: self._define(key, best))  # type: ignore[misc]
+        self._log({"stream/domain": row} | {key: value for key, (_, value) in cells.items()})
+
+    def _define(self, key: str, best: str) -> None:
+        # W&B 0.31 has no `goal`; the summary's best and last value of a metric say the same.
+        self._run.define_metric(key, step_metric="stream/domain", summary=f"{best},last")
 
     def finish(self, record: Mapping[str, Any] | None, *, exit_code: int, heat_map: Path | None = None) -> None:
-        """Log what is final and end the W&B run, whatever happens.
+        """Log what is final and end the W&B run, or this process's part of it, whatever happens.
 
         Args:
             record: The finished record, `None` if the run did not get that far.
@@ -142,58 +174,55 @@ class WandbView:
             heat_map: A PNG to show beside the table of scores.
         """
         try:
-            if record is not None and self._run is not None and not self._failed:
+            if record is not None and self.live and not self._failed:
                 self._guarded(lambda: self._log_final(record, heat_map))
         finally:
             run, self._run = self._run, None
-            self._guarded(lambda: run and run.finish(exit_code=exit_code))
+            if run is not None:
+                self._guarded(lambda: _end(run, exit_code))
+                self.journal.close()
 
-    def conclude(
-        self,
-        facts: Mapping[str, Scalar],
-        tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]],
-        *,
-        page: Path | None = None,
-    ) -> None:
+    def conclude(self, facts: Mapping[str, Scalar], tables: Tables, *, pages: Mapping[str, Path] | None = None) -> None:
         """Log what a report says and end its W&B run.
 
         Args:
             facts: Entries of the summary.
             tables: Key -> (columns, rows).
-            page: A self-contained HTML page.
+            pages: Key -> a self-contained HTML page, or a PNG.
         """
 
         def log() -> None:
-            import wandb
+            self._run.summary.update({safe_path(key): value for key, value in facts.items()})
+            self._log_tables(tables)
+            for key, page in (pages or {}).items():
+                self._run.log({key: html(page)})
 
-            self._run.summary.update({"/".join(map(_safe, key.split("/"))): value for key, value in facts.items()})
-            for key, (columns, rows) in tables.items():
-                # Mixed, because a column may hold numbers and gaps.
-                self._run.log({key: wandb.Table(columns=list(columns), data=list(rows), allow_mixed_types=True)})
-            if page is not None:
-                self._run.log({"report/page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-
-        if self._run is not None and not self._failed:
+        if self.live and not self._failed:
             self._guarded(log)
         self.finish(None, exit_code=0)
 
     def _log_final(self, record: Mapping[str, Any], heat_map: Path | None) -> None:
+        self._run.summary.update(numbers(final_summary(record)))
+        if "finished" in self.journal.done:
+            return
+        self._log_tables(final_tables(record))
+        if heat_map is not None:
+            self._run.log({"heat_map": html(heat_map)})
+        log_artifacts(self._run, record, self.run_dir, self.settings)
+        self.journal.first("finished")
+
+    def _log_tables(self, tables: Tables) -> None:
         import wandb
 
-        for scorer, metrics in (record.get("summary") or {}).items():
-            final = {f"final/{_safe(scorer)}/{_safe(name)}": value for name, value in metrics.items()}
-            self._run.summary.update(_numbers(final))
-        columns = ["row", "after", "domain", "scorer", "score"]
-        self._run.log({"R": wandb.Table(columns=columns, data=list(_cells(record)))})
-        if heat_map is not None:
-            # wandb.Image needs Pillow, which nothing else here does.
-            png = base64.b64encode(heat_map.read_bytes()).decode()
-            html = f'<img alt="score matrix" style="max-width:100%" src="data:image/png;base64,{png}">'
-            self._run.log({"heat_map": wandb.Html(html, inject=False)})
+        for key, (columns, rows) in tables.items():
+            # Mixed, because a column may hold numbers and gaps.
+            self._run.log({key: wandb.Table(columns=list(columns), data=list(rows), allow_mixed_types=True)})
+
+    def _wants(self, new: Callable[[], bool]) -> bool:
+        return self.live and not self._failed and new()
 
     def _log(self, values: Mapping[str, Any]) -> None:
-        if self._run is not None and not self._failed:
-            self._guarded(lambda: self._run.log(_numbers(values)))
+        self._guarded(lambda: self._run.log(numbers(values)))
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Do something with W&B; its failure is told once and ends the view, not the training."""
@@ -207,36 +236,10 @@ class WandbView:
                 warnings.warn(f"W&B failed and is left out from here on: {error!r}", RuntimeWarning, stacklevel=4)
 
 
-def _mode() -> str:
-    # An agent that has started this process waits for a run on its server.
-    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_SWEEP_ID") else "offline")
+def _end(run: Any, exit_code: int) -> None:
+    import wandb
 
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """What is a number: null and NaN are missing, text and booleans are no metrics."""
-    return {k: v for k, v in values.items() if type(v) in (int, float) and not math.isnan(v)}
-
-
-def _safe(name: object) -> str:
-    """A name W&B accepts in a key: letters, digits, underscores."""
-    return re.sub(r"[^A-Za-z0-9_]+", "_", str(name))[:60].strip("_") or "unnamed"
-
-
-def _keys(names: Iterable[str]) -> dict[str, str]:
-    """Each name's key; names that look the same to W&B are numbered."""
-    keys: dict[str, str] = {}
-    for name in names:
-        key = _safe(name)
-        candidates = (key if number == 1 else f"{key}_{number}" for number in count(1))
-        keys[name] = next(candidate for candidate in candidates if candidate not in keys.values())
-    return keys
-
-
-def _cells(record: Mapping[str, Any]) -> Iterator[list[Any]]:
-    """The score matrices as rows of a table; a missing score stays empty."""
-    columns = [*record["domains"], *(record.get("probes") or [])]
-    after = ["base", *record["domains"]]
-    for scorer, entry in (record.get("scores") or {}).items():
-        for row, values in enumerate(entry["R"]):
-            for name, value in zip(columns, values, strict=False):
-                yield [row, after[row], name, scorer, value]
+    run.finish(exit_code=exit_code)
+    if mode() == "offline":
+        # `finish` returns before an offline log is wholly on disk; the end of W&B's service waits for it.
+        wandb.teardown()

@@ -128,7 +128,7 @@ def prepare(
         place = {"id": cell.id, "axes": dict(cell.axes), "seed": cell.seed, "reference": cell.reference}
         entries.append({**place, "written": said, "domains": entry["domains"], "stages": entry["stages"]})
     stage_cache = Store(store)
-    tree = build_tree(missing, folder=folder / "cells", store=stage_cache, status=folder / "status")
+    tree = build_tree(missing, study=study.name, folder=folder / "cells", store=stage_cache, status=folder / "status")
     counts = count_stages([entry["stages"] for entry in entries], tree)
     return Prepared(
         study=study,

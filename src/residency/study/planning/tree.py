@@ -67,16 +67,17 @@ class Tree:
     grid: list[GridCell] = field(default_factory=list)
 
 
-def build_tree(cells: Sequence[Resolved], *, folder: Path, store: Store, status: Path) -> Tree:
+def build_tree(cells: Sequence[Resolved], *, study: str, folder: Path, store: Store, status: Path) -> Tree:
     """What has to be done for cells that are not complete.
 
     Args:
         cells: The cells, in the order of the study.
+        study: Its name.
         folder: Where their folders lie.
         store: Where the stages lie; what is there is not made again.
         status: Folder for the tasks' status files.
     """
-    builder = _Builder(folder, store, status)
+    builder = _Builder(study, folder, store, status)
     # Whoever scores most columns comes first and does it for those that share the state.
     for cell in sorted(cells, key=lambda c: -len(c.stage_cache.runner.data.columns)):
         builder.add(cell)
@@ -87,7 +88,8 @@ def build_tree(cells: Sequence[Resolved], *, folder: Path, store: Store, status:
 
 
 class _Builder:
-    def __init__(self, folder: Path, store: Store, status: Path) -> None:
+    def __init__(self, study: str, folder: Path, store: Store, status: Path) -> None:
+        self.study = study
         self.folder = folder
         self.store = store
         self.status = status
@@ -107,10 +109,7 @@ class _Builder:
             path.append(found[-1] if found else None)
             shared.append(not new)
             every += found
-        words = ["--wandb.group", cell.cell.id.removesuffix(f"-s{cell.cell.seed}")]
-        if (cell.config.get("wandb") or {}).get("group") is not None:
-            words = []
-        task = self._task(f"cell-{digest(cell.cell.id)[:16]}", cell, None, words=words)
+        task = self._task(f"cell-{digest(cell.cell.id)[:16]}", cell, None)
         task = replace(task, needs=tuple(dict.fromkeys(every)))
         needs = [Need(node=one) for one in task.needs]
         title = f"{cell.cell.id}: record"
@@ -169,13 +168,11 @@ class _Builder:
         scores = k if evaluate else None
         return Node(task=task, title=title, needs=needs, cells=[cell.cell.id], trains=trains, scores=scores)
 
-    def _task(
-        self, name: str, cell: Resolved, until: int | None, *, evaluate: bool = True, words: Sequence[str] = ()
-    ) -> Task:
+    def _task(self, name: str, cell: Resolved, until: int | None, *, evaluate: bool = True) -> Task:
         run = self.folder / cell.cell.id
-        line = ["--config", str(run / "config.yaml"), "--run_dir", str(run), "--store", str(self.store.path), *words]
+        line = ["--config", str(run / "config.yaml"), "--run_dir", str(run), "--store", str(self.store.path)]
         spec = {
-            "words": line,
+            "words": [*line, *self._place(cell)],
             "until": until,
             "evaluate": evaluate,
             "status": str(self.status / f"{name}.json"),
@@ -183,6 +180,14 @@ class _Builder:
         }
         needs_device = until is not None and cell.stage_cache.runner.trainers.root_device.type == "cuda"
         return Task(id=name, spec=spec, resources=Resources(gpus=int(needs_device)))
+
+    def _place(self, cell: Resolved) -> list[str]:
+        """Where W&B shows a cell, as far as its config does not say it."""
+        given = cell.config.get("wandb") or {}
+        words = ["--wandb.study", self.study]
+        if given.get("group") is None:
+            words += ["--wandb.group", cell.cell.id.removesuffix(f"-s{cell.cell.seed}")]
+        return words + (["--wandb.job_type", "reference"] if cell.cell.reference is not None else [])
 
     # -- what is there ------------------------------------------------------------------------------------------
 

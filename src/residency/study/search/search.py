@@ -161,7 +161,9 @@ class StudySearch:
     def _run(self, jobs: Sequence[_Job], stage: int | None, title: str) -> None:
         """Bring jobs to a stage, or to their end."""
         cells = [cell for job in jobs for cell in job.cells if self._run_folder(cell).results() is None]
-        tree = build_tree(cells, folder=self.cells, store=self.store, status=self.folder / "status")
+        tree = build_tree(
+            cells, study=self.study.name, folder=self.cells, store=self.store, status=self.folder / "status"
+        )
         tree = tree if stage is None else upto(tree, stage)
         if not tree.nodes:
             return

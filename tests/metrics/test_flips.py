@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from residency.metrics.flips import paired_change
+from residency.metrics.flips import flip_rates, paired_change
 
 
 def test_flips_by_hand() -> None:
@@ -55,3 +55,30 @@ def test_refusals() -> None:
         paired_change([1], [1, 0], higher_is_better=True)
     with pytest.raises(ValueError, match="at least one"):
         paired_change([], [], higher_is_better=True)
+
+
+# -- flip rates over seeds --------------------------------------------------------------------------------------------
+
+
+def test_flip_rates_are_means_over_domains_and_their_difference_is_the_change() -> None:
+    before = {"a": [1, 1, 0, 0], "b": [1, 0]}
+    after = {"a": [0, 1, 1, 1], "b": [1, 1]}
+    found = flip_rates([(before, after), (before, before)])
+    assert found.lost.estimate == pytest.approx((0.25 + 0) / 2 / 2)
+    assert found.gained.estimate == pytest.approx((0.5 + 0.5) / 2 / 2)
+    change = np.mean([np.mean(after["a"]) - np.mean(before["a"]), np.mean(after["b"]) - np.mean(before["b"])]) / 2
+    assert found.gained.estimate - found.lost.estimate == pytest.approx(change)
+    assert found.p == (pytest.approx(scipy.stats.binomtest(1, 4).pvalue), 1.0)
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 8])
+def test_intervals_of_flip_rates_cover_also_where_rows_are_shared(seeds: int) -> None:
+    """Rows flip with a chance of their own, the same under all seeds: nested resampling would be too sure of it."""
+    hits, trials = 0, 300
+    for trial in range(trials):
+        draw = np.random.default_rng(trial)
+        chance = draw.beta(2, 2, size=120)
+        pairs = [({"a": np.ones(120)}, {"a": (draw.random(120) >= chance).astype(float)}) for _ in range(seeds)]
+        found = flip_rates(pairs).lost
+        hits += found.low <= 0.5 <= found.high
+    assert 0.91 <= hits / trials <= 0.985

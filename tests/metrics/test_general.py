@@ -10,7 +10,7 @@ import pytest
 
 from residency.metrics import anytime, general, learning_check
 from residency.metrics.anytime import learning_curve_area, stability_gap
-from residency.metrics.general import ability_deltas, preference_delta
+from residency.metrics.general import ability_deltas
 from residency.metrics.learning_check import learning_gain, plasticity_warnings
 
 nan = math.nan
@@ -78,13 +78,6 @@ def test_a_missing_benchmark_is_listed_and_never_averaged_over(gap: float | None
     nothing = ability_deltas({}, {}, higher_is_better=True)
     assert math.isnan(nothing.mean)
     assert nothing.worst is None
-
-
-def test_preferences() -> None:
-    assert preference_delta(win=10, lose=10, total=50) == 0.0
-    assert preference_delta(win=50, lose=0, total=50) == 100.0
-    with pytest.raises(ValueError, match="fit together"):
-        preference_delta(win=30, lose=30, total=50)
 
 
 def test_area_under_the_learning_curve() -> None:

@@ -9,10 +9,10 @@ from itertools import product
 import numpy as np
 import pytest
 import scipy.stats
-from statsmodels.stats import contingency_tables, multitest, proportion
+from statsmodels.stats import contingency_tables, multitest
 
 from residency.metrics import example_level, statistics
-from residency.metrics.example_level import mcnemar, noise_floor, wilson_interval
+from residency.metrics.example_level import mcnemar
 from residency.metrics.statistics import (
     effect_size,
     holm,
@@ -72,24 +72,6 @@ def test_one_value_has_no_interval() -> None:
     assert math.isnan(interval.high)
     assert math.isnan(t_interval([]).estimate)
     assert math.isnan(t_interval([0.5, nan, 0.7]).low)
-
-
-@pytest.mark.parametrize(("successes", "n"), [(0, 7), (3, 10), (10, 10), (481, 500)])
-def test_wilson_interval_equals_statsmodels(successes: int, n: int) -> None:
-    interval = wilson_interval(successes=successes, n=n, level=0.9)
-    low, high = proportion.proportion_confint(successes, n, alpha=0.1, method="wilson")
-    assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-12)
-    with pytest.raises(ValueError, match="successes"):
-        wilson_interval(successes=n + 1, n=n)
-
-
-def test_noise_floor_falls_with_the_root_of_n() -> None:
-    small, large = noise_floor([1, 0] * 50), noise_floor([1, 0] * 5000)
-    assert small / large == pytest.approx(10, rel=0.02)
-    assert noise_floor([1] * 20) > 0.05
-    nats = draw(0, 400)
-    assert noise_floor(nats) == pytest.approx(1.96 * nats.std(ddof=1) / 20, rel=0.01)
-    assert noise_floor(nats - nats) == 0.0 or noise_floor([0.5, 0.5, 0.5]) == 0.0
 
 
 # -- aggregates -------------------------------------------------------------------------------------------------------

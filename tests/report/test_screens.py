@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from residency.core.errors import UserError
 from residency.report.evidence.of_records import findings_of
 from residency.report.gate import Limit, judge
+from residency.report.gate_command import gate_command
 from residency.report.page.build import Report, write_report
 from residency.report.records.records import read_records
 from residency.report.tables.console import methods_table, spoken
+from residency.study.api import load_run
 from support.synthetic_studies import QUICKSTART, write_study
 
 BASE = [[5.0, 5.0], [1.0, 5.0], [3.0, 1.0]]
@@ -115,3 +118,44 @@ def test_the_first_screen_names_the_domains_of_a_task_score(tmp_path: Path) -> N
     assert "accuracy, higher is better" in hero
     assert "medical, code" in hero
     assert "general ability" in hero
+
+
+def test_a_damaged_file_of_scores_is_said_on_every_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    matrices = {"none": BASE, "x": [[5.0, 5.0], [1.0, 5.0], [1.1, 1.0]]}
+    folder = write_study(tmp_path / "s", matrices, domains=("a", "b"), seeds=range(3))
+    file = next((folder / "cells").glob("x-*1/stages/2-*/scores.parquet"))
+    file.write_bytes(file.read_bytes()[:-40] + b"\0" * 40)
+    report = Report.of(read_records([folder]))
+    (said,) = (text for text in report.advice.limits if text.startswith("Damaged"))
+    assert "x-s1 (stage 2)" in said
+    page = write_report(report, tmp_path / "report").read_text()
+    assert "x-s1 (stage 2)" in unescape(page)
+    assert "x-s1 (stage 2)" in spoken(report.advice)
+    bases = {row["method"]: row["interval"] for row in report.frames.methods.to_dicts() if row["role"] == "train"}
+    assert (bases["none"], bases["x"]) == ("seeds and rows", "seeds")
+    assert gate_command([str(folder), "--max", "forgetting=9", "--json", str(tmp_path / "gate.json")]) == 0
+    assert "x-s1 (stage 2)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "gate.json").read_text())["damaged"] == {"x-s1": [2]}
+    with pytest.raises(UserError, match=r"scores\.parquet"):
+        load_run(file.parents[2])
+
+
+def test_answers_that_changed_sides_are_counted_on_the_page(tmp_path: Path) -> None:
+    """Known truth: the synthetic answers are right by rank, so that a lower accuracy only loses."""
+    matrices = {"none": BASE, "x": [[5.0, 5.0], [1.0, 5.0], [1.1, 1.0]]}
+    folder = write_study(tmp_path / "s", matrices, domains=("a", "b"), seeds=range(3), spread=0.0)
+    report = Report.of(read_records([folder]))
+    rows = {(r["method"], r["from"]): r for r in report.frames.flips.to_dicts()}
+    assert {*rows} == {("none", "itself, just learnt"), ("x", "itself, just learnt"), ("x", "none")}
+    own = rows["none", "itself, just learnt"]
+    accuracy = {e.record["axes"]["mitigation"]: e.record["scores"]["accuracy"]["R"] for e in report.records.done}
+    lost = accuracy["none"][1][0] - accuracy["none"][2][0]
+    assert own["right to wrong"] - own["wrong to right"] == pytest.approx(lost)
+    assert (own["domains"], own["seeds"], own["interval"]) == ("a", 3, "seeds and rows")
+    against = rows["x", "none"]
+    gain = sum(accuracy["x"][2]) / 2 - sum(accuracy["none"][2]) / 2
+    assert against["wrong to right"] - against["right to wrong"] == pytest.approx(gain)
+    assert against["wrong to right, low"] <= against["wrong to right"] <= against["wrong to right, high"]
+    page = write_report(report, tmp_path / "report").read_text()
+    assert "Answers that changed sides" in page
+    assert f"{own['right to wrong']:.1%}" in page

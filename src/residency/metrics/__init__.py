@@ -5,7 +5,7 @@ numbers can be trusted), `cost`. A new metric of the matrix is one file in `defi
 """
 
 from residency.metrics.anytime import learning_curve_area, stability_gap
-from residency.metrics.general import AbilityDeltas, ability_deltas, preference_delta
+from residency.metrics.general import AbilityDeltas, ability_deltas
 from residency.metrics.learning_check import learning_gain, plasticity_warnings
 from residency.metrics.matrix import (
     anytime_average,
@@ -74,7 +74,6 @@ __all__ = [
     "perplexity_forgetting",
     "plasticity",
     "plasticity_warnings",
-    "preference_delta",
     "relative_forgetting",
     "remembering",
     "stability",

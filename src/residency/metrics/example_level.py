@@ -2,52 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-from residency.metrics.statistics import Interval, t_interval, vector
+from residency.metrics.statistics import vector
 
-__all__ = ["mcnemar", "noise_floor", "wilson_interval"]
-
-
-def wilson_interval(*, successes: float, n: int, level: float = 0.95) -> Interval:
-    """Interval of a share, right also at 0 and 1 (Wilson 1927).
-
-    >>> interval = wilson_interval(successes=10, n=10)
-    >>> round(interval.low, 3), round(interval.high, 3)
-    (0.722, 1.0)
-    """
-    if not 0 <= successes <= n or n < 1:
-        raise ValueError(f"{successes} successes of {n}: give 0 <= successes <= n, n >= 1")
-    z = float(scipy.stats.norm.ppf((1 + level) / 2))
-    share, shrink = successes / n, 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    ends = {"low": max(0.0, centre - half), "high": min(1.0, centre + half)}
-    return Interval(estimate=share, **ends, level=level, method="wilson", n=n)
-
-
-def noise_floor(scores: npt.ArrayLike, *, level: float = 0.95) -> float:
-    """How far the mean of an evaluation set of this size can be off by the choice of its examples alone.
-
-    Half-width of the interval of the mean: Wilson for scores of 0 and 1, Student otherwise. Two models whose scores
-    differ by less cannot be told apart by this set, however many seeds are run. Given the (n,) per-example
-    *differences* of two models instead of scores, it is the floor of their paired difference.
-
-    Args:
-        scores: (n,) per-example scores, or differences.
-        level: Coverage.
-
-    >>> round(noise_floor([1, 0] * 50), 3)
-    0.096
-    """
-    x = vector(scores, "scores")
-    if x.size and np.isin(x, (0.0, 1.0)).all():
-        return wilson_interval(successes=float(x.sum()), n=x.size, level=level).half_width
-    return t_interval(x, level=level).half_width
+__all__ = ["mcnemar"]
 
 
 def mcnemar(a: npt.ArrayLike, b: npt.ArrayLike) -> float:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import scipy.stats  # type: ignore[import-untyped]
 
-from residency.metrics.bootstrap import bootstrap_interval
+from residency.metrics.crossed import Crossed, crossed, influence
 from residency.metrics.example_level import mcnemar
 from residency.metrics.statistics import FloatArray, sign_flip, vector
 
-__all__ = ["PairedChange", "paired_change"]
+__all__ = ["FlipRates", "PairedChange", "flip_rates", "paired_change"]
 
 _MANY = 1000  # rows; from here on the mean of differences is normal, and sign patterns cost memory
 
@@ -26,7 +27,7 @@ class PairedChange:
         before: Mean score of the first model, weighted.
         after: Of the second.
         change: after - before, in the score's own direction.
-        low: Lower end of the 95 % interval of the change, by a bootstrap over rows; NaN below 2 rows.
+        low: Lower end of the 95 % interval of the change, over rows (not over seeds); NaN below 2 rows.
         high: Its upper end.
         p: Two-sided: exact McNemar for scores of 0 and 1, else sign flips of the rows' differences, from 1,000 rows on
             the paired t-test.
@@ -64,7 +65,7 @@ def paired_change(
         after: (n,) scores of the second, the same rows in the same order.
         higher_is_better: Orientation; decides what is worse, not the sign of the change.
         weights: (n,) of the rows in the mean; equal by default.
-        seed: Of the bootstrap and of sign flips that are too many to try.
+        seed: Of sign flips that are too many to try.
 
     Raises:
         ValueError: Not the same number of rows, or none.
@@ -79,10 +80,7 @@ def paired_change(
     w = np.ones_like(x) if weights is None else vector(weights, "weights")
     means = [float(np.average(v, weights=w)) for v in (x, y)]
     gain = (y - x) if higher_is_better else (x - y)
-    low = high = float("nan")
-    if x.size > 1:
-        interval = bootstrap_interval([[y - x]], weights=[[w]], seed=seed)
-        low, high = interval.low, interval.high
+    found = crossed([means[1] - means[0]], [{"rows": influence(y - x, w)}])
     test, p = _paired_test(x, y, seed)
     order = np.argsort(gain, kind="stable")
     return PairedChange(
@@ -90,8 +88,8 @@ def paired_change(
         before=means[0],
         after=means[1],
         change=means[1] - means[0],
-        low=low,
-        high=high,
+        low=found.low,
+        high=found.high,
         p=p,
         test=test,
         worse=float((gain < 0).mean()),
@@ -109,3 +107,49 @@ def _paired_test(x: FloatArray, y: FloatArray, seed: int) -> tuple[str, float]:
     if x.size < _MANY:
         return "sign_flip", float(sign_flip(y - x, seed=seed).p)
     return "paired_t", float(scipy.stats.ttest_rel(y, x).pvalue)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlipRates:
+    """Right and wrong answers of two methods on the same rows, over seeds.
+
+    Args:
+        lost: Share of rows that were right and are wrong: negative flips, mean over domains, then over seeds.
+        gained: Share of rows that were wrong and are right: positive flips. Their difference is the change of accuracy.
+        p: Seed by seed, the exact McNemar p over all its rows: of two trained models, not of two methods.
+    """
+
+    lost: Crossed
+    gained: Crossed
+    p: tuple[float, ...]
+
+
+Answers = Mapping[str, npt.ArrayLike]
+
+
+def flip_rates(pairs: Sequence[tuple[Answers, Answers]]) -> FlipRates:
+    """Flip rates with 95 % intervals over seeds and rows, which are crossed: every seed answers the same rows.
+
+    Args:
+        pairs: Per seed (before, after): domain -> (R,) scores of 0 or 1, the same rows in the same order everywhere.
+
+    Raises:
+        ValueError: No seed, a score that is neither 0 nor 1, or other rows.
+
+    >>> found = flip_rates([({"a": [1, 1, 0, 0]}, {"a": [0, 1, 1, 1]})])
+    >>> found.lost.estimate, found.gained.estimate
+    (0.25, 0.5)
+    """
+    lost: list[dict[str, FloatArray]] = []
+    gained: list[dict[str, FloatArray]] = []
+    tests = []
+    for before, after in pairs:
+        share = 1 / max(1, len(before))
+        x, y = ({name: vector(own, name) for name, own in answers.items()} for answers in (before, after))
+        tests.append(mcnemar(np.concatenate([*x.values()]), np.concatenate([y[name] for name in x])))
+        lost.append({name: share * ((x[name] == 1) & (y[name] == 0)).astype(np.float64) for name in x})
+        gained.append({name: share * ((x[name] == 0) & (y[name] == 1)).astype(np.float64) for name in x})
+    rates = [
+        crossed([sum(float(part.mean()) for part in own.values()) for own in side], side) for side in (lost, gained)
+    ]
+    return FlipRates(lost=rates[0], gained=rates[1], p=tuple(tests))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["AbilityDeltas", "ability_deltas", "preference_delta"]
+__all__ = ["AbilityDeltas", "ability_deltas"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +57,6 @@ def ability_deltas(
         worst=worst if complete else None,
         missing=missing,
     )
-
-
-def preference_delta(*, win: float, lose: float, total: float) -> float:
-    """ΔR^S = 100 · (win - lose)/total, in percent; ties count for nobody (Wang et al. 2023, TRACE, safety).
-
-    >>> preference_delta(win=30, lose=50, total=100)
-    -20.0
-    """
-    if not (total > 0 and win >= 0 and lose >= 0 and win + lose <= total):
-        raise ValueError(f"{win} wins and {lose} losses of {total}: give counts that fit together")
-    return 100.0 * (win - lose) / total
 
 
 def _number(value: float | None) -> float:

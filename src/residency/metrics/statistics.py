@@ -2,7 +2,7 @@
 
 The unit of every test is the **seed**: one value per seed (and order), paired between methods by seed, order and data
 split. Examples of one evaluation set are no independent repetitions of training: they are a second sample, crossed with
-the seeds (`residency.report.evidence.crossed`). What may be said about a difference: `residency.report.evidence`.
+the seeds (`residency.metrics.crossed`). What may be said about a difference: `residency.report.evidence`.
 
 NaN in, NaN out: a missing value is never dropped here. Decide what to leave out before, and say so.
 Not imported by `residency.metrics`, because scipy.stats takes a second to load.
@@ -48,7 +48,7 @@ class Interval:
         low: Lower end; NaN where the data allow none.
         high: Upper end.
         level: Coverage, for example 0.95.
-        method: `t`, `wilson`, `percentile` or `BCa`.
+        method: `t`.
         n: Number of independent units (seeds, or examples of one set).
     """
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from residency.core.errors import UserError
 from residency.core.text import printable
+from residency.metrics.crossed import Crossed, crossed
 from residency.metrics.discovery import printed_sign
-from residency.report.evidence.crossed import Crossed, crossed
 from residency.report.evidence.samples import METRICS, RowScores, Sample, columns_with, combined, sample_of
 from residency.report.records.records import Entry
 

@@ -13,6 +13,7 @@ from residency.core.errors import EXIT_CROSSED, EXIT_DONE, UserError
 from residency.core.text import printable
 
 if TYPE_CHECKING:
+    from residency.report.evidence.samples import RowScores
     from residency.report.gate import Judged
     from residency.report.records.records import Entry
 
@@ -43,10 +44,12 @@ def gate_command(words: list[str]) -> int:
         Exit code.
     """
     options = _parser().parse_args(words)
-    judged = _judged(options.folder, options.max, options.min, options.scorer, options.against)
+    judged, rows = _judged(options.folder, options.max, options.min, options.scorer, options.against)
     for one in judged:
         print(one.line())
-    content = _content(judged)
+    if (damaged := rows.told()) is not None:
+        print(f"mind     {damaged}")
+    content = _content(judged, rows)
     if options.json is not None:
         options.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return EXIT_DONE if content["passed"] else EXIT_CROSSED
@@ -71,22 +74,22 @@ def gate(
 
     Returns:
         {"passed", "limits": [{"limit", "kind", "scorer", "metric", "bound", "method", "against", "value", "noise",
-        "basis", "state"}]}, as `--json` writes it.
+        "basis", "state"}], "damaged": {cell: [stage]} whose rows could not be read}, as `--json` writes it.
 
     Raises:
         UserError: A limit names nothing that was measured.
     """
-    return _content(_judged(Path(folder), max, min, scorer, against))
+    return _content(*_judged(Path(folder), max, min, scorer, against))
 
 
-def _content(judged: Sequence[Judged]) -> dict[str, Any]:
+def _content(judged: Sequence[Judged], rows: RowScores) -> dict[str, Any]:
     bad = any(one.state in ("crossed", "not measured") for one in judged)
-    return {"passed": not bad, "limits": [one.as_json() for one in judged]}
+    return {"passed": not bad, "limits": [one.as_json() for one in judged], "damaged": rows.damaged}
 
 
 def _judged(
     folder: Path, most: Sequence[str], least: Sequence[str], scorer: str | None, against: str | None
-) -> list[Judged]:
+) -> tuple[list[Judged], RowScores]:
     # Behind the parser: the help answers at once.
     from residency.report.evidence.samples import RowScores
     from residency.report.gate import judge, parse_limit
@@ -104,12 +107,13 @@ def _judged(
     methods = dict(found.methods)
     name, baseline = _baseline(against, methods, scorer)
     rows = RowScores()
-    return [
+    judged = [
         judge(limit, method=method, runs=runs, scorer=found.scorer, baseline=baseline, against=name, rows=rows)
         for limit in limits
         for method, runs in methods.items()
         if method != name
     ]
+    return judged, rows
 
 
 def _parser() -> argparse.ArgumentParser:

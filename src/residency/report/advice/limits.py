@@ -22,6 +22,8 @@ def limits(case: Case) -> Iterator[str]:
     """Sentences in order of weight."""
     records, trained, ranked = case.records, list(case.arms), case.ranked
     done = [arm for arm in trained if arm.done]
+    if damaged := case.findings.study.rows.told():
+        yield damaged
     if done:
         yield from _seeds(case, min(len(arm.done) for arm in done))
         yield from _tokenizers(case)

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from residency.metrics.crossed import Crossed, Parts, crossed
 from residency.metrics.statistics import effect_size, holm, sign_flip
-from residency.report.evidence.crossed import Crossed, Parts, crossed
 
 __all__ = ["ALPHA", "LEAST_SEEDS", "Claim", "Evidence", "Word", "decide"]
 

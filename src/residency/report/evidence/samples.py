@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from residency.report.evidence.crossed import FloatArray, Parts, influence
+from residency.core.parquet_files import ParquetRefused
+from residency.core.text import printable
+from residency.metrics.crossed import FloatArray, Parts, influence
 from residency.report.records.records import Entry
 
 __all__ = ["METRICS", "RowScores", "Sample", "columns_with", "combined", "sample_of"]
@@ -47,8 +49,9 @@ class _Term(NamedTuple):
 
 @dataclass
 class RowScores:
-    """Scores of single rows, read once per stage of a run."""
+    """Scores of single rows, read once per stage of a run; files that cannot be read are remembered by cell."""
 
+    damaged: dict[str, list[int]] = field(default_factory=dict)
     _read: dict[tuple[Path, int], dict[tuple[str, str], _Scored]] = field(default_factory=dict)
     enabled: bool = True
 
@@ -56,8 +59,26 @@ class RowScores:
         """(values, weights) of a column after a stage; `None` where they are not at hand."""
         key = (entry.folder, stage)
         if key not in self._read:
-            self._read[key] = _by_column(entry.examples(stage) if self.enabled else None)
+            self._read[key] = self._by_column(entry, stage) if self.enabled else {}
         return self._read[key].get((scorer, column))
+
+    def _by_column(self, entry: Entry, stage: int) -> dict[tuple[str, str], _Scored]:
+        try:
+            return _by_column(entry.examples(stage))
+        except (OSError, ParquetRefused):
+            self.damaged.setdefault(printable(entry.record.get("cell", "?")), []).append(stage)
+            return {}
+
+    def told(self) -> str | None:
+        """What must be said about files that could not be read; `None` if there were none."""
+        if not self.damaged:
+            return None
+        cells = [f"{cell} (stage {', '.join(map(str, sorted(own)))})" for cell, own in list(self.damaged.items())[:3]]
+        more = f" and {len(self.damaged) - 3} more cells" if len(self.damaged) > 3 else ""
+        return (
+            f"Damaged: scores.parquet of {', '.join(cells)}{more}. Means are those of the records; what needs single "
+            "test rows is judged without them. The command that made the run makes them again."
+        )
 
 
 def columns_with(entries: Sequence[Entry], scorer: str) -> tuple[str, ...]:

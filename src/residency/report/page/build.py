@@ -34,7 +34,14 @@ from residency.report.page.matrix_viewer import viewer_data
 from residency.report.records.arms import Arm, arms_of
 from residency.report.records.records import Records, read_records
 from residency.report.tables.frames import Frames, frames_of
-from residency.report.tables.html_tables import Grid, comparisons_grid, domains_grid, first_grid, methods_grid
+from residency.report.tables.html_tables import (
+    Grid,
+    comparisons_grid,
+    domains_grid,
+    first_grid,
+    flips_grid,
+    methods_grid,
+)
 from residency.report.tables.provenance import configs, missing, provenance
 from residency.report.tables.published import Published, published
 
@@ -160,6 +167,7 @@ def _page(
         "methods_note": _methods_note(report, unit, higher),
         "scores": _with_json(_first(report)),
         "comparisons": _with_json(comparisons_grid(frames.comparisons.to_dicts())),
+        "flips": _with_json(flips_grid(frames.flips.to_dicts())),
         "domains": _with_json(domains_grid(frames.domains.to_dicts())),
         "missing": _with_json(missing(records)),
         "count": len(records.entries),

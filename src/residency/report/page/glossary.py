@@ -19,5 +19,8 @@ WORDS = {
     "evidence": "Better or worse: the paired difference to the baseline is shown by a t-test, corrected for everything "
     "this page compares (Holm). Not shown: tested, and it may be chance. One seed: not tested.",
     "noise floor": "How far the choice of test rows alone can move a paired difference.",
+    "right to wrong, wrong to right": "Flip rates: the share of test rows whose answer changed sides. Their difference "
+    "is the change of accuracy; both may be large where it is small. McNemar's test asks whether the two are equal, of "
+    "two trained models.",
     "exact sign-flip test": "Of n seeds the smallest two-sided p is 2/2ⁿ: five seeds cannot reach .05.",
 }

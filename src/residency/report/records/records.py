@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from residency.core.errors import UserError
-from residency.core.parquet_files import ParquetRefused, read_parquet
+from residency.core.parquet_files import read_parquet
 from residency.core.text import for_terminal
 from residency.core.yaml_files import parse_yaml
 from residency.runs.views.flat_config import flat_config
@@ -58,16 +58,18 @@ class Entry:
         return content if isinstance(content, dict) else {}
 
     def examples(self, stage: int) -> pl.DataFrame | None:
-        """The per-example scores after a stage (0 = before training): column, row, scorer, value, tokens."""
+        """The per-example scores after a stage (0 = before training): column, row, scorer, value, tokens.
+
+        Raises:
+            ParquetRefused: The file is damaged; `None` is only where there is none.
+            OSError: It cannot be read.
+        """
         found = sorted((self.folder / "stages").glob(f"{stage}-*/scores.parquet"))
-        try:
-            frame = read_parquet(found[0]) if found else None
-            if frame is None or "column" not in frame.columns:
-                return frame
-            names = [name for name in frame["column"].unique() if isinstance(name, str) and not name.isprintable()]
-            return frame.with_columns(pl.col("column").replace({name: for_terminal(name) for name in names}))
-        except (OSError, ParquetRefused):
-            return None
+        frame = read_parquet(found[0]) if found else None
+        if frame is None or "column" not in frame.columns:
+            return frame
+        names = [name for name in frame["column"].unique() if isinstance(name, str) and not name.isprintable()]
+        return frame.with_columns(pl.col("column").replace({name: for_terminal(name) for name in names}))
 
     def history(self) -> list[dict[str, Any]]:
         """The logged steps; what a kill cut off is left out."""

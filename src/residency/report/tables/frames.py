@@ -10,9 +10,9 @@ from typing import Any
 
 import polars as pl
 
+from residency.metrics.crossed import Crossed, crossed
 from residency.metrics.discovery import matrix_metrics
 from residency.report.advice.case import Case
-from residency.report.evidence.crossed import Crossed, crossed
 from residency.report.evidence.decision import Evidence
 from residency.report.evidence.findings import Findings
 from residency.report.evidence.samples import columns_with
@@ -21,6 +21,7 @@ from residency.report.records.arms import Arm
 from residency.report.records.records import Records
 from residency.report.records.reference_runs import beside_references, reference_rows
 from residency.report.tables.first_screen import first_screen
+from residency.report.tables.flips import flips
 from residency.runs.views.tables import finite, majority, printable
 
 __all__ = ["Frames", "frames_of"]
@@ -37,6 +38,7 @@ class Frames:
             model are rows too (`role`).
         first: One row per score of the first screen: whom the page is about against the baseline, with the evidence.
         comparisons: One row per claim of the page, with all that was decided about it.
+        flips: Answers that became wrong or right, against when just learnt and against the baseline.
         scores: One row per arm, stage and column: the score matrices, averaged over seeds.
         domains: One row per arm and domain: before training, right after learning, at the end, forgotten.
         costs: One row per arm.
@@ -46,6 +48,7 @@ class Frames:
     methods: pl.DataFrame
     first: pl.DataFrame
     comparisons: pl.DataFrame
+    flips: pl.DataFrame
     scores: pl.DataFrame
     domains: pl.DataFrame
     costs: pl.DataFrame
@@ -63,6 +66,7 @@ def frames_of(records: Records, arms: Sequence[Arm], findings: Findings) -> Fram
         methods=_frame(_methods(records, arms, findings)),
         first=_frame(first_screen(Case(records=records, arms=arms, findings=findings))),
         comparisons=_frame([_comparison(e) for e in findings.evidence]),
+        flips=_frame(flips(records, arms, findings)),
         scores=_frame(scores),
         domains=_frame([row for arm in arms for row in _domains(arm)]),
         costs=_frame([_costs(arm) for arm in arms if arm.done]),

@@ -18,6 +18,7 @@ __all__ = [
     "comparisons_grid",
     "domains_grid",
     "first_grid",
+    "flips_grid",
     "methods_grid",
     "plain_grid",
 ]
@@ -202,6 +203,27 @@ def _range(row: Mapping[str, Any]) -> Cell:
     if low is None or high is None:
         return Cell("-")
     return Cell(f"{low:.3f} to {high:.3f}", low, printable(row["interval"]))
+
+
+def flips_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
+    """Answers that changed sides."""
+    columns = [
+        Column("method"),
+        Column("compared with"),
+        Column("score"),
+        Column("right to wrong", True, "share of rows that were right and are wrong at the end; 95 % interval"),
+        Column("wrong to right", True, "share of rows that were wrong and are right at the end; 95 % interval"),
+        Column("McNemar p by seed", False, "exact; speaks of two trained models, not of two methods"),
+    ]
+    made = []
+    for row in rows:
+        cells = [Cell(printable(row["method"])), Cell(row["from"]), Cell(row["score"], None, row["domains"])]
+        for rate in ("right to wrong", "wrong to right"):
+            low, high = finite(row[f"{rate}, low"]), finite(row[f"{rate}, high"])
+            ends = "" if low is None or high is None else f"[{low:.1%}, {high:.1%}]"
+            cells.append(Cell(f"{row[rate]:.1%}", row[rate], ends))
+        made.append(Row([*cells, Cell(row["McNemar p by seed"])]))
+    return Grid(id="flips", title="Answers that changed sides", columns=columns, rows=made)
 
 
 def first_grid(rows: Sequence[Mapping[str, Any]], *, leader: str, baseline: str) -> Grid:

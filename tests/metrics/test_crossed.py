@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from residency.report.evidence.crossed import crossed, influence
+from residency.metrics.crossed import crossed, influence
 
 
 def test_seeds_alone_are_students_t() -> None:

@@ -82,7 +82,7 @@ def test_a_cell_by_name_and_by_place_are_the_words_of_the_cell(folder: Path) -> 
         place = [f"--axes.{axis}={value}" for axis, value in cell.axes.items()]
         by_place = expand_cell([f"--study={path}", *place, "--seed_everything", str(cell.seed)])
         assert by_name == by_place
-        assert tuple(by_name[:-3]) == cell.words
+        assert tuple(by_name[:-4]) == cell.words
         where = {key: option(by_name, key) for key in ("name", "run_dir", "store")}
         assert where == {"name": cell.id, "run_dir": f"studies/tiny/cells/{cell.id}", "store": "studies/tiny/store"}
 
@@ -136,8 +136,8 @@ def test_an_agent_gives_every_cell_its_own_config(folder: Path) -> None:
     for cell in cells[::5]:
         values = {f"axes.{axis}": value for axis, value in cell.axes.items()} | {"seed_everything": cell.seed}
         found, wanted = config(expand_cell(agents(sweep, values))), config(list(cell.words))
-        assert found.pop("store") == "studies/tiny/store"
-        assert wanted.pop("store") is None
+        assert (found.pop("store"), found["wandb"].pop("study")) == ("studies/tiny/store", "tiny")
+        assert (wanted.pop("store"), wanted["wandb"].pop("study")) == (None, None)
         assert found == wanted
 
 
@@ -156,7 +156,7 @@ def test_a_grid_with_holes_names_its_cells(folder: Path) -> None:
     assert [*sweep["parameters"]] == ["cell"]
     assert len(sweep["parameters"]["cell"]["values"]) == 10
     words = expand_cell(agents(sweep, {"cell": "null-high-s1"}))
-    assert tuple(words[:-3]) == next(cell.words for cell in plan_cells(study) if cell.id == "null-high-s1")
+    assert tuple(words[:-4]) == next(cell.words for cell in plan_cells(study) if cell.id == "null-high-s1")
 
 
 NAMES = st.text("ab.=- 1", min_size=1, max_size=4).filter(lambda name: name.strip())
@@ -176,7 +176,7 @@ def test_every_point_of_every_grid_is_its_cell(folder: Path, axes: dict[str, lis
     place = {f"axes.{axis}": value for axis, value in cell.axes.items()} | {"seed_everything": cell.seed}
     values = {"cell": cell.id} if "cell" in sweep["parameters"] else place
     assert all(value in sweep["parameters"][key]["values"] for key, value in values.items())
-    assert tuple(expand_cell(agents(sweep, values))[:-3]) == cell.words
+    assert tuple(expand_cell(agents(sweep, values))[:-4]) == cell.words
 
 
 def search_study(folder: Path, **parameters: Any) -> Path:

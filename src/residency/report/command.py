@@ -15,6 +15,7 @@ examples:
   residency report studies/quickstart
   residency report runs/lora runs/dora --output comparison
   residency report studies/quickstart --reference olora-standard
+  residency report studies/quickstart --paper average,forgetting,rougeL
 
 The page needs no network and no server: open index.html. Tables (CSV, Parquet, LaTeX) and figures (PDF, SVG, PNG) lie
 beside it.
@@ -49,6 +50,14 @@ def report_command(words: list[str]) -> int:
         help="published numbers to print beside, never as a pass mark; may be given several times; `list` lists them",
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="also make a W&B run of the report (offline by default)")
+    parser.add_argument(
+        "--paper",
+        nargs="?",
+        const="average,forgetting,learning",
+        metavar="METRICS",
+        help="also write paper/table.tex: mean ± sd over seeds and orders of METRIC, SCORER or SCORER/METRIC, with "
+        "commas between; default: average,forgetting,learning",
+    )
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds something else, too")
     options = parser.parse_args(words)
     if "list" in options.reference:
@@ -72,6 +81,7 @@ def report_command(words: list[str]) -> int:
         scorer=options.scorer,
         baseline=options.baseline,
         wandb_project=options.wandb,
+        paper=[part for part in (options.paper or "").split(",") if part],
         overwrite=options.overwrite,
     )
     print(f"report: {for_terminal(page)}")

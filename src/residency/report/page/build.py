@@ -18,6 +18,7 @@ from residency.report.advice.advice import Advice, advise
 from residency.report.advice.case import called
 from residency.report.charts.figures import figures_of
 from residency.report.charts.theme import Figure, config
+from residency.report.evidence.findings import Findings
 from residency.report.evidence.of_records import findings_of
 from residency.report.page.files import (
     as_json,
@@ -31,6 +32,7 @@ from residency.report.page.files import (
 )
 from residency.report.page.glossary import WORDS
 from residency.report.page.matrix_viewer import viewer_data
+from residency.report.page.paper import paper_table, write_paper
 from residency.report.records.arms import Arm, arms_of
 from residency.report.records.records import Records, read_records
 from residency.report.tables.frames import Frames, frames_of
@@ -59,6 +61,7 @@ class Report:
 
     records: Records
     arms: Sequence[Arm]
+    findings: Findings
     frames: Frames
     advice: Advice
     figures: Sequence[Figure]
@@ -71,7 +74,7 @@ class Report:
         frames = frames_of(records, arms, findings)
         advice = advise(records, arms, findings)
         figures = figures_of(records, arms, frames, advice)
-        return cls(records=records, arms=arms, frames=frames, advice=advice, figures=figures)
+        return cls(records=records, arms=arms, findings=findings, frames=frames, advice=advice, figures=figures)
 
 
 def build(
@@ -82,6 +85,7 @@ def build(
     scorer: str | None = None,
     baseline: str | None = None,
     wandb_project: str | None = None,
+    paper: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write a report: `index.html`, self-contained, with `tables/` and `figures/` beside it.
@@ -93,6 +97,7 @@ def build(
         scorer: What the comparison is about; the study's by default.
         baseline: What methods are compared with; the study's by default.
         wandb_project: Make one W&B run of the report in this project; `None` = none.
+        paper: Metrics of `paper/table.tex`, see `paper_table`; none = no such table.
         overwrite: Write into a folder that holds something else, too.
 
     Returns:
@@ -106,7 +111,10 @@ def build(
     beside = published(references)
     report = Report.of(records)
     folder = Path(output) if output is not None else records.home
+    table = paper_table(records, report.arms, report.findings, paper) if paper else None
     page = write_report(report, folder, beside=beside, overwrite=overwrite)
+    if table is not None:
+        write_paper(table, records, folder)
     if wandb_project is not None:
         from residency.report.page.wandb_report import track_report
         from residency.runs.views.wandb_settings import WandbSettings

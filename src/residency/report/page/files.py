@@ -30,6 +30,7 @@ __all__ = [
     "place",
     "save_figure",
     "save_table",
+    "tex",
     "viewer_code",
 ]
 
@@ -167,7 +168,7 @@ def latex(frame: pl.DataFrame, *, name: str, digits: int = 3) -> str:
         f"% {name}; needs \\usepackage{{booktabs}}",
         rf"\begin{{tabular}}{{{''.join('r' if number else 'l' for number in numeric)}}}",
         r"\toprule",
-        " & ".join(map(_tex, kept)) + r" \\",
+        " & ".join(map(tex, kept)) + r" \\",
         r"\midrule",
         *(" & ".join(_tex_cell(row[c], digits) for c in kept) + r" \\" for row in frame.iter_rows(named=True)),
         r"\bottomrule",
@@ -181,13 +182,13 @@ def _tex_cell(value: Any, digits: int) -> str:
         return "yes" if value else "no"
     number = finite(value)
     if number is None:
-        return "--" if value is None or isinstance(value, float) else _tex(value)
+        return "--" if value is None or isinstance(value, float) else tex(value)
     if isinstance(value, int):
         return f"{value:,}".replace(",", r"\,")
     return f"${number:.{digits}f}$" if abs(number) < 1e5 else f"{number:,.0f}".replace(",", r"\,")
 
 
-def _tex(text: object) -> str:
+def tex(text: object) -> str:
     return "".join(_TEX.get(char, char) for char in printable(text, 400))
 
 

@@ -31,6 +31,36 @@ def report_command(words: list[str]) -> int:
     Returns:
         Exit code.
     """
+    options = _parser().parse_args(words)
+    if "list" in options.reference:
+        from residency.metrics.published import names
+
+        for name, title in names().items():
+            print(f"{name:20} {title}")
+        return EXIT_DONE
+    if not options.folders:
+        raise UserError(
+            "residency report without a folder",
+            why="a report is made from the records of runs or studies",
+            fix="name their folders, for example `residency report studies/quickstart`",
+        )
+    from residency.report.page.build import build
+
+    page = build(
+        options.folders,
+        output=options.output,
+        references=options.reference,
+        scorer=options.scorer,
+        baseline=options.baseline,
+        wandb_project=options.wandb,
+        paper=[part for part in (options.paper or "").split(",") if part],
+        overwrite=options.overwrite,
+    )
+    print(f"report: {for_terminal(page)}")
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="residency report",
         description="Write a report of runs or studies from their records alone: what to take and why, with tables, "
@@ -59,30 +89,4 @@ def report_command(words: list[str]) -> int:
         "commas between; default: average,forgetting,learning",
     )
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds something else, too")
-    options = parser.parse_args(words)
-    if "list" in options.reference:
-        from residency.metrics.published import names
-
-        for name, title in names().items():
-            print(f"{name:20} {title}")
-        return EXIT_DONE
-    if not options.folders:
-        raise UserError(
-            "residency report without a folder",
-            why="a report is made from the records of runs or studies",
-            fix="name their folders, for example `residency report studies/quickstart`",
-        )
-    from residency.report.page.build import build
-
-    page = build(
-        options.folders,
-        output=options.output,
-        references=options.reference,
-        scorer=options.scorer,
-        baseline=options.baseline,
-        wandb_project=options.wandb,
-        paper=[part for part in (options.paper or "").split(",") if part],
-        overwrite=options.overwrite,
-    )
-    print(f"report: {for_terminal(page)}")
-    return EXIT_DONE
+    return parser

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from residency.adapters import Adapter, Full, GaLore, Peft, PerDomain, SinkhornResidual
 from residency.adapters.algebra.sinkhorn import (
+    Mixer,
     Mixing,
     birkhoff,
     initial_logits,
@@ -116,6 +117,32 @@ def test_permuting_streams_changes_nothing() -> None:
     torch.testing.assert_close(mix(h, **moved), mix(h, **given), rtol=0, atol=1e-5)
     wrong = {**moved, "matrix": given["matrix"][order]}
     assert (mix(h, **wrong) - mix(h, **given)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("alpha", "norm"), [(0.5, 1.0), (1.0, 1.0), (1.355, 1.71), (3.0, 5.0)])
+def test_the_constraint_bounds_the_matrix_and_not_the_map(alpha: float, norm: float) -> None:
+    """Two streams that change places: doubly stochastic, and h -> h' has norm max(1, 2 alpha - 1)."""
+    read = torch.nn.init.orthogonal_(torch.empty(6, 4))
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    parts = {"read": read, "write": read.T, "gate": torch.ones(()), "log_alpha": torch.tensor(alpha).log()}
+    image = mix(torch.eye(6), matrix=swap, **parts)
+    assert torch.linalg.matrix_norm(swap, ord=2) == pytest.approx(1.0)
+    assert float(torch.linalg.matrix_norm(image, ord=2)) == pytest.approx(norm, abs=1e-5)
+
+
+def test_arms_share_all_draws_but_those_of_their_matrix() -> None:
+    """Whatever is drawn behind one mixer, another one or a LoRA, is the same in every arm."""
+    drawn = {}
+    for kind in KINDS:
+        torch.manual_seed(3)
+        first, second = (Mixer(12, kind=kind, streams=3, rank=2, iterations=20) for _ in range(2))
+        drawn[kind] = torch.cat([first.read.flatten(), second.read.flatten(), torch.randn(5)])
+    assert all(torch.equal(own, drawn["exact"]) for own in drawn.values())
+    matrices = {}
+    for kind in ("sinkhorn", "unconstrained"):
+        torch.manual_seed(3)
+        matrices[kind] = Mixer(12, kind=kind, streams=3, rank=2, iterations=20).matrix()  # type: ignore[arg-type]
+    torch.testing.assert_close(matrices["sinkhorn"], matrices["unconstrained"])
 
 
 def test_the_unconstrained_arm_starts_where_the_other_does() -> None:

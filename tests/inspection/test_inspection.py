@@ -16,6 +16,7 @@ from torch import Tensor
 
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
+from residency.engine.scoring.likelihoods import completion_nll
 from residency.engine.trainers import Trainers
 from residency.inspection import (
     AnswerCalibration,
@@ -27,6 +28,7 @@ from residency.inspection import (
     RepresentationDrift,
     StageSnapshot,
     WeightDriftByLayer,
+    WithinStage,
 )
 from residency.inspection.drift_metrics import kl_tokens
 from residency.inspection.gradient_metrics import GradientStability, stability_improvement
@@ -44,6 +46,7 @@ def observers() -> dict[str, Observer]:
         "representations": RepresentationDrift(tokens=60),
         "calibration": AnswerCalibration(tokens=200),
         "gradients": GradientNorms(),
+        "within": WithinStage(every=2, rows=3),
     }
 
 
@@ -113,7 +116,7 @@ def test_off_costs_nothing(llama: Path) -> None:
     inspection = Inspection()
     nothing: Any = object()
     assert inspection.after_stage(nothing, nothing, k=1, seed=0, states=nothing, facts=nothing) == {}
-    assert inspection.callbacks(nothing) == []
+    assert inspection.callbacks(nothing, nothing) == []
     assert inspection.during() == {}
 
 
@@ -341,6 +344,28 @@ def test_gradient_norms_are_those_before_clipping(tmp_path: Path, llama: Path) -
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------
+
+
+def test_old_domains_while_a_new_one_is_learnt(lora_run: tuple[Path, dict[str, Any], ContinualModule]) -> None:
+    """The last point is the state that the stage leaves; gap and area are those of the curve."""
+    folder, record, module = lora_run
+    found = {stage: stage_record(folder, stage)["inside"]["within"] for stage in ("1-a", "2-b")}
+    assert {stage: {*own["curve"]} for stage, own in found.items()} == {"1-a": {"a"}, "2-b": {"a", "b"}}
+    for own in found.values():
+        assert all([step for step, _ in points] == [0, 2, 4] for points in own["curve"].values())
+    data = stream(folder)
+    split = "validation" if data.domains["a"].rows("validation") else "test"
+    rows = data.evaluation_examples("a", split, module.backbone.tokenizer, competing=0)[:3]
+    module.model.eval()
+    last = found["2-b"]["curve"]["a"]
+    assert last[-1][1] == pytest.approx(float(completion_nll(module, rows).mean()), abs=1e-5)
+    assert found["1-a"]["curve"]["a"][-1][1] == pytest.approx(last[0][1], abs=1e-5), "where the next stage begins"
+    columns = found["2-b"]["columns"]
+    losses = [nats for _, nats in last]
+    assert columns["a"]["stability_gap"] == pytest.approx(losses[0] - max(losses), abs=1e-5)
+    new = [nats for _, nats in found["2-b"]["curve"]["b"]]
+    assert columns["b"]["area"] == pytest.approx(-(new[0] + 2 * new[1] + new[2]) / 4, rel=1e-5)
+    assert "curve" not in record["inside"][2]["within"], "details stay in the stage's own record"
 
 
 def test_what_the_optimizer_keeps_is_always_recorded(lora_run: tuple[Path, dict[str, Any], ContinualModule]) -> None:

@@ -67,7 +67,7 @@ class SinkhornResidual(Adapter):
 
     h' = h + exp(log_alpha) reshape((M - I) z) W_w with z = reshape(h W_r) in k streams of rank r, and
     M = (1 - gate) I + gate S, S doubly stochastic. The gate starts at 0, where h' = h bit for bit, and is brought back
-    into 0 ... 1 after every optimizer step. Like every convex combination, M is doubly stochastic if S is.
+    into 0 ... 1 after every optimizer step. M is doubly stochastic if S is; h -> h' is not bounded (see `mix`).
 
     Args:
         inner: The adapter beside it; `null` = the mixing alone on a frozen backbone.

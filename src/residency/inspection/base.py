@@ -112,7 +112,7 @@ class Observer:
     decoder_only: str = ""
     """Why it does not work on an encoder-decoder; empty if it does."""
 
-    def callbacks(self, stage: Stage) -> list[Callback]:
+    def callbacks(self, stage: Stage, data: StreamData) -> list[Callback]:
         """New callbacks for the Trainer of one stage; they only watch."""
         return []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from residency.core.types import Stage
 from residency.inspection.base import Observer
 from residency.inspection.gradient_metrics import gradient_stability
+
+if TYPE_CHECKING:
+    from residency.domains.stream_data import StreamData
 
 __all__ = ["GradientNorms"]
 
@@ -28,7 +31,7 @@ class GradientNorms(Observer):
     def __init__(self) -> None:
         self._watch: _Watch | None = None
 
-    def callbacks(self, stage: Stage) -> list[Callback]:
+    def callbacks(self, stage: Stage, data: StreamData) -> list[Callback]:
         """A new watch."""
         self._watch = _Watch(seed=stage.seed)
         return [self._watch]

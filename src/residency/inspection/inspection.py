@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Inspection", "inside_record"]
 
 # What only the stage's own record keeps: results.json stays small.
-_DETAILS = ("layers",)
+_DETAILS = ("layers", "curve")
 
 
 class Inspection:
@@ -50,9 +50,9 @@ class Inspection:
                 )
         return self
 
-    def callbacks(self, stage: Stage) -> list[Callback]:
+    def callbacks(self, stage: Stage, data: StreamData) -> list[Callback]:
         """Observers for the Trainer of one stage."""
-        return [callback for observer in self.observers.values() for callback in observer.callbacks(stage)]
+        return [callback for observer in self.observers.values() for callback in observer.callbacks(stage, data)]
 
     def during(self) -> dict[str, Any]:
         """Facts for the stage's record: {"inside": {observer: what its callbacks saw}}, or nothing."""

@@ -179,7 +179,7 @@ class StageRunner:
             ),
             observers=[
                 *(callback for view in self.views if info for callback in view.callbacks(info, stage)),
-                *self.inspection.callbacks(stage),
+                *self.inspection.callbacks(stage, self.data),
             ],
             checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
         )

@@ -77,14 +77,22 @@ def mixing_matrix(logits: Tensor, *, kind: Mixing, streams: int, iterations: int
     return logits.float()
 
 
-def initial_logits(*, kind: Mixing, streams: int, spread: float = 0.1) -> Tensor:
+def initial_logits(
+    *, kind: Mixing, streams: int, spread: float = 0.1, generator: torch.Generator | None = None
+) -> Tensor:
     """Small random parameters: far from the identity, so that the gate has a gradient while it is still zero.
 
     The unconstrained arm starts at the very matrix of the Sinkhorn arm, so that arms differ by the constraint alone.
+
+    Args:
+        kind: Of the matrix.
+        streams: k.
+        spread: Standard deviation.
+        generator: What is drawn from; the global one by default. Kinds draw different numbers of values.
     """
     if kind == "exact":
-        return spread * torch.randn(len(list(permutations(range(streams)))))
-    logits = spread * torch.randn(streams, streams)
+        return spread * torch.randn(len(list(permutations(range(streams)))), generator=generator)
+    logits = spread * torch.randn(streams, streams, generator=generator)
     return sinkhorn(logits) if kind == "unconstrained" else logits
 
 
@@ -92,6 +100,11 @@ def mix(h: Tensor, *, read: Tensor, write: Tensor, matrix: Tensor, gate: Tensor,
     """h + exp(log_alpha) reshape((M - I) z) W_w with z = reshape(h W_r) and M = (1 - gate) I + gate `matrix`.
 
     Only the difference to the identity is written: at gate 0 the result is h, bit for bit.
+
+    A doubly stochastic M has spectral norm 1, but the map of h has the matrix I + exp(log_alpha) W_r ((M - I) ⊗ I) W_w,
+    whose norm is 1 only where exp(log_alpha) <= 1, W_r has orthonormal columns and W_w is its transpose: as at the
+    start, not as trained. Two streams that change places at gate 1 give 2 exp(log_alpha) - 1, which is 1.71 at
+    exp(log_alpha) = 1.355.
 
     Args:
         h: (..., D), the residual stream.
@@ -122,7 +135,9 @@ class Mixer(nn.Module):
         read = nn.init.orthogonal_(torch.empty(width, streams * rank))
         self.read = nn.Parameter(read)
         self.write = nn.Parameter(read.T.clone())
-        self.logits = nn.Parameter(initial_logits(kind=kind, streams=streams))
+        # One draw, whatever the kind: all arms have the same W_r, and the same draws in everything that follows.
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31 - 1, ())))
+        self.logits = nn.Parameter(initial_logits(kind=kind, streams=streams, generator=generator))
         self.gate = nn.Parameter(torch.zeros(()))
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.enabled = True

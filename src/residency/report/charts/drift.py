@@ -21,6 +21,7 @@ _CALLED = {
     "mean": "mean",
     "percent": "backbone, % moved",
     "cv": "gradient norms, sd / mean",
+    "stability_gap": "stability gap of old domains, nats",
     "ece": "calibration error (ECE)",
     "brier": "Brier score",
     "stable_rank": "stable rank of ΔW",

@@ -286,13 +286,8 @@ class ResidencyCLI(LightningCLI):
 
     def tracker(self) -> Tracker:
         """The run on W&B."""
-        return Tracker(
-            settings=wandb_settings(self.option),
-            folder=self.folder.path,
-            config=self.resolved,
-            module=self.model,
-            data=self.datamodule,
-        )
+        parts: dict[str, Any] = {"config": self.resolved, "module": self.model, "data": self.datamodule}
+        return Tracker(settings=wandb_settings(self.option), folder=self.folder.path, **parts)
 
 
 def parse(args: list[str]) -> ResidencyCLI:

@@ -36,7 +36,7 @@ _CLASSES = (  # title, file, class, prefix of its keys
     ("model", "engine/module.py", "ContinualModule", "model."),
     ("data", "domains/stream_data.py", "StreamData", "data."),
     ("evaluation", "engine/scoring/evaluation.py", "EvaluationSettings", "evaluation."),
-    ("W&B", "runs/views/wandb_view.py", "WandbSettings", "wandb."),
+    ("W&B", "runs/views/wandb_settings.py", "WandbSettings", "wandb."),
 )
 _NAMED = {"mitigations": ".NAME", "domains": ".NAME", "probes": ".NAME"}
 _PRESETS = {"model.adapter": "adapter", "model.objective": "objective", "model.mitigations.NAME": "mitigation"}

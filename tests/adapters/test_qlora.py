@@ -257,7 +257,7 @@ def test_the_preset_is_nf4_twice_quantised_with_lora(llama: Path) -> None:
     states = [m.weight.quant_state for m in module.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(states) == 14
     assert {(s.quant_type, s.nested) for s in states} == {("nf4", True)}
-    assert type(module.configure_optimizers()).__name__ == "Lion8bit"
+    assert type(module.optimizer_factory(list(module.adapter.trainable(module.model).values()))).__name__ == "Lion8bit"
 
 
 def test_a_quantised_base_and_full_fine_tuning_end_in_one_sentence(llama: Path, tmp_path: Path) -> None:

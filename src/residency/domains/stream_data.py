@@ -36,7 +36,7 @@ class StreamData(LightningDataModule):
         batch_size: Examples per optimizer step, over all devices and accumulated micro-batches.
         micro_batch_size: Examples per forward pass on one device; `null` = as many as fit the batch size. Must divide
             batch size / devices; gradients are accumulated over the rest.
-        root: Folder that relative paths of domains and probes are taken from: your copy of a published stream.
+        root: Folder that relative paths of domains and probes begin at: your copy of a stream.
         max_train: Most training rows of every domain, whatever its own limit; null = its own limit alone.
         max_validation: The same of validation rows.
         max_test: The same of test rows.
@@ -44,8 +44,7 @@ class StreamData(LightningDataModule):
             incremental); `seen` = those of all domains learned so far as well (class incremental); `all` = those of the
             whole stream at every stage, which leaves the rows of the matrix comparable. One label alone is no choice:
             there is no accuracy then.
-        shots: Training rows that stand, with their answers, before every prompt that is scored: what the model can do
-            when it is shown, not trained.
+        shots: Training rows that stand, with their answers, before every prompt that is scored.
         num_workers: Processes that tokenise ahead of the model; 0 = none. Does not change the data.
     """
 

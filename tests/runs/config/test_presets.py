@@ -83,7 +83,8 @@ def test_the_first_line_launches_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     program, verb, *words = shlex.split(text.splitlines()[0].removeprefix("# "))
     assert program == "residency"
-    assert any(str(path) in re.split(r"[\[\],=]", word) for word in words), "the line is about this file"
+    named = {part for word in words for part in re.split(r"[\[\],=]", word)}
+    assert named & {str(path), path.stem}, "the line is about this file"
     assert text.splitlines()[1].startswith("# "), "the second line says what it is"
     assert all((ROOT / name).is_file() for name in re.findall(r"configs/[\w./-]+\.\w+", text))
     if verb == "sweep":
@@ -95,7 +96,9 @@ def test_the_first_line_launches_it(path: Path) -> None:
 @pytest.mark.parametrize("path", SCORERS, ids=str)
 def test_a_scorer_preset_is_complete(path: Path) -> None:
     """Its own launch line builds it, all options are named, and the short name of the same options is the file's."""
-    words = shlex.split(path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))[1:]
+    line = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    # What scores pairs is launched on a file of the user's.
+    words = shlex.split(line.replace("FILE", QUICKSTART).replace("<pairs>", "code"))[1:]
     (name,) = (word.split(".")[2] for word in words if ".scorers=" in word)
     domain = parse(words).datamodule.domains[name]
     assert path.stem in domain.scorers
@@ -104,7 +107,7 @@ def test_a_scorer_preset_is_complete(path: Path) -> None:
     assert {*given.get("init_args", {})} == {field.name for field in fields(scorer)}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=str)
+@pytest.mark.parametrize("path", [path for path in PRESETS if path.parts[1] != "domain"], ids=str)
 def test_a_preset_names_every_argument(path: Path) -> None:
     """What a preset leaves out would be inherited from whatever it is laid over."""
     key = KEYS[path.parts[1]]
@@ -180,6 +183,9 @@ def test_an_overlay_is_part_of_a_config(path: Path) -> None:
     given = _read(path)
     resolved = printed_config("fit", "--config", QUICKSTART, "--config", path)
     for section, values in given.items():
+        if not isinstance(values, dict):
+            assert values == resolved[section]
+            continue
         for key, value in values.items():
             if key == "adapter":
                 assert resolved[section][key] == _alone((path.parent / value).resolve().relative_to(ROOT))[section][key]
@@ -189,10 +195,9 @@ def test_an_overlay_is_part_of_a_config(path: Path) -> None:
                 continue
             assert list(resolved[section][key]) == list(value), "the overlay's domains alone"
             for name, named, known in _parts(value, resolved[section][key]):
-                assert named == known, name
-    if "data" in given:
+                assert named <= known, name
+    if "domains" in given.get("data", {}):
         assert list(given["data"]["domains"]) == given["data"]["order"]
-        assert list(given["data"]["probes"]) == ["chat"]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=str)

@@ -44,7 +44,7 @@ def cleaned(column: Column, others: Sequence[Column] = ()) -> tuple[dict[Split, 
     for split, rows in splits.items():
         kept[split], seen = [], set()
         for row in rows:
-            key = f"{text_key(row.prompt)}\0{text_key(row.completion)}"
+            key = "\0".join(map(text_key, (row.prompt, row.completion, row.rejected)))
             if not row.completion.strip() and row.kind != "prompt":
                 done["rows without a completion"] += 1
             elif text_key(row.prompt) in forbidden[split]:
@@ -58,11 +58,27 @@ def cleaned(column: Column, others: Sequence[Column] = ()) -> tuple[dict[Split, 
 
 
 def _repaired(row: Row, done: Counter[str]) -> Row:
-    texts = [_text(text) for text in (row.prompt, row.completion)]
-    if texts != [row.prompt, row.completion]:
-        done["texts repaired"] += 1
-        return replace(row, prompt=texts[0], completion=texts[1])
-    return row
+    texts = {name: _text(getattr(row, name)) for name in ("prompt", "completion", "rejected")}
+    turns = tuple(_turn(turn) for turn in row.messages)
+    repaired = replace(row, **texts, messages=turns)
+    if repaired == row and turns == row.messages:
+        return row
+    done["texts repaired"] += 1
+    return repaired
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said in a turn; names, roles and calls of tools stay as they are."""
+    return {key: _said(value) if key == "content" else value for key, value in turn.items()}
+
+
+def _said(content: Any) -> Any:
+    if isinstance(content, str):
+        return _text(content)
+    if isinstance(content, list):
+        return [{**part, "text": _text(part["text"])} if isinstance(part, dict) and "text" in part else part
+                for part in content]  # fmt: skip
+    return content
 
 
 def _text(text: str) -> str:
@@ -85,8 +101,33 @@ def write_cleaned(column: Column, folder: Path, others: Sequence[Column] = ()) -
 
 
 def _line(row: Row) -> str:
-    value = {"id": row.id, "prompt": row.prompt, "completion": row.completion}
-    return json.dumps(value | ({"group": row.group} if row.group else {}), ensure_ascii=False) + "\n"
+    """The row in the format that it came in; what a reader would fill in by itself is left out."""
+    more: dict[str, Any] = {"group": row.group, "references": list(row.references), "tools": list(row.tools)}
+    more |= {"weight": row.weight if row.weight != 1 else None, **row.extra}
+    value = {"id": row.id, **_columns(row), **{key: found for key, found in more.items() if found or key in row.extra}}
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _columns(row: Row) -> dict[str, Any]:
+    """The columns by which a format is known (`residency.domains.readers.formats.WANTED`)."""
+    asked: Any = [*row.messages] or row.prompt
+    if row.kind == "pair":
+        answers = {"chosen": row.completion, "rejected": row.rejected}
+        said = {k: [{"role": "assistant", "content": v}] for k, v in answers.items()} if row.messages else answers
+        return {"prompt": asked, **said}
+    if row.kind == "unpaired" and not row.messages:
+        return {"prompt": row.prompt, "completion": row.completion, "label": row.wanted}
+    if row.kind == "unpaired":
+        return {"prompt": [*row.messages[:-1]], "completion": [row.messages[-1]], "label": row.wanted}
+    if row.kind == "prompt":
+        return {"prompt": asked}
+    if row.kind == "text":
+        return {"text": row.completion}
+    if row.messages:
+        return {"messages": [*row.messages]}
+    if row.kind == "labelled":
+        return {"text": row.prompt, "label": row.completion}
+    return {"prompt": row.prompt, "completion": row.completion}
 
 
 def _write(path: Path, text: str) -> None:

@@ -51,9 +51,9 @@ class _Term(NamedTuple):
 class RowScores:
     """Scores of single rows, read once per stage of a run; files that cannot be read are remembered by cell."""
 
-    damaged: dict[str, list[int]] = field(default_factory=dict)
     _read: dict[tuple[Path, int], dict[tuple[str, str], _Scored]] = field(default_factory=dict)
     enabled: bool = True
+    damaged: dict[str, list[int]] = field(default_factory=dict)
 
     def at(self, entry: Entry, stage: int, scorer: str, column: str) -> _Scored | None:
         """(values, weights) of a column after a stage; `None` where they are not at hand."""

@@ -36,7 +36,7 @@ AdapterCase = Case[AdapterRow]
 
 def identity_at_the_start(case: AdapterCase) -> None:
     """The attached model is the pretrained one, as far as the row says."""
-    made(case.row.make, Adapter, case.name)  # type: ignore[type-abstract]
+    made(case.row.make, Adapter, case.name)
     module = case.runs.built(case.name)
     module.layout = "padded"
     pretrained = _pretrained(case)

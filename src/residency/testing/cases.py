@@ -13,7 +13,6 @@ from residency.testing.shared_runs import SharedRuns
 __all__ = ["Case", "made"]
 
 RowT = TypeVar("RowT")
-PartT = TypeVar("PartT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class Case(Generic[RowT]):
     partner: str = ""
 
 
-def made(make: Callable[..., Any], kind: type[PartT], name: str, *args: Any) -> PartT:
+def made(make: Callable[..., Any], kind: type[Any], name: str, *args: Any) -> Any:
     """What a row makes.
 
     Raises:

@@ -32,7 +32,7 @@ _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 def tells_good_from_bad(case: Case[ScorerRow]) -> None:
     """Row by row, in any company and order, in the direction that it declares."""
-    line, scorer = case.row, made(case.row.make, Scorer, case.name)  # type: ignore[type-abstract]
+    line, scorer = case.row, made(case.row.make, Scorer, case.name)
     kind: RowKind = "pair" if line.rejected else "completion"
     row = Row(id="1", prompt=line.prompt, completion=line.completion, rejected=line.rejected, kind=kind)
     scorer.check([row])
@@ -165,4 +165,5 @@ def _domain(case: Case[DomainRow]) -> Domain:
     if why := case.row.missing():
         pytest.skip(why)
     case.folder.mkdir(parents=True, exist_ok=True)
-    return made(case.row.make, Domain, case.name, case.folder)  # type: ignore[type-abstract]
+    domain: Domain = made(case.row.make, Domain, case.name, case.folder)
+    return domain

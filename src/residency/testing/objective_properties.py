@@ -92,7 +92,7 @@ def step(module: Any, size: int = 4) -> tuple[Tensor, Tensor]:
 
 def layouts_and_micro_batches_change_nothing(case: ObjectiveCase) -> None:
     """Packed or padded, in one batch or in several: one loss and one gradient."""
-    made(case.row.make, Objective, case.name)  # type: ignore[type-abstract]
+    made(case.row.make, Objective, case.name)
     module = _learner(case)
     loss, gradient = step(module)
     assert gradient.abs().max() > 0, "nothing is learnt"

@@ -58,7 +58,7 @@ def cleaned(column: Column, others: Sequence[Column] = ()) -> tuple[dict[Split, 
 
 
 def _repaired(row: Row, done: Counter[str]) -> Row:
-    texts = {name: _text(getattr(row, name)) for name in ("prompt", "completion", "rejected")}
+    texts: dict[str, Any] = {name: _text(getattr(row, name)) for name in ("prompt", "completion", "rejected")}
     turns = tuple(_turn(turn) for turn in row.messages)
     repaired = replace(row, **texts, messages=turns)
     if repaired == row and turns == row.messages:

@@ -161,7 +161,7 @@ class Origin(L2SP):
 
 
 def _with_decay(folder: Path, llama: Path, l2_sp: L2SP, decay: float, options: dict[str, Any]) -> Any:
-    from support import tiny_runs as running
+    from residency.testing import tiny_runs as running
 
     made = running.make_module
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,10 @@ class Resolver:
 
         words = cell.words[: -len(cell.place)]
         self._composer = self._composer or Composer(fixed=(f"--store={self.store}",))
-        try:
+        with _of_cell(cell):
             if words not in self._parsed:
                 self._parsed[words] = self._composer.parse(words)
             return self._parsed[words]
-        except UserError as error:
-            raise _in_cell(cell, error) from error
 
     def config(self, cell: Cell) -> dict[str, Any]:
         """The full config of a cell."""
@@ -96,8 +95,9 @@ class Resolver:
     def examples(self, cell: Cell) -> int:
         """On how many examples a cell trains, over all its steps."""
         cli = self.parse(cell)
-        tokenizer = None if cli.settings.stage_tokens is None else cli.model.backbone.tokenizer
-        stages = plan_stages(cli.datamodule, cli.trainers, cli.settings, tokenizer)
+        with _of_cell(cell):
+            tokenizer = None if cli.settings.stage_tokens is None else cli.model.backbone.tokenizer
+            stages = plan_stages(cli.datamodule, cli.trainers, cli.settings, tokenizer)
         return sum(stage.steps * stage.batch_size for stage in stages)
 
     def resolve(self, cell: Cell) -> Resolved:
@@ -114,14 +114,12 @@ class Resolver:
             first = self._opened[words]
             stage_cache = first.stage_cache.with_seed(settings=settings, config=config)
             return Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=first.rows)
-        try:
+        with _of_cell(cell):
             stage_cache = self._open(cli, settings, config)
-        except UserError as error:
-            raise _in_cell(cell, error) from error
-        data: StreamData = cli.datamodule
-        rows: dict[str, Any] = {
-            key: [domain.fingerprint(), domain.given] for key, domain in _keyed(data, config["data"])
-        }
+            data: StreamData = cli.datamodule
+            rows: dict[str, Any] = {
+                key: [domain.fingerprint(), domain.given] for key, domain in _keyed(data, config["data"])
+            }
         self._opened[words] = Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=rows)
         return self._opened[words]
 
@@ -179,5 +177,10 @@ def _keyed(data: StreamData, config: Mapping[str, Any]) -> Sequence[tuple[str, D
     return list(rows_of(data, config))
 
 
-def _in_cell(cell: Cell, error: UserError) -> UserError:
-    return UserError(f"cell {cell.id}: {error.got}", why=error.why, fix=error.fix)
+@contextmanager
+def _of_cell(cell: Cell) -> Iterator[None]:
+    """Inside, what is wrong is told with the cell in which it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"cell {cell.id}: {error.got}", why=error.why, fix=error.fix) from error

@@ -250,7 +250,7 @@ MITIGATIONS: dict[str, MitigationRow] = {
         make=lambda: TaskArithmetic(strength=0.4), off=lambda: TaskArithmetic(strength=1.0, last=1)
     ),
     "ties": MitigationRow(make=lambda: TIES(density=0.5), off=lambda: TIES(density=1.0, last=1)),
-    "wise_ft": MitigationRow(make=lambda: WiseFT(alpha=0.6, first=False), off=lambda: WiseFT(alpha=1.0)),
+    "wise_ft": MitigationRow(make=lambda: WiseFT(alpha=0.6, first=False, into="train"), off=lambda: WiseFT(alpha=1.0)),
     "weight_mixing": MitigationRow(make=lambda: WeightMixing(alpha=0.6), off=lambda: WeightMixing(alpha=1.0)),
 }
 

@@ -22,7 +22,7 @@ from residency.runs.stream import open_stage_cache
 from residency.testing.tiny_models import write_domain
 from residency.testing.tiny_runs import train
 from support.cli import tiny_config, write_yaml
-from support.tiny_sweeps import EWC, MIXING, REPLAY
+from support.tiny_sweeps import EWC, MIXING, REPLAY, mitigation
 from table import ADAPTERS, MITIGATIONS
 
 
@@ -85,6 +85,15 @@ def test_what_follows_training_is_shared_by_strengths_and_not_by_modes(lineage: 
     assert weak.stages[0].finished != online.stages[0].finished
     plain = lineage({})
     assert plain.stages[0].finished == plain.stages[0].trained
+
+
+def test_what_is_served_is_no_part_of_training(lineage: Any) -> None:
+    plain, half, third = lineage({}), *(lineage(mitigation("WiseFT", alpha=alpha)) for alpha in (0.5, 0.3))
+    for one, other, more in zip(plain.stages, half.stages, third.stages, strict=True):
+        assert (one.trained, one.weights) == (other.trained, other.weights) == (more.trained, more.weights)
+        assert one.served == one.weights
+        assert len({one.served, other.served, more.served}) == 3
+        assert len({one.finished, other.finished, more.finished}) == 3
 
 
 def test_nothing_is_remembered_of_the_last_stage(lineage: Any) -> None:

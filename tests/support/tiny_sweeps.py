@@ -19,7 +19,7 @@ from residency.study.worker import run_task
 from residency.testing.tiny_models import write_domain
 from support.cli import tiny_config, write_yaml
 
-__all__ = ["EWC", "MIXING", "REPLAY", "Inline", "alone", "matrices", "run_sweep", "write_study"]
+__all__ = ["EWC", "MIXING", "REPLAY", "Inline", "alone", "matrices", "mitigation", "run_sweep", "write_study"]
 
 
 def mitigation(kind: str, **arguments: Any) -> dict[str, Any]:

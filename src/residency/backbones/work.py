@@ -22,7 +22,7 @@ from residency.backbones.structure import blocks
 from residency.core.errors import UserError
 from residency.core.types import Batch, segment_tokens
 
-__all__ = ["Products", "Work", "products_of"]
+__all__ = ["Products", "Work", "is_checkpointed", "products_of"]
 
 # Maps that read what enters a block; of the lowest block that trains, this has no gradient.
 _READS_INPUT = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(?!.*lora_B)")

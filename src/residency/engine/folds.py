@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from residency.core.tensors import snapshot
 from residency.core.types import Batch, Outputs, Stage, Tensors
-from residency.mitigations.base import HOOKS, Mitigation, overrides
+from residency.mitigations.base import HOOKS, Mitigation, overrides, serves
 from residency.mitigations.contract import StageModule
 
 __all__ = [
@@ -32,6 +33,8 @@ def active_hooks(mitigations: Collection[Mitigation]) -> dict[str, list[Mitigati
     guarantees holds; everything else in the order of the config.
     """
     active = {hook: [m for m in mitigations if overrides(m, hook)] for hook in HOOKS}
+    active["transform_weights"] = [m for m in active["transform_weights"] if m.into == "train"]
+    active["served_weights"] = [m for m in mitigations if serves(m)]
     active["transform_gradients"].sort(key=lambda m: m.gradient_order)
     active["transform_update"].sort(key=lambda m: m.update_order)
     return active
@@ -115,15 +118,21 @@ def write_update(module: StageModule, mitigations: Sequence[Mitigation], before:
 
 
 def mixed_weights(
-    module: StageModule, mitigations: Sequence[Mitigation], before: dict[str, Tensor], base: dict[str, Tensor]
+    module: StageModule,
+    mitigations: Sequence[Mitigation],
+    before: dict[str, Tensor],
+    base: dict[str, Tensor],
+    *,
+    hook: Literal["transform_weights", "served_weights"] = "transform_weights",
 ) -> dict[str, float]:
     """Replace the weights of a trained stage by what the mitigations make of them.
 
     Args:
         module: As the last step left it.
-        mitigations: Those that override `transform_weights`, in order.
+        mitigations: Those that take part, in order.
         before: The adapter's state as the stage found it, on the module's device.
         base: The adapter's state before the first stage; empty if nobody asks for it.
+        hook: Which of their hooks.
 
     Returns:
         What the adapter reports of taking the weights over (the error of a refactorisation).
@@ -134,7 +143,7 @@ def mixed_weights(
     module.base_weights = adapter.weights(model, base) if base else {}
     final = after
     for mitigation in mitigations:
-        final = mitigation.transform_weights(module, old, final)
+        final = getattr(mitigation, hook)(module, old, final)
     log: dict[str, float] = {}
     if final is old or final is module.base_weights:
         adapter.load_state(model, before if final is old else base)

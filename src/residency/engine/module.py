@@ -28,7 +28,9 @@ from residency.engine.lost_updates import told_if_lost
 from residency.engine.observation import adapter_stage, logs_step
 from residency.engine.past import as_it_was, writing
 from residency.engine.schedules import with_schedule
+from residency.engine.serving import merge_stage
 from residency.engine.stage_overrides import StageSettings
+from residency.engine.training_mode import check_checkpointing, trains_in_training_mode
 from residency.mitigations.base import Mitigation
 from residency.objectives.base import Forward, Objective, Passes, Was
 
@@ -61,6 +63,7 @@ class ContinualModule(LightningModule):
                 weights = M.transform_update(module, weights before the step, weights so far)
             adapter.end_stage(model, stage, observe)          # the end of training: runs with one past share it
             weights = M.transform_weights(module, weights of `before`, weights now)    # finish_stage
+            served  = M.served_weights(module, weights of `before`, weights)           # scored, never trained on
             M.on_domain_end(module, stage)                    # remember, at the final weights; not after the last
             save state; score every domain; write the record  # runs.stream
 
@@ -110,6 +113,7 @@ class ContinualModule(LightningModule):
         self.base_weights: Tensors = {}
         self._base_state: dict[str, Tensor] = {}
         self.weights_log, self.objective_log = dict[str, float](), dict[str, Tensor]()
+        self.served: Mapping[str, Tensor] = {}  # what is scored, where that is not what training goes on from
         self._before_stage, self._start = dict[str, Tensor](), dict[str, Tensor]()
         self.weights_after: Callable[[int], Tensors]  # given by whoever keeps the states of a run
 
@@ -126,6 +130,7 @@ class ContinualModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapter"))
             self.model = self.adapter.attach(model)
+        check_checkpointing(self.stage_settings.objectives(self.objective), self.model)
         self.remember_base()
         self.layout, self.layout_reason = choose_layout(self.layout_choice, self.backbone, self.model)
 
@@ -153,12 +158,13 @@ class ContinualModule(LightningModule):
         """
         self.stage, self.validation, self.weights_log = stage, validation, {}
         self.objective = self.stage_settings.objective(stage.domain) or self.objective
-        self.ended_early = self._started = False
+        self.ended_early, self._started, self.served = False, False, {}
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
         self.dataset = examples
         folds.prepare_dataset(self, self.mitigations.values(), stage, stored=stored)
-        self._before_stage = snapshot(self.adapter.state(self.model)) if self._active["transform_weights"] else {}
+        merges = self._active["transform_weights"] or self._active["served_weights"]
+        self._before_stage = snapshot(self.adapter.state(self.model)) if merges else {}
         folds.before_adapter(self, self.mitigations.values(), stage, stored=stored)
         adapter_stage(self, self.adapter.begin_stage, "begin")
         self._start = snapshot(self.adapter.trainable(self.model)) if self.objective.keeps_start else {}
@@ -245,10 +251,10 @@ class ContinualModule(LightningModule):
         return list(self.mitigations.values())
 
     def on_train_start(self) -> None:
-        """Start the domain, unless a resumed checkpoint says that it has started."""
+        """Start the domain, unless a resumed checkpoint says that it has started; Lightning left evaluation mode on."""
         for mitigation in self.mitigations.values():
             mitigation.move_state(self.device)
-        self.model.train(self.objective.forward_noise)  # Lightning leaves a pretrained model in evaluation mode
+        self.model.train(trains_in_training_mode(self.objective, self.model))
         if not self._started:
             for mitigation in self._active["on_domain_start"]:
                 mitigation.on_domain_start(self, self.stage)
@@ -268,19 +274,13 @@ class ContinualModule(LightningModule):
         self.model.eval()
         for mitigation in self.mitigations.values():
             mitigation.move_state(self.device)
-        self._transform_weights()
+        self.weights_log, self.served = merge_stage(self, self._active, self._before_stage, self._base_state)
         with torch.enable_grad():
             for mitigation in self._active["on_domain_end"] if remember else ():
                 mitigation.on_domain_end(self, self.stage)
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
         self._before_stage = {}
-
-    @torch.no_grad()
-    def _transform_weights(self) -> None:
-        if active := self._active["transform_weights"]:
-            moved = ({n: t.to(self.device) for n, t in s.items()} for s in (self._before_stage, self._base_state))
-            self.weights_log = folds.mixed_weights(self, active, *moved)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the adapter's state instead of the whole model."""

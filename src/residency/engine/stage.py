@@ -152,7 +152,8 @@ def finish_stage(
         remember: Whether another stage follows, for which mitigations remember this one.
 
     Returns:
-        What is stored: {"weights", "mitigations", "facts"}.
+        What is stored: {"weights", "mitigations", "facts"}, and "served" where other weights are scored than training
+        goes on from.
     """
     start = time.perf_counter()
     work = module.backbone.work
@@ -173,7 +174,8 @@ def finish_stage(
         "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in taking_part.items()},
         "weights": module.weights_log,
     }
-    return {**training_state(module, taking_part), "facts": {**facts, **more}}
+    served = {"served": dict(module.served)} if module.served else {}
+    return {**training_state(module, taking_part), **served, "facts": {**facts, **more}}
 
 
 def training_state(module: ContinualModule, watched: Iterable[str]) -> dict[str, Any]:
@@ -185,6 +187,7 @@ def training_state(module: ContinualModule, watched: Iterable[str]) -> dict[str,
 def restore_stage(module: ContinualModule, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Bring module and mitigations to the state after a stage; its facts."""
     module.adapter.load_state(module.model, tree["weights"])
+    module.served = dict(tree.get("served", {}))
     for name, state in tree["mitigations"].items():
         # The last stage may come from a run with other mitigations; no training will ask for their states.
         if name in module.mitigations:

@@ -79,6 +79,10 @@ class StageSettings:
         """What the stage of a domain minimises; `None` = what the module has."""
         return of_stage(self.own, domain).objective or self.run.objective
 
+    def objectives(self, run: Objective) -> list[Objective]:
+        """The objective of the run, and those that single stages have instead."""
+        return [run, *(own.objective for own in self.own.values() if own.objective)]
+
     def factories(
         self, domain: str, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
     ) -> tuple[OptimizerCallable, LRSchedulerCallable | None]:

@@ -13,8 +13,9 @@ from residency.core.tensors import size_in_bytes
 from residency.core.types import Batch, Capability, Example, Outputs, Stage, Tensors
 from residency.mitigations.contract import StageModule
 
-__all__ = ["HOOKS", "Guarantee", "Mitigation", "State", "overrides"]
+__all__ = ["HOOKS", "Guarantee", "Into", "Mitigation", "State", "overrides", "serves"]
 
+Into = Literal["train", "serve"]
 Guarantee = Literal[
     "coordinates", "slots", "rows", "columns", "inputs", "directions", "gradient", "last step", "end of stage"
 ]
@@ -33,6 +34,7 @@ HOOKS = (
     "transform_gradients",
     "transform_update",
     "transform_weights",
+    "served_weights",
 )
 
 _LIGHTNING_HOOKS = tuple(name for name in dir(Callback) if name.startswith(("on_", "setup", "teardown")))
@@ -77,6 +79,10 @@ class Mitigation(Callback):
 
     uses_stream_length: ClassVar[bool] = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
+
+    into: Into = "train"
+    """Where `transform_weights` goes; may be set per instance. `train`: into the weights that the next stage starts
+    from. `serve`: into those that are scored, written with and exported, while training goes on unmerged."""
 
     uses_logits: bool = False
     """Whether `loss_terms` reads `outputs.logits`; may be set per instance. Where nobody does they are `None`: the loss
@@ -189,6 +195,16 @@ class Mitigation(Callback):
         """
         return after
 
+    def served_weights(self, module: StageModule, before: Tensors, served: Tensors) -> Tensors:
+        """Replace what is served after a stage, in the adapter's averaging space; training never sees it.
+
+        Args:
+            module: The module.
+            before: `Adapter.weights` as the stage found them.
+            served: What the mitigations before this one serve; of the first one, what training goes on from.
+        """
+        return self.transform_weights(module, before, served) if self.into == "serve" else served
+
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """What is worth a line beside a logged step: the norm of what a penalty acts on, how many gradients were
         projected, how much of a teacher was kept. Logged as `<mitigation>/<name>`, beside `loss/<mitigation>/<term>`.
@@ -215,11 +231,12 @@ class Mitigation(Callback):
         """Whether the training of the stage with this index can depend on it: not before `first_domain`, and not if
         all that it does follows training.
         """
-        hooks = {*HOOKS, *_LIGHTNING_HOOKS} - {"transform_weights", "on_domain_end"}
+        hooks = {*HOOKS, *_LIGHTNING_HOOKS} - {"transform_weights", "served_weights", "on_domain_end"}
         return index >= self.first_domain and any(overrides(self, hook) for hook in hooks)
 
     def changes_weights(self, index: int) -> bool:
-        """Whether `transform_weights` can return anything but `after` once the stage with this index is trained."""
+        """Whether `transform_weights` can return anything but `after` once the stage with this index is trained;
+        where that goes is another question (`into`)."""
         return overrides(self, "transform_weights")
 
     def fingerprint(self) -> str:
@@ -247,6 +264,12 @@ class Mitigation(Callback):
             raise KeyError(f"{self.name}: stored state {sorted(state_dict)}, declared {sorted(self._declared)}")
         self.state.update(state_dict)
 
+    def grows_by(self, trainable: int) -> int:
+        """Bytes by which its state grows with every stage, whoever trains so many parameters; 0 = it has a bound. Told
+        before a run: the state is kept in memory and written whole after every stage.
+        """
+        return 0
+
     def state_bytes(self) -> int:
         """Memory of the declared state, in bytes."""
         return size_in_bytes(self.state)
@@ -259,6 +282,11 @@ class Mitigation(Callback):
 def overrides(mitigation: Mitigation, hook: str) -> bool:
     """Whether a mitigation does something in a hook; asked once, so that unused hooks cost nothing."""
     return getattr(type(mitigation), hook) is not getattr(Mitigation, hook)
+
+
+def serves(mitigation: Mitigation) -> bool:
+    """Whether it serves other weights than those that training goes on from."""
+    return mitigation.into == "serve" or overrides(mitigation, "served_weights")
 
 
 def _map(value: State, function: Callable[[Tensor], Tensor]) -> State:

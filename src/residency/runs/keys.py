@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from residency.core.environment import numerics
 from residency.core.types import Stage
 from residency.engine.stage_overrides import stage_config
-from residency.mitigations.base import Mitigation, overrides
+from residency.mitigations.base import Mitigation, overrides, serves
 from residency.runs.code_identity import class_code, core_code
 from residency.runs.kept_config import ONE_RANK
 
@@ -48,6 +48,7 @@ class StageKeys:
     Args:
         trained: Weights as the last step left them.
         weights: Weights after `transform_weights`; `trained` itself if nobody changes them.
+        served: What is scored; `weights` itself if nobody serves anything else.
         finished: Weights and the states of all mitigations; `trained` itself if there is no mitigation. Of the last
             stage `weights`: there is nothing to remember for.
         watched: Mitigations whose state is part of what was trained, by name.
@@ -55,6 +56,7 @@ class StageKeys:
 
     trained: str
     weights: str
+    served: str
     finished: str
     watched: tuple[str, ...]
 
@@ -89,12 +91,14 @@ class RunKeys:
         states: dict[str, str] = dict.fromkeys(self.module.mitigations, "none")
         for stage in stages:
             trained, watched = self._trained(stage, weights, states, offset)
-            weights = self._weights(stage, trained, weights, states)
+            before, weights = weights, self._weights(stage, trained, weights, states)
+            served = self._served(stage, weights, before, states)
             states = {name: self._state(m, trained, weights, states[name]) for name, m in self._named()}
             last = stage.index + 1 == stage.stages
             # After the last stage nobody remembers anything: its weights are all that counts.
             finished = weights if last else digest("finished", weights, states) if states else trained
-            keys = StageKeys(trained=trained, weights=weights, finished=finished, watched=watched)
+            finished = finished if served == weights else digest("finished", finished, served)
+            keys = StageKeys(trained=trained, weights=weights, served=served, finished=finished, watched=watched)
             self.stages.append(keys)
             offset += stage.steps
 
@@ -135,8 +139,20 @@ class RunKeys:
         return [name, written["class_path"], arguments, mitigation.fingerprint(), class_code(type(mitigation))]
 
     def _weights(self, stage: Stage, trained: str, before: str, states: Mapping[str, str]) -> str:
-        changing = [[*self._mitigation(n, m), states[n]] for n, m in self._named() if m.changes_weights(stage.index)]
+        changing = [
+            [*self._mitigation(n, m), states[n]]
+            for n, m in self._named()
+            if m.into == "train" and m.changes_weights(stage.index)
+        ]
         return digest("weights", trained, before, changing) if changing else trained
+
+    def _served(self, stage: Stage, weights: str, before: str, states: Mapping[str, str]) -> str:
+        serving = [
+            [*self._mitigation(n, m), states[n]]
+            for n, m in self._named()
+            if serves(m) and (m.into == "train" or m.changes_weights(stage.index))
+        ]
+        return digest("served", weights, before, serving) if serving else weights
 
     def _state(self, mitigation: Mitigation, trained: str, weights: str, before: str) -> str:
         if not mitigation.state and not any(overrides(mitigation, h) for h in ("on_domain_end", "on_domain_start")):
@@ -159,7 +175,7 @@ class RunKeys:
         base = "base" if "reference" in self.module.adapter.provides else [self.model, self.config["seed_everything"]]
         parts: dict[str, Any] = {
             "environment": self._environment,
-            "weights": self.stages[k - 1].weights if k else base,
+            "weights": self.stages[k - 1].served if k else base,
             "column": [column, domain.fingerprint(), split],
             "scorers": [
                 [name, class_code(type(scorer)), scorer.options(), scorer.versions()]

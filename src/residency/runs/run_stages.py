@@ -10,8 +10,8 @@ from typing import Any
 
 from residency.core.environment import peak_memory_bytes
 from residency.core.tensor_files import append_line, load_whole_tree
-from residency.core.types import Tensors
 from residency.engine.scoring.evaluation import Evaluation, means
+from residency.engine.serving import served_of, serving
 from residency.runs.data_check import check_data
 from residency.runs.folder import RunFolder
 from residency.runs.results import build_record
@@ -162,13 +162,13 @@ class RunStages:
         runner.restore(k, self._load)
         runner.module.to(runner.trainers.root_device)
 
-        def state(stage: int) -> Tensors:
-            weights: Tensors = self._load(stage)["weights"]
-            return weights
-
-        return runner.inspection.after_stage(
-            runner.module, runner.data, k=k, seed=runner.settings.seed, states=state, facts=facts
-        )
+        where: dict[str, Any] = {
+            "k": k,
+            "seed": runner.settings.seed,
+            "states": lambda stage: served_of(self._load(stage)),
+        }
+        with serving(runner.module):
+            return runner.inspection.after_stage(runner.module, runner.data, **where, facts=facts)
 
     def _complete(self, k: int, scores: Evaluation, facts: Mapping[str, Any]) -> None:
         self.folder.complete_stage(self.folders[k], scores, facts, config=self.config)

@@ -14,6 +14,7 @@ from residency.core.errors import UserError
 from residency.core.tensor_files import write_json
 from residency.core.types import Row, Split
 from residency.engine.scoring.evaluation import Evaluation, evaluate, means
+from residency.engine.serving import served_of
 from residency.runs.folder import RunFolder
 from residency.runs.stream import check_stream
 
@@ -52,7 +53,7 @@ def load_stage(module: ContinualModule, data: StreamData, folder: RunFolder, *, 
         )
     module.build(seed=seed)
     if chosen:
-        module.adapter.load_state(module.model, folder.load_state(folders[chosen - 1])["weights"])
+        module.adapter.load_state(module.model, served_of(folder.load_state(folders[chosen - 1])))
     return chosen
 
 

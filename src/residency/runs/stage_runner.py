@@ -16,6 +16,7 @@ from residency.engine.checkpointing import History
 from residency.engine.divergence import check_scores
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import Evaluation, evaluate
+from residency.engine.serving import serving
 from residency.engine.stage import finish_stage, restore_stage, take_trained_stage, train_stage
 from residency.engine.stage_overrides import (
     describe_stages,
@@ -94,6 +95,7 @@ class StageRunner:
 
     def info(self, facts: Mapping[str, Any], *, resumed: int) -> RunInfo:
         """What views want to know."""
+        growth = {name: m.grows_by(facts["trainable"]) for name, m in self.module.mitigations.items()}
         return RunInfo(
             cell=self.settings.cell,
             seed=self.settings.seed,
@@ -107,6 +109,7 @@ class StageRunner:
             split=self.settings.split,
             data=self.data.count_tokens(self.module.backbone.tokenizer, self.settings.split),
             stages=describe_stages(self.stages, self.settings.stages),
+            growth={name: size for name, size in growth.items() if size},
         )
 
     # -- states -------------------------------------------------------------------------------------------------
@@ -138,6 +141,7 @@ class StageRunner:
     def _start_over(self) -> None:
         if self.at != 0:
             del self.module.model
+            self.module.served = {}
             for name, state in self._untouched.items():
                 self.module.mitigations[name].load_state_dict(dict(state))
         self.build()
@@ -228,6 +232,7 @@ class StageRunner:
         title = f"after {self.stages[self.at - 1].domain}" if self.at else "before training"
         self.module.to(self.trainers.root_device)
         with ExitStack() as stack:
+            stack.enter_context(serving(self.module))
             if self.at == 0 and "reference" in self.module.adapter.provides:
                 stack.enter_context(self.module.adapter.reference(self.module.model))
             advances = [stack.enter_context(view.evaluating(title, total)) for view in self.views]

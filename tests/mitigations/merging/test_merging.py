@@ -174,7 +174,7 @@ def test_the_key_knows_the_files_that_a_mitigation_is_written_with() -> None:
 # -- resume ---------------------------------------------------------------------------------------------------------
 
 RESUMED: dict[str, Callable[[], Mitigation]] = {
-    "wise_ft": lambda: WiseFT(alpha=0.6),
+    "wise_ft": lambda: WiseFT(alpha=0.6, into="train"),
     "ties": lambda: TIES(density=0.5),
     "dare": DARE,
     "ema": lambda: EMA(decay=0.8),

@@ -21,14 +21,14 @@ from support.two_stages import ADAPTERS, equal, randn, two_stages
 EXAMPLES = [Example.of(domain="x", row="0", prompt=(5, 6, 7), completion=(40, 50, 0))]
 
 MAKE: dict[float, Callable[[], Mitigation]] = {
-    0.0: lambda: WiseFT(alpha=0.0),
-    0.5: lambda: WiseFT(alpha=0.5),
-    1.0: lambda: WiseFT(alpha=1.0),
+    0.0: lambda: WiseFT(alpha=0.0, into="train"),
+    0.5: lambda: WiseFT(alpha=0.5, into="train"),
+    1.0: lambda: WiseFT(alpha=1.0, into="train"),
 }
 
 
 def later() -> Mitigation:
-    return WiseFT(alpha=0.5, first=False)
+    return WiseFT(alpha=0.5, first=False, into="train")
 
 
 def logits(module: Any) -> torch.Tensor:

@@ -121,6 +121,10 @@ class OGD(Mitigation):
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
 
+    def grows_by(self, trainable: int) -> int:
+        """A float32 direction over all parameters per example."""
+        return 4 * trainable * self.examples if self.strength else 0
+
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`directions`: in the basis; `kept`: share of the last update's norm."""
         kept = self.state["kept"]

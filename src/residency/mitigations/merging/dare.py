@@ -13,7 +13,7 @@ from residency.core.randomness import generator, seed_of
 from residency.core.types import Capability, Tensors
 from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.merging.states import check_last, merged_vectors, stage_weights, unless_first
+from residency.mitigations.merging.states import check_last, merged_vectors, stage_weights, state_bytes, unless_first
 from residency.mitigations.merging.task_arithmetic import task_arithmetic
 
 __all__ = ["DARE", "dare", "dare_merge"]
@@ -102,6 +102,10 @@ class DARE(Mitigation):
             return after
         seed = seed_of(module.stage.seed, "dare", module.stage.index)
         return dare_merge(module.base_weights, tuned, drop=self.drop, strength=self.strength, seed=seed)
+
+    def grows_by(self, trainable: int) -> int:
+        """A state per stage, unless only the last few are merged."""
+        return 0 if self._off or self.last is not None else state_bytes(trainable)
 
     def changes_weights(self, index: int) -> bool:
         """Not when off, and after the first stage only if asked for."""

@@ -10,9 +10,16 @@ from lightning.pytorch import Trainer
 from residency.core.errors import UserError
 from residency.core.tensors import snapshot, weighted_sum
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Guarantee, Mitigation
+from residency.mitigations.base import Guarantee, Into, Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.merging.states import check_last, kept_states, remember, stage_weights
+from residency.mitigations.merging.states import (
+    check_into,
+    check_last,
+    kept_states,
+    remember,
+    stage_weights,
+    state_bytes,
+)
 from residency.mitigations.validation import validation_nll
 
 __all__ = ["Soup", "greedy", "uniform"]
@@ -59,6 +66,8 @@ class Soup(Mitigation):
         choose: `uniform`, or `greedy`: add a state only if the mean does not get worse on the validation rows of the
             current domain (of no other).
         every: For `steps`: optimizer steps between two states.
+        into: `train`: training goes on from the merged weights; `serve`: they are scored and exported, and training
+            goes on unmerged.
     """
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
@@ -73,6 +82,7 @@ class Soup(Mitigation):
         last: int | None = None,
         choose: Literal["uniform", "greedy"] = "uniform",
         every: int = 1,
+        into: Into = "train",
     ) -> None:
         super().__init__()
         check_last(last, owner="Soup")
@@ -86,6 +96,7 @@ class Soup(Mitigation):
         self.last = last
         self.choose = choose
         self.every = every
+        self.into = check_into(into, owner="Soup")
         self.uses_validation = choose == "greedy" and last != 1
         self.add_state("kept", {})
 
@@ -119,6 +130,10 @@ class Soup(Mitigation):
     def touches_training(self, index: int) -> bool:
         """Only where it has to keep states of the running stage."""
         return self.over == "steps" and self.last != 1
+
+    def grows_by(self, trainable: int) -> int:
+        """A state per stage, unless only the last few are mixed."""
+        return state_bytes(trainable) if self.over == "stages" and self.last is None else 0
 
     def changes_weights(self, index: int) -> bool:
         """Not when off; of the first stage there is one state."""

@@ -14,10 +14,20 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.tensors import Computed, snapshot
 from residency.core.types import Tensors
-from residency.mitigations.base import Mitigation
+from residency.mitigations.base import Into, Mitigation
 from residency.mitigations.contract import StageModule
 
-__all__ = ["check_last", "kept_states", "merged", "merged_vectors", "remember", "stage_weights", "unless_first"]
+__all__ = [
+    "check_into",
+    "check_last",
+    "kept_states",
+    "merged",
+    "merged_vectors",
+    "remember",
+    "stage_weights",
+    "state_bytes",
+    "unless_first",
+]
 
 
 def remember(kept: Tensors, state: Tensors, *, index: int, last: int | None) -> dict[str, Tensor]:
@@ -90,9 +100,29 @@ def merged_vectors(
     return merged(tuned[-1], compute)
 
 
+def state_bytes(trainable: int) -> int:
+    """Bytes of a state that is remembered, in float32."""
+    return 4 * trainable
+
+
 def unless_first(module: StageModule, *, first: bool) -> bool:
     """Whether to merge after the running stage: the first one only if asked for."""
     return first or module.stage.index > 0
+
+
+def check_into(into: Into, *, owner: str) -> Into:
+    """Where the merged weights go.
+
+    Raises:
+        UserError: Nowhere that exists.
+    """
+    if into not in ("train", "serve"):
+        raise UserError(
+            f"{owner} with into={into!r}",
+            why="merged weights are what training goes on from (train), or only what is scored and exported (serve)",
+            fix="give into: train or into: serve",
+        )
+    return into
 
 
 def check_last(last: int | None, *, owner: str) -> None:

@@ -8,9 +8,9 @@ from typing import ClassVar
 from residency.core.errors import UserError
 from residency.core.tensors import weighted_sum
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Guarantee, Mitigation
+from residency.mitigations.base import Guarantee, Into, Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.merging.states import check_last, stage_weights, unless_first
+from residency.mitigations.merging.states import check_into, check_last, stage_weights, state_bytes, unless_first
 
 __all__ = ["TaskArithmetic", "task_arithmetic"]
 
@@ -41,6 +41,8 @@ class TaskArithmetic(Mitigation):
         strength: λ >= 0.
         last: How many states take part, the newest included; null = all. 1 with strength 1 = off.
         first: After the first stage too (then it is λ τ_1).
+        into: `train`: training goes on from the merged weights; `serve`: they are scored and exported, and training
+            goes on unmerged.
     """
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
@@ -49,7 +51,9 @@ class TaskArithmetic(Mitigation):
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
     )
 
-    def __init__(self, *, strength: float = 0.5, last: int | None = 2, first: bool = False) -> None:
+    def __init__(
+        self, *, strength: float = 0.5, last: int | None = 2, first: bool = False, into: Into = "train"
+    ) -> None:
         super().__init__()
         check_last(last, owner="TaskArithmetic")
         if not strength >= 0:
@@ -61,6 +65,7 @@ class TaskArithmetic(Mitigation):
         self.strength = strength
         self.last = last
         self.first = first
+        self.into = check_into(into, owner="TaskArithmetic")
         self.uses_base = not self._off
         self.add_state("kept", {})
 
@@ -76,6 +81,10 @@ class TaskArithmetic(Mitigation):
         if not unless_first(module, first=self.first):
             return after
         return task_arithmetic(module.base_weights, tuned, strength=self.strength)
+
+    def grows_by(self, trainable: int) -> int:
+        """A state per stage, unless only the last few are merged."""
+        return 0 if self._off or self.last is not None else state_bytes(trainable)
 
     def changes_weights(self, index: int) -> bool:
         """Not when off, and after the first stage only if asked for."""

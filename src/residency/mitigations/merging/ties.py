@@ -12,9 +12,16 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.tensors import wide
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Guarantee, Mitigation
+from residency.mitigations.base import Guarantee, Into, Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.merging.states import check_last, merged_vectors, stage_weights, unless_first
+from residency.mitigations.merging.states import (
+    check_into,
+    check_last,
+    merged_vectors,
+    stage_weights,
+    state_bytes,
+    unless_first,
+)
 
 __all__ = ["TIES", "ties", "ties_merge", "trim"]
 
@@ -75,6 +82,8 @@ class TIES(Mitigation):
         strength: λ >= 0.
         last: How many states take part, the newest included; null = all. 1 with density 1 and strength 1 = off.
         first: After the first stage too (then it is a trimmed τ_1).
+        into: `train`: training goes on from the merged weights; `serve`: they are scored and exported, and training
+            goes on unmerged.
     """
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
@@ -84,7 +93,13 @@ class TIES(Mitigation):
     )
 
     def __init__(
-        self, *, density: float = 0.2, strength: float = 1.0, last: int | None = None, first: bool = False
+        self,
+        *,
+        density: float = 0.2,
+        strength: float = 1.0,
+        last: int | None = None,
+        first: bool = False,
+        into: Into = "train",
     ) -> None:
         super().__init__()
         check_last(last, owner="TIES")
@@ -98,6 +113,7 @@ class TIES(Mitigation):
         self.strength = strength
         self.last = last
         self.first = first
+        self.into = check_into(into, owner="TIES")
         self.uses_base = not self._off
         self.add_state("kept", {})
 
@@ -113,6 +129,10 @@ class TIES(Mitigation):
         if not unless_first(module, first=self.first):
             return after
         return ties_merge(module.base_weights, tuned, density=self.density, strength=self.strength)
+
+    def grows_by(self, trainable: int) -> int:
+        """A state per stage, unless only the last few are merged."""
+        return 0 if self._off or self.last is not None else state_bytes(trainable)
 
     def changes_weights(self, index: int) -> bool:
         """Not when off, and after the first stage only if asked for."""

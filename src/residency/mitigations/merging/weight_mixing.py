@@ -11,8 +11,9 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Guarantee, Mitigation
+from residency.mitigations.base import Guarantee, Into, Mitigation
 from residency.mitigations.contract import StageModule
+from residency.mitigations.merging.states import check_into
 
 __all__ = ["WeightMixing", "mix"]
 
@@ -54,6 +55,8 @@ class WeightMixing(Mitigation):
         alpha: Weight of the stage just trained, in [0, 1]. 1 = off, 0 = undo the stage (both exact).
         first: Mix after the first stage too (with the pretrained model); off by default: the first domain has nothing
             to forget but the base.
+        into: `train`: training goes on from the merged weights; `serve`: they are scored and exported, and training
+            goes on unmerged.
     """
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
@@ -62,7 +65,7 @@ class WeightMixing(Mitigation):
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
     )
 
-    def __init__(self, *, alpha: float = 0.5, first: bool = False) -> None:
+    def __init__(self, *, alpha: float = 0.5, first: bool = False, into: Into = "train") -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
             raise UserError(
@@ -72,6 +75,7 @@ class WeightMixing(Mitigation):
             )
         self.alpha = alpha
         self.first = first
+        self.into = check_into(into, owner="WeightMixing")
 
     def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:
         """Mix, except after the first stage."""

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from residency.core.errors import UserError
 from residency.core.types import Capability, Tensors
-from residency.mitigations.base import Guarantee, Mitigation
+from residency.mitigations.base import Guarantee, Into, Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.merging.states import unless_first
+from residency.mitigations.merging.states import check_into, unless_first
 from residency.mitigations.merging.weight_mixing import mix
 
 __all__ = ["WiseFT"]
@@ -22,6 +22,8 @@ class WiseFT(Mitigation):
     Args:
         alpha: Weight of the trained model, in [0, 1]. 1 = off, 0 = the pretrained model (both exact).
         first: After the first stage too.
+        into: `serve`, as published: the mixed weights are scored and exported, and training goes on unmixed; `train`:
+            it goes on from them, so that what a stage has learned shrinks by α after every later one, too.
     """
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
@@ -30,7 +32,7 @@ class WiseFT(Mitigation):
         "configs/mitigation/replay.yaml, or an adapter whose states can be averaged (lora, full)"
     )
 
-    def __init__(self, *, alpha: float = 0.5, first: bool = True) -> None:
+    def __init__(self, *, alpha: float = 0.5, first: bool = True, into: Into = "serve") -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
             raise UserError(
@@ -40,6 +42,7 @@ class WiseFT(Mitigation):
             )
         self.alpha = alpha
         self.first = first
+        self.into = check_into(into, owner="WiseFT")
         self.uses_base = alpha < 1
 
     def transform_weights(self, module: StageModule, before: Tensors, after: Tensors) -> Tensors:

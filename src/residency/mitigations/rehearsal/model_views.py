@@ -55,11 +55,14 @@ def passes(module: StageModule, examples: Sequence[Example]) -> Iterator[tuple[l
 @torch.no_grad()
 def example_loss(module: StageModule, examples: Sequence[Example]) -> Tensor:
     """(n,) loss of each example per unit (for a likelihood: nats per token), in evaluation mode."""
-    found = torch.zeros(len(examples), device=module.device)
+    # Lightning makes float64 the default in 64-true.
+    found = torch.zeros(len(examples), device=module.device, dtype=torch.float32)
     with evaluating(module):
         for rows, batch in passes(module, examples):
             units = [module.objective.units(example) for example in batch.examples]
-            found[rows] = module.example_losses(batch).float() / torch.tensor(units, device=module.device)
+            found[rows] = module.example_losses(batch).float() / torch.tensor(
+                units, device=module.device, dtype=torch.float32
+            )
     return found
 
 

@@ -32,6 +32,7 @@ class RunInfo:
         split: Rows that are scored.
         data: {column: {split: what became of its rows and tokens}}.
         stages: What each stage does, in words, where one of them has settings of its own.
+        growth: {mitigation: bytes by which its state grows with every stage}, of those without a bound.
     """
 
     cell: str
@@ -46,6 +47,7 @@ class RunInfo:
     split: str = "test"
     data: Mapping[str, Mapping[str, TokenCounts]] = field(default_factory=dict)
     stages: Sequence[str] = ()
+    growth: Mapping[str, int] = field(default_factory=dict)
 
 
 class View:

@@ -58,6 +58,11 @@ class ConsoleView(View):
                     self.console.print(f"  [yellow]{escape(printable(name))}, {part}:[/yellow] {'; '.join(lost)}")
         for line in info.stages:
             self.console.print(f"  {escape(printable(line, 300))}", highlight=False)
+        for name, size in info.growth.items():
+            self.console.print(
+                f"  [yellow]{escape(printable(name))}[/yellow] keeps {size / 1e6:,.2f} MB more after every stage, "
+                f"{size * len(info.domains) / 1e6:,.2f} MB in the end; the file of every stage holds all of it so far"
+            )
         if info.resumed:
             self.console.print(f"  going on after stage {info.resumed} of {len(info.domains)}")
 

@@ -109,6 +109,7 @@ def test_presets_of_its_own_are_given_by_name(package: Path, llama: Path) -> Non
     assert "brand_new" in record["summary"]["nll"], "the metric of the package is in every summary"
 
 
+@pytest.mark.slow
 def test_without_pytest_the_error_says_what_to_install() -> None:
     hide = "import sys; sys.modules['pytest'] = None; import residency.testing"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)

@@ -70,6 +70,7 @@ def _outcome(made: Callable[[], ResidencyCLI]) -> ResidencyCLI | str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_every_combination_equals_the_line_parsed_as_a_whole(base: str, parses: list[tuple[str, ...]]) -> None:
     composer = Composer(fixed=("--store=s",))
     lines = [_words(base, *groups) for groups in itertools.product(ADAPTERS, MITIGATIONS, OTHERS)]

@@ -124,6 +124,7 @@ def test_a_stage_with_its_own_settings_goes_on_exactly(llama: Path, tmp_path: Pa
     goes_on_exactly(tmp_path, llama, Full, lambda: {"replay": MITIGATIONS["replay"].make()}, stages=own)
 
 
+@pytest.mark.slow
 def test_a_study_crosses_the_settings_of_a_stage(llama: Path, tmp_path: Path) -> None:
     """An axis over the epochs of the second domain shares the first stage; the joint reference sees as many rows."""
     axes = {"length": {"short": {"stages.b.steps": 1}, "long": {"stages.b.epochs": 1, "stages.b.batch_size": 2}}}

@@ -151,7 +151,7 @@ def test_a_plan_can_measure_what_it_will_take(folder: Path, ran: list[str]) -> N
         ({"model.mitigations.old.ratio": 2}, ("cell wrong-s0: ",)),
         ({"model.mitigation.old": "replay.yaml"}, ("cell wrong-s0: --model.mitigation.old", "no key")),
         ({"model.mitigations.ewc": {"class_path": "EWC"}, "model.adapter": "bare.yaml"}, ("fixed_coordinates",)),
-        ({"data.domains.a.train": "nope.jsonl"}, ("cell wrong-s0: train file 'nope.jsonl'",)),
+        ({"data.domains.a.train": "nope.jsonl"}, ("cell wrong-s0: data.domains.a.train file 'nope.jsonl'",)),
     ],
 )
 def test_mistakes_in_one_cell_stop_all_before_the_first(

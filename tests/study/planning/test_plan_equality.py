@@ -54,6 +54,7 @@ def vars_of(one: resolve.Resolved) -> list[Any]:
     return [keys, str(runner.settings), [str(stage) for stage in runner.stages], one.frozen, one.domains]
 
 
+@pytest.mark.slow
 def test_composed_and_whole_lines_plan_the_same(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_yaml(tmp_path / "base.yaml", tiny_config(tmp_path / "data", llama))
     path = write_yaml(tmp_path / "study.yaml", STUDY)

@@ -45,7 +45,7 @@ def spy(calls: Calls, adapter: Adapter) -> Mitigation:
 
     It has every hook that the adapter permits.
     """
-    without = set() if "averageable" in adapter.provides else {"transform_weights"}
+    without = set() if "averageable" in adapter.provides else {"transform_weights", "served_weights"}
     without |= {"transform_gradients", "transform_update"} if adapter.steps_in_backward else set()
 
     def noting(name: str) -> Any:

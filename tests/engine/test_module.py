@@ -27,7 +27,7 @@ def tiny_lora() -> Any:
 
 
 class Recorder(Mitigation):
-    """Overrides all nine hooks, changes nothing, writes every call down."""
+    """Overrides every hook, changes nothing, writes every call down."""
 
     def __init__(self, calls: list[tuple[str, int]]) -> None:
         super().__init__()
@@ -72,6 +72,11 @@ class Recorder(Mitigation):
         self.calls.append(("transform_weights", module.stage.index))
         return after
 
+    def served_weights(self, module: Any, before: Tensors, after: Tensors) -> Tensors:
+        assert list(before) == list(after)
+        self.calls.append(("served_weights", module.stage.index))
+        return after
+
 
 STEP = ["transform_batch", "loss_terms", "transform_gradients", "transform_update"]
 
@@ -82,7 +87,7 @@ def test_every_hook_in_its_place(llama: Path, tmp_path: Path) -> None:
     assert all(overrides(recorder, hook) for hook in HOOKS)
     record, _ = train(tmp_path / "run", llama, tiny_lora(), {"recorder": recorder}, steps=2)
     whole = ["prepare_dataset", "transform_dataset", "on_domain_start"]
-    whole += [*STEP, *STEP, "transform_weights", "on_domain_end"]
+    whole += [*STEP, *STEP, "transform_weights", "served_weights", "on_domain_end"]
     expected = [(name, stage) for stage in range(3) for name in whole]
     assert calls == expected[:-1], "there is nothing to remember the last domain for"
     plain, _ = train(tmp_path / "plain", llama, tiny_lora(), steps=2)

@@ -175,7 +175,8 @@ ROWS: dict[str, Row] = {
         bare=True,
     ),
     "rwkv": Row(kind="rwkv", expected="padded", left_out=("qlora",)),
-    **_rows("padded", "mamba", "minimax", without=_ROUTED),
+    **_rows("padded", "mamba", without=("lora", *_ROUTED)),  # PEFT itself refuses its out_proj
+    **_rows("padded", "minimax", without=_ROUTED),
     **_rows("padded", "jamba", without=("qlora",)),
     **_rows("padded", "bloom", "doge", "mpt", "nemotron", "stablelm", "xglm"),
     **_rows(_NOT_CAUSAL, "bert", fast=True),

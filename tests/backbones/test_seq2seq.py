@@ -281,11 +281,14 @@ def test_observers_of_decoders_are_refused() -> None:
     Inspection({"kl": KLToBase()}).checked(Seq2Seq(path="nowhere"))
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_work_is_what_torch_counts(t5: Path, kind: str) -> None:
-    """Forward and backward, labels that share an encoder included, within 5 %."""
-    module = make_module(t5, Full() if kind == "full" else lora(target_modules="all-linear", r=2), {}, family=Seq2Seq)
+def test_work_is_what_torch_counts(t5: Path, kind: str, checkpointed: bool) -> None:
+    """Forward and backward, labels that share an encoder and what is computed again included, within 5 %."""
+    adapter = Full() if kind == "full" else lora(target_modules="all-linear", r=2)
+    module = make_module(t5, adapter, {}, family=Seq2Seq, loading={"gradient_checkpointing": checkpointed})
     module.build(seed=0)
+    module.model.train()
     module.backbone.work.take()
     batch = make_batch(rows(), layout="padded")
     with counter() as counted:

@@ -19,6 +19,7 @@ from residency.backbones.fingerprint import tokenizer_fingerprint, weights_finge
 from residency.backbones.generation import seeded
 from residency.backbones.loading import load_config, load_seq2seq, load_tokenizer
 from residency.backbones.locations import model_folder
+from residency.backbones.work import is_checkpointed
 from residency.backbones.work_halves import Passed, halves_of
 from residency.core.errors import UserError
 from residency.core.types import Batch, Layout
@@ -122,8 +123,10 @@ class Seq2Seq(Backbone):
         result: Tensor = out.logits[decoder_places(batch)]
         rows = len(mask) if _has_virtual_tokens(model) else len(read)
         at = Passed(encoded=rows, read=read.shape[1], decoded=len(written), written=written.shape[1])
-        halves = halves_of(model)
-        self.work.counted(tokens=batch.tokens, forward=halves.forward(at), backward=halves.backward(at), out=result)
+        halves = self.work.known(model, halves_of)
+        again = halves.again(at) if model.training and is_checkpointed(model) else 0
+        backward = halves.backward(at) + again
+        self.work.counted(tokens=batch.tokens, forward=halves.forward(at), backward=backward, out=result)
         return result
 
     @torch.inference_mode()
@@ -157,7 +160,8 @@ class Seq2Seq(Backbone):
         new = [row[1:] for row in out.tolist()]
         # Every step reads one token per row and, by its keys and values, the states of the encoder.
         at = Passed(encoded=len(read), read=read.shape[1], decoded=len(read), written=out.shape[1] - 1)
-        self.work.counted(tokens=int(mask.sum()) + sum(map(len, new)), forward=halves_of(model).forward(at), backward=0)
+        forward = self.work.known(model, halves_of).forward(at)
+        self.work.counted(tokens=int(mask.sum()) + sum(map(len, new)), forward=forward, backward=0)
         return [row[: row.index(stop)] if stop in row else row for row in new]
 
     def packing_problem(self) -> str:

@@ -10,10 +10,10 @@ norms, activations, the step of the optimizer, and what is done with weights or 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ from residency.core.errors import UserError
 from residency.core.types import Batch, segment_tokens
 
 __all__ = ["Products", "Work", "is_checkpointed", "products_of"]
+
+T = TypeVar("T")
 
 # Maps that read what enters a block; of the lowest block that trains, this has no gradient.
 _READS_INPUT = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(?!.*lora_B)")
@@ -181,6 +183,7 @@ class Work:
     def __init__(self) -> None:
         self._tokens = self._flops = 0
         self._products: Products | None = None
+        self._known: Any = None
         self._trimmed: nn.Module | None = None
 
     def take(self) -> tuple[int, int]:
@@ -191,7 +194,14 @@ class Work:
 
     def renew(self) -> None:
         """Look at the model again: something was attached to it, or something else trains."""
-        self._products = None
+        self._products = self._known = None
+
+    def known(self, model: nn.Module, look: Callable[[nn.Module], T]) -> T:
+        """What a look at the model finds, looked up once until `renew`."""
+        if self._known is None:
+            self._known = look(model)
+        found: T = self._known
+        return found
 
     def passed(self, model: nn.Module, batch: Batch, out: Tensor) -> None:
         """A forward pass over a batch.

@@ -42,6 +42,7 @@ class Halves:
         encoder: The encoder's own.
         states: Keys and values that the decoder reads from the encoder's states, one set per row of the decoder.
         decoder: All others of the decoder, with the head.
+        head: Of the head.
         trained: Of each of the three, what trains.
         attention: Width of queries.
         layers: Of the encoder, of the decoder.
@@ -50,6 +51,7 @@ class Halves:
     encoder: int
     states: int
     decoder: int
+    head: int
     trained: tuple[int, int, int]
     attention: int
     layers: tuple[int, int]
@@ -66,6 +68,10 @@ class Halves:
         trained = sum(n * p for n, p in zip(self.trained, positions, strict=True))
         pairs = self._pairs(at)
         return 2 * (passed + trained) + 8 * (pairs[0] * (self.trained[0] > 0) + pairs[1])
+
+    def again(self, at: Passed) -> int:
+        """FLOPs that gradient checkpointing computes again: the blocks, not the head."""
+        return self.forward(at) - 2 * self.head * at.decoded * at.written
 
     @property
     def _weights(self) -> tuple[int, int, int]:
@@ -99,6 +105,7 @@ def halves_of(model: nn.Module) -> Halves:
         encoder=sizes[0],
         states=sizes[1],
         decoder=sizes[2],
+        head=head.numel(),
         trained=(trained[0], trained[1], trained[2]),
         attention=config.num_heads * config.d_kv,
         layers=(config.num_layers, config.num_decoder_layers),

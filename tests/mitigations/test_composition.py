@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from residency.adapters import Full
 from residency.adapters.algebra.dual_gpm import Memory, project, without
 from residency.core.errors import UserError
-from residency.core.types import Example, Stage
+from residency.core.types import Branch, Example, Stage
 from residency.mitigations import (
     AGEM,
     EMA,
@@ -30,7 +31,9 @@ from residency.mitigations import (
     WeightMixing,
 )
 from residency.mitigations.constraints.gradient_projection import inner, project_agem
+from residency.mitigations.distillation.sdft import Rewritten
 from residency.mitigations.rehearsal.memory import Mixture, Source, mixed_in, source_of
+from residency.objectives.dataset import own_rows
 from residency.testing.tiny_runs import make_module
 
 # --- shares of a batch ------------------------------------------------------------------------------------------------
@@ -68,6 +71,19 @@ def test_a_mixture_has_draws_of_its_own_for_every_source() -> None:
     assert rows["old0"] != rows["old1"], "one seed for both would draw the same numbers"
     alone = Mixture(current=_examples("new", 64), sources=data.sources[:1], stage=stage)
     assert [alone[i].domain for i in range(8)] == [*["new"] * 3, "old0"] * 2
+
+
+def test_a_domain_as_a_whole_is_seen_through_a_mixture() -> None:
+    """Labels, medians and balance of a stage do not hang on which places rehearsals take, nor on rewritten answers."""
+    stage = Stage(index=1, domain="new", stages=2, seed=0, steps=2, batch_size=4)
+    current = _examples("new", 8)
+    other = replace(current[0], branches=(Branch(tokens=(3, 0)),))
+    data: Any = Rewritten(current, lambda: {("new", "0"): other})
+    for name in ("old0", "old1"):
+        data = mixed_in(data, Source(name=name, memory=_examples(name, 5), ratio=0.25), stage=stage)
+    assert sum(e.domain == "new" for e in data) == 4
+    assert own_rows(data, "new") == [other, *current[1:]]
+    assert own_rows(current, "new") == current
 
 
 # --- the intersection of projections ----------------------------------------------------------------------------------

@@ -228,3 +228,7 @@ class ExampleView(Sequence[Example]):
 
     def __getitem__(self, position: Any) -> Any:
         return self.at(position)
+
+    def own(self) -> Sequence[Example]:
+        """The same examples with no place given to those of an earlier stage."""
+        return self

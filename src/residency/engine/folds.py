@@ -139,7 +139,7 @@ def mixed_weights(
     """
     adapter, model = module.adapter, module.model
     old = adapter.weights(model, before)
-    after = adapter.weights(model, snapshot(adapter.state(model)))
+    after = module.trained_weights = adapter.weights(model, snapshot(adapter.state(model)))
     module.base_weights = adapter.weights(model, base) if base else {}
     final = after
     for mitigation in mitigations:
@@ -149,7 +149,7 @@ def mixed_weights(
         adapter.load_state(model, before if final is old else base)
     elif final is not after:
         log = dict(adapter.load_weights(model, final))
-    module.base_weights = {}
+    module.base_weights, module.trained_weights = {}, {}
     return log
 
 

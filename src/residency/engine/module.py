@@ -111,6 +111,7 @@ class ContinualModule(LightningModule):
         self.validation: Callable[[], Sequence[Example]] = tuple
         self.ended_early = self._started = False
         self.base_weights: Tensors = {}
+        self.trained_weights: Tensors = {}
         self._base_state: dict[str, Tensor] = {}
         self.weights_log, self.objective_log = dict[str, float](), dict[str, Tensor]()
         self.served: Mapping[str, Tensor] = {}  # what is scored, where that is not what training goes on from

@@ -33,6 +33,7 @@ class StageModule(Protocol):
         dataset: Its training set, as the mitigations before the caller left it.
         layout: Of batches: `packed` or `padded`.
         base_weights: Weights before the first stage, in `transform_weights` and with `uses_base` only.
+        trained_weights: Weights as the last step left them, in `transform_weights` and `served_weights` only.
         ended_early: Set to end the stage after the current step.
     """
 
@@ -44,6 +45,7 @@ class StageModule(Protocol):
     dataset: Sequence[Example]
     layout: Layout
     base_weights: Tensors
+    trained_weights: Tensors
     ended_early: bool
 
     @property

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from residency.core.batching import by_token_budget
-from residency.core.types import Batch, Example
+from residency.core.types import Batch, Example, ExampleView
 from residency.objectives.base import Learner, Objective, Was
 
-__all__ = ["Mapped", "Repeated", "branch_sums", "branch_weights", "distinct", "example_sums", "token_values"]
+__all__ = [
+    "Mapped",
+    "Repeated",
+    "branch_sums",
+    "branch_weights",
+    "distinct",
+    "example_sums",
+    "own_rows",
+    "token_values",
+]
 
 PASS_TOKENS = 2048  # without gradients memory is no question
 
@@ -66,6 +75,15 @@ class Repeated(Sequence[Example]):
 def distinct(dataset: Sequence[Example]) -> list[Example]:
     """Every example once, in order of first appearance."""
     return list(dict.fromkeys(dataset[position] for position in range(len(dataset))))
+
+
+def own_rows(dataset: Sequence[Example], domain: str) -> list[Example]:
+    """Every example of a stage's domain once, those too whose places rehearsal has taken.
+
+    What is said of a domain as a whole (its labels, its balance) must not hang on which places a replay takes.
+    """
+    whole = dataset.own() if isinstance(dataset, ExampleView) else dataset
+    return [example for example in distinct(whole) if example.domain == domain]
 
 
 def token_values(

@@ -13,7 +13,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.types import Batch, Example, Stage
 from residency.objectives.base import ExampleLosses, Forward, Learner, Objective, Reads, Was, refuse, target_nll
-from residency.objectives.dataset import branch_sums, distinct, token_values
+from residency.objectives.dataset import branch_sums, distinct, own_rows, token_values
 from residency.objectives.pair_losses import implied_reward, kto, kto_baseline
 from residency.objectives.reference import reference_sums, with_reference
 
@@ -143,7 +143,7 @@ class KTO(Objective):
                 why="its baseline pairs each prompt with the answer of another row of the step",
                 fix="raise data.batch_size, or set model.objective.baseline to none",
             )
-        own = [e.branches[0].role == "chosen" for e in examples if e.domain == stage.domain]
+        own = [e.branches[0].role == "chosen" for e in own_rows(dataset, stage.domain)]
         balance = self.weights[0] * sum(own), self.weights[1] * (len(own) - sum(own))
         if min(balance) > 0 and not 1 <= balance[0] / balance[1] <= 4 / 3:
             warnings.warn(

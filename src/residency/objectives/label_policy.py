@@ -20,7 +20,7 @@ from residency.core.randomness import seed_of
 from residency.core.types import Batch, Branch, Example, Stage
 from residency.objectives.answers import questions
 from residency.objectives.base import ExampleLosses, Forward, Learner, Objective, Reads, refuse, target_nll
-from residency.objectives.dataset import Mapped, branch_sums, branch_weights, distinct
+from residency.objectives.dataset import Mapped, branch_sums, branch_weights, own_rows
 from residency.objectives.policy_losses import enumerated_return, leave_one_out
 from residency.objectives.reference import reference_sums, with_reference
 from residency.objectives.rewards.base import Answer, Reward
@@ -63,7 +63,7 @@ class LabelPolicy(Objective):
 
     def begin_stage(self, learner: Learner, dataset: Sequence[Example], stage: Stage) -> Sequence[Example]:
         """Give every row of the stage's domain all labels as branches, each weighted by its reward."""
-        own = [e for e in distinct(dataset) if e.domain == stage.domain]
+        own = own_rows(dataset, stage.domain)
         labels = list(dict.fromkeys(e.completion for e in own))
         if not 2 <= len(labels) <= min(MOST_LABELS, max(2, len(own) // 2)):
             raise UserError(

@@ -15,7 +15,7 @@ import torch
 from residency.core.errors import UserError
 from residency.core.types import Batch, Example, Stage
 from residency.objectives.base import ExampleLosses, Forward, Learner, Objective, Was, refuse, target_nll
-from residency.objectives.dataset import Mapped, distinct, token_values
+from residency.objectives.dataset import Mapped, own_rows, token_values
 from residency.objectives.sft import weighted
 from residency.objectives.token_losses import flow_weights, low_perplexity_mask
 
@@ -112,7 +112,7 @@ def _token_nll(
 ) -> tuple[list[Example], list[torch.Tensor]]:
     """The distinct examples of the stage's own domain, and the nats of each of their targets."""
     when: Was = "now" if start == "stage_start" else "pretrained"
-    own = [example for example in distinct(dataset) if example.domain == stage.domain]
+    own = own_rows(dataset, stage.domain)
     found: dict[Example, torch.Tensor] = {}
     for batch, nll in token_values(learner, objective, own, when=when):
         counts = batch.target_example.bincount(minlength=batch.size).tolist()

@@ -13,7 +13,7 @@ import torch
 
 from residency.core.types import Batch, Capability, Example, Stage
 from residency.objectives.base import ExampleLosses, Forward, Learner, Objective, refuse, target_nll
-from residency.objectives.dataset import distinct, token_values
+from residency.objectives.dataset import own_rows, token_values
 from residency.objectives.sft import weighted
 from residency.objectives.token_losses import entropy_weights, kl_to_reference, probability_weights, talr_weights
 
@@ -125,7 +125,7 @@ class TALR(Objective):
         """Take τ, where it is not given."""
         if self.tau is None:
             means: list[float] = []
-            for batch, nll in token_values(learner, self, distinct(dataset), when="now"):
+            for batch, nll in token_values(learner, self, own_rows(dataset, stage.domain), when="now"):
                 counts = batch.target_example.bincount(minlength=batch.size)
                 sums = torch.zeros(batch.size, dtype=nll.dtype).index_add(0, batch.target_example.cpu(), nll.cpu())
                 means += (sums / counts.cpu()).tolist()

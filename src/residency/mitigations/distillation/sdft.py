@@ -91,6 +91,10 @@ class Rewritten(ExampleView):
         example = self.current[position]
         return self.rewrites().get((example.domain, example.row), example)
 
+    def own(self) -> Sequence[Example]:
+        current = self.current.own() if isinstance(self.current, ExampleView) else self.current
+        return Rewritten(current, self.rewrites)
+
 
 class SDFT(Mitigation):
     """Train on the model's own wording of the reference answers.

@@ -15,6 +15,7 @@ from residency.core.types import Capability, Tensors
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
+from residency.mitigations.merging.states import take_over
 from residency.mitigations.penalties.fisher import fisher_diagonal
 from residency.mitigations.penalties.quadratic import add_quadratics
 
@@ -79,8 +80,7 @@ class FisherMerge(Mitigation):
         assert isinstance(precision, dict)
         assert isinstance(merged, dict)
         leaves = module.adapter.trainable(module.model)
-        # What the mixers before this one made of the stage, as factors near the trained ones; of nothing, bit for bit.
-        module.adapter.load_weights(module.model, after)
+        take_over(module, after)
         fisher, tuned = self._fisher(module), remembered(leaves)
         if not precision:
             self.state.update(precision=fisher, merged=tuned)

@@ -26,6 +26,7 @@ __all__ = [
     "remember",
     "stage_weights",
     "state_bytes",
+    "take_over",
     "unless_first",
 ]
 
@@ -64,9 +65,19 @@ def stage_weights(mitigation: Mitigation, module: StageModule, after: Tensors, *
     assert isinstance(kept, dict)
     adapter, model = module.adapter, module.model
     found = [adapter.weights(model, state) for state in kept_states(kept)]
-    adapter.load_weights(model, after)
+    take_over(module, after)
     mitigation.state["kept"] = remember(kept, adapter.state(model), index=module.stage.index, last=last)
     return [*found, after]
+
+
+def take_over(module: StageModule, after: Tensors) -> None:
+    """Bring the model to what the mixers before this one made of the stage.
+
+    Where they made nothing of it the model is left alone: an adapter that makes its factors anew finds the same
+    weights, but not the same bits.
+    """
+    if after is not module.trained_weights:
+        module.adapter.load_weights(module.model, after)
 
 
 def merged(like: Tensors, merge: Callable[[str], Tensor]) -> Tensors:

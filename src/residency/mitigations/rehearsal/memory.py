@@ -170,6 +170,9 @@ class Mixture(ExampleView):
         source = self.source(position)
         return self.current[position] if source is None else source.draw(self.stage, position)
 
+    def own(self) -> Sequence[Example]:
+        return self.current.own() if isinstance(self.current, ExampleView) else self.current
+
 
 def mixed_in(current: Sequence[Example], source: Source, *, stage: Stage, every: int = 1) -> Mixture:
     """A data set with one more rehearsal; where it is a mixture already, their ratios add."""

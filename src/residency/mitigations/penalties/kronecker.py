@@ -136,7 +136,8 @@ def _calls(layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen[path] = (args[0], output)
+        if torch.is_grad_enabled():  # a reference that the loss asks, too, runs the same layers without a gradient
+            seen[path] = (args[0], output)
 
     hooks = [layer.register_forward_hook(partial(keep, path)) for path, layer in layers.items()]
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any, Literal, Union
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from residency.core.examples import Branch, Example, Role, Row, RowKind, Split
 
 __all__ = [
+    "NOTHING",
     "Batch",
     "Branch",
     "Capability",
@@ -43,6 +45,9 @@ __all__ = [
 
 Tensors = Mapping[str, Tensor]
 """Parameter name -> tensor. May compute its values on access: iterate, do not copy."""
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""No names; not to be changed."""
 
 Capability = Literal["fixed_coordinates", "averageable", "linear", "low_rank", "reference", "mergeable", "exportable"]
 """What an adapter can promise to a mitigation or to the user.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Sequence
-from typing import Literal
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "added_terms",
     "before_adapter",
     "frozen_inputs",
+    "load_states",
     "metrics_to_log",
     "mixed_weights",
     "prepare_dataset",
@@ -57,6 +58,12 @@ def prepare_dataset(
         if overrides(mitigation, "prepare_dataset") and mitigation.name not in stored:
             mitigation.prepare_dataset(module, module.dataset, stage)
         module.dataset = mitigation.transform_dataset(module.dataset, stage)
+
+
+def load_states(mitigations: Mapping[str, Mitigation], stored: Mapping[str, Any]) -> None:
+    """Bring back what mitigations have made of a stage that goes on, by name."""
+    for name, state in stored.items():
+        mitigations[name].load_state_dict(dict(state))
 
 
 def added_terms(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, reduce
 from typing import Any
@@ -20,7 +20,7 @@ from residency.backbones.loading import check_tokenizer
 from residency.core.randomness import seed_of
 from residency.core.ranks import rank, ranks
 from residency.core.tensors import snapshot
-from residency.core.types import Batch, Example, Layout, Stage, Tensors, untyped
+from residency.core.types import NOTHING, Batch, Example, Layout, Stage, Tensors, untyped
 from residency.engine import folds
 from residency.engine.compatibility import check_parts
 from residency.engine.fused_optimizer import fuse
@@ -110,8 +110,7 @@ class ContinualModule(LightningModule):
         self.dataset: Sequence[Example] = ()
         self.validation: Callable[[], Sequence[Example]] = tuple
         self.ended_early = self._started = False
-        self.base_weights: Tensors = {}
-        self.trained_weights: Tensors = {}
+        self.base_weights, self.trained_weights = NOTHING, NOTHING
         self._base_state: dict[str, Tensor] = {}
         self.weights_log, self.objective_log = dict[str, float](), dict[str, Tensor]()
         self.served: Mapping[str, Tensor] = {}  # what is scored, where that is not what training goes on from
@@ -146,7 +145,7 @@ class ContinualModule(LightningModule):
         examples: Sequence[Example],
         validation: Callable[[], Sequence[Example]] = tuple,
         *,
-        stored: Container[str] = (),
+        stored: Mapping[str, Any] = NOTHING,
     ) -> None:
         """Prepare one stage: fold the training set through the mitigations, let the adapter open its block.
 
@@ -155,7 +154,7 @@ class ContinualModule(LightningModule):
         Args:
             stage: Which one; `examples`: its own training set by position.
             validation: Gives the validation rows of its domain, as `self.validation()` then does to mitigations.
-            stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
+            stored: States of mitigations that prepared this stage before, by name.
         """
         self.stage, self.validation, self.weights_log = stage, validation, {}
         self.objective = self.stage_settings.objective(stage.domain) or self.objective
@@ -168,6 +167,7 @@ class ContinualModule(LightningModule):
         self._before_stage = snapshot(self.adapter.state(self.model)) if merges else {}
         folds.before_adapter(self, self.mitigations.values(), stage, stored=stored)
         adapter_stage(self, self.adapter.begin_stage, "begin")
+        folds.load_states(self.mitigations, stored)  # what they made of the rows is what the objective begins with
         self._start = snapshot(self.adapter.trainable(self.model)) if self.objective.keeps_start else {}
         self.dataset = self.objective.begin_stage(self, self.dataset, stage)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from residency.adapters.base import Adapter
 from residency.core.environment import peak_memory_bytes
 from residency.core.errors import UserError
 from residency.core.ranks import from_first, gather_facts, rank, ranks
-from residency.core.types import Batch, Example, GlobalBatch, Layout, Stage
+from residency.core.types import NOTHING, Batch, Example, GlobalBatch, Layout, Stage
 from residency.domains.sampler import StageBatches, StepParts
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History, StageCheckpoint, load_for_all
@@ -92,7 +92,7 @@ def train_stage(
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
     resumed = checkpoint if from_first(checkpoint.is_file()) else None
-    stored: Container[str] = module.mitigations if resumed else ()
+    stored = _mitigation_states(module, resumed) if resumed else {}
     module.backbone.work.take()
     module.backbone.work.renew()
     begin_stage(module, data, stage, stored=stored)
@@ -136,8 +136,6 @@ def take_trained_stage(
     for mitigation in absent:
         mitigation.on_domain_start(module, stage)
     module.adapter.load_state(module.model, tree["weights"])
-    for name, state in tree["mitigations"].items():
-        module.mitigations[name].load_state_dict(state)
 
 
 def finish_stage(
@@ -195,14 +193,16 @@ def restore_stage(module: ContinualModule, tree: Mapping[str, Any]) -> dict[str,
     return dict(tree["facts"])
 
 
-def begin_stage(module: ContinualModule, data: StreamData, stage: Stage, *, stored: Container[str] = ()) -> None:
+def begin_stage(
+    module: ContinualModule, data: StreamData, stage: Stage, *, stored: Mapping[str, Any] = NOTHING
+) -> None:
     """Give a module the rows of its next stage.
 
     Args:
         module: In the state that the stage before left.
         data: Domains and batch size.
         stage: Which one.
-        stored: Mitigations that prepared this stage before and whose state of it will be loaded, by name.
+        stored: States of the mitigations that prepared this stage before, by name.
     """
     tokenizer = module.backbone.tokenizer
     # Without other labels as alternatives: what is validated is the likelihood of the completion.
@@ -210,6 +210,12 @@ def begin_stage(module: ContinualModule, data: StreamData, stage: Stage, *, stor
         partial(data.evaluation_examples, stage.domain, "validation", tokenizer, competing=0)
     )
     module.begin_stage(stage, data.examples(stage, tokenizer), validation, stored=stored)
+
+
+def _mitigation_states(module: ContinualModule, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """What an in-stage checkpoint holds of each mitigation: the objective begins on the rows that they made."""
+    states = load_for_all(checkpoint)["callbacks"]
+    return {name: states.get(mitigation.state_key, {}) for name, mitigation in module.mitigations.items()}
 
 
 def _lay_out(collate: Callable[..., Batch], layout: Layout, part: GlobalBatch) -> Batch:

@@ -113,6 +113,9 @@ class Objective(ABC):
     decoder_only: str = ""
     """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
 
+    learns_prompts: ClassVar[bool] = False
+    """Whether tokens of prompts are learnt, too."""
+
     keeps_start: bool = False
     """Whether it asks for the weights before the stage's first step once training runs: costs a copy of what trains."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -46,6 +47,8 @@ class SFT(Objective):
 
 class FullText(Objective):
     """Continued pretraining: prompts are learnt like completions, every token but the first of a row."""
+
+    learns_prompts: ClassVar[bool] = True
 
     def begin_stage(self, learner: Learner, dataset: Sequence[Example], stage: Stage) -> Sequence[Example]:
         """Rows as text."""

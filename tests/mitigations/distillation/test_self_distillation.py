@@ -14,11 +14,13 @@ from residency.adapters import Full
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.tensors import size_in_bytes, snapshot, swapped
-from residency.core.types import Example, Outputs, Stage
+from residency.core.types import Example, Outputs, Stage, supervised_tokens
 from residency.engine.module import ContinualModule
 from residency.mitigations import SelfDistillation
 from residency.mitigations.distillation.divergences import distillation_loss
 from residency.mitigations.distillation.teachers import follow, run_as, teacher_logits
+from residency.objectives.row_weighted import STM
+from residency.objectives.sft import FullText
 from residency.testing.tiny_runs import make_module, train
 from support.stop_and_resume import goes_on_exactly, history
 from table import ADAPTERS
@@ -37,9 +39,11 @@ def stage(index: int = 1) -> Stage:
     return Stage(index=index, domain="x", stages=3, seed=0, steps=2, batch_size=4)
 
 
-def build(backbone: Path, mitigation: SelfDistillation, name: str = "lora", index: int = 1) -> ContinualModule:
+def build(
+    backbone: Path, mitigation: SelfDistillation, name: str = "lora", index: int = 1, **parts: Any
+) -> ContinualModule:
     """A module whose weights are away from the pretrained ones, at the start of a stage."""
-    module = make_module(backbone, ADAPTERS[name].make(), {"kd": mitigation})
+    module = make_module(backbone, ADAPTERS[name].make(), {"kd": mitigation}, **parts)
     module.build(seed=0)
     move(module, 1)
     module.begin_stage(stage(index), [EXAMPLES[i % 5] for i in range(8)])
@@ -205,6 +209,19 @@ def test_a_cache_of_everything_is_the_second_forward_pass(teacher: Any, llama: P
                 torch.testing.assert_close(right[name], left[name], rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", [FullText(), STM(threshold=300.0)], ids=["full text", "masked tokens"])
+def test_a_cache_follows_what_the_objective_makes_of_the_rows(objective: Any, llama: Path) -> None:
+    """Prompts that are learnt, tokens that are left out: each target meets what the teacher said about it."""
+    exact, cached = (build(llama, SelfDistillation(cache=cache), objective=objective) for cache in (None, 257))
+    cached.adapter.load_state(cached.model, exact.adapter.state(exact.model))
+    rows = [exact.dataset[i] for i in range(len(EXAMPLES))]
+    assert sum(map(supervised_tokens, rows)) != sum(map(supervised_tokens, EXAMPLES)), "the objective changed nothing"
+    assert [cached.dataset[i] for i in range(len(EXAMPLES))] == rows
+    for module in (exact, cached):
+        move(module, 5)
+    torch.testing.assert_close(term(cached, rows), term(exact, rows), rtol=1e-4, atol=1e-6)
+
+
 def test_a_small_cache_says_what_it_keeps(llama: Path) -> None:
     mitigation = SelfDistillation(cache=3)
     module = build(llama, mitigation)
@@ -217,7 +234,7 @@ def test_a_small_cache_says_what_it_keeps(llama: Path) -> None:
     assert numbers["kept"] == pytest.approx(float(mass), rel=1e-4)
     assert numbers["kl"] == pytest.approx(loss / 4)
     tokens = sum(len(e.completion) for e in EXAMPLES)
-    assert mitigation.state_bytes() == 8 + tokens * 3 * 8, "no copy of the leaves beside the cache"
+    assert mitigation.state_bytes() == 8 + tokens * 3 * 8 + 5 * 24, "no copy of the leaves beside the cache"
     with pytest.raises(UserError, match=r"not in the cache(.|\n)*kd.cache to null"):
         term(module, [EXAMPLES[0].answered((1, 2))])
 

@@ -7,7 +7,8 @@ The inputs are those of the domain that is being learned; nothing of an earlier 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import ClassVar, Literal
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from residency.core.batching import by_token_budget, make_batch, wanted_targets, wanted_tokens
 from residency.core.errors import UserError
+from residency.core.randomness import seed_of
 from residency.core.tensors import remembered, snapshot
-from residency.core.types import Batch, Example, Outputs, Stage, Tensors, supervised_tokens
+from residency.core.types import Batch, Branch, Example, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.distillation.divergences import distillation_loss, top_log_probs
 from residency.mitigations.distillation.teachers import follow, teacher_logits
+from residency.objectives.dataset import distinct
 
 __all__ = ["SelfDistillation"]
 
@@ -43,7 +46,7 @@ class SelfDistillation(Mitigation):
         cache: Keep the k likeliest tokens of the teacher for every row, from one pass over the stage's rows before its
             first step, and treat all others as one; `null` = the whole distribution, from a second forward pass in
             every step. An approximation: at τ = 2 the top 32 hold 75 to 82 % of the teacher's mass (logged as `kept`).
-            Takes 8 k bytes per supervised token. Not with `ema`, which moves.
+            Takes 8 k bytes per token of the completions, 24 per row. Not with `ema`, which moves.
         batch_tokens: Tokens per pass of the cache; changes memory, not the result (beyond rounding).
     """
 
@@ -96,7 +99,7 @@ class SelfDistillation(Mitigation):
         self.add_state("teacher", {})
         self.add_state("step", torch.zeros((), dtype=torch.long))
         self.add_state("cached", {})
-        self._places: tuple[Sequence[Example], dict[Example, tuple[int, int]]] = ((), {})
+        self._places: tuple[Tensor | None, dict[int, tuple[int, int]]] = (None, {})
         self._numbers: dict[str, Tensor] = {}
 
     def before_adapter(self, module: StageModule, stage: Stage) -> None:
@@ -165,9 +168,14 @@ class SelfDistillation(Mitigation):
     # -- cache --------------------------------------------------------------------------------------------------
 
     def _teach(self, module: StageModule, k: int) -> dict[str, Tensor]:
-        """What the teacher says about every row: (n, k) `log_probs` and `ids`, n = tokens of all rows in order."""
-        places = self._index(module.dataset)
-        count = sum(length for _, length in places.values())
+        """What the teacher says about every row: (n, k) `log_probs` and `ids` of n tokens, and (R, 3) `rows`.
+
+        Of a row: the key of its tokens, the first of them that was asked about, and where that lies among the n.
+        """
+        prompts = module.objective.learns_prompts
+        rows = dict.fromkeys(_whole(example, prompts) for example in distinct(module.dataset))
+        ends = list(accumulate(len(row.completion) for row in rows))
+        places = {row: end - len(row.completion) for row, end in zip(rows, ends, strict=True)}
         log_probs, ids = torch.empty(0), torch.empty(0)
         for group in by_token_budget(sorted(places, key=len), tokens=self.batch_tokens):
             batch = make_batch(group, layout=module.layout).to(module.device)
@@ -175,42 +183,43 @@ class SelfDistillation(Mitigation):
             logits = teacher_logits(module, batch, None if self.teacher == "base" else {})
             top, tokens = top_log_probs(logits, k=k, temperature=self.temperature)
             if not len(log_probs):
-                log_probs = top.new_empty(count, top.shape[1])
+                log_probs = top.new_empty(ends[-1], top.shape[1])
                 ids = torch.empty_like(log_probs, dtype=torch.int32)
-            at = _positions(places, batch.examples).to(top.device)
-            log_probs[at], ids[at] = top, tokens.int()
-        return {"log_probs": log_probs, "ids": ids}
+            at = torch.cat([torch.arange(places[row], places[row] + len(row.completion)) for row in batch.examples])
+            log_probs[at.to(top.device)], ids[at.to(top.device)] = top, tokens.int()
+        found = [[_key(row), len(row.prompt), place] for row, place in places.items()]
+        return {"log_probs": log_probs, "ids": ids, "rows": torch.tensor(found, dtype=torch.long).reshape(-1, 3)}
 
     def _recall(self, module: StageModule, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(M, k) log-probabilities and their tokens for a batch."""
-        places = self._index(module.dataset)
-        unknown = next((e for e in batch.examples if e not in places), None)
-        if unknown is not None:
-            raise UserError(
-                f"row {unknown.row!r} of {unknown.domain} is in a batch and not in the cache of {self.name}",
-                why="another mitigation writes examples during training, after the teacher has been asked",
-                fix=f"set model.mitigations.{self.name}.cache to null",
-            )
+        """(M, k) log-probabilities and their tokens for a batch, whatever the objective supervises of its rows."""
         cached = self.state["cached"]
         assert isinstance(cached, dict)
-        at = _positions(places, batch.examples).to(cached["ids"].device)
-        log_probs, ids = cached["log_probs"][at], cached["ids"][at]
+        if self._places[0] is not cached["rows"]:
+            table = {key: (first, place) for key, first, place in cached["rows"].tolist()}
+            self._places = (cached["rows"], table)
+        at: list[int] = []
+        for example in batch.examples:
+            first, place = self._places[1].get(_key(example), (0, -1))
+            wanted = [len(example.prompt) + k for branch in example.branches for k in branch.supervised]
+            if place < 0 or min(wanted, default=first) < first or len(example.branches) > 1:
+                raise UserError(
+                    f"row {example.row!r} of {example.domain} is in a batch and not in the cache of {self.name}",
+                    why="a mitigation or the objective writes tokens that the teacher was not asked about",
+                    fix=f"set model.mitigations.{self.name}.cache to null",
+                )
+            at += [place + position - first for position in wanted]
+        where = torch.tensor(at, dtype=torch.long, device=cached["ids"].device)
+        log_probs, ids = cached["log_probs"][where], cached["ids"][where]
         return log_probs.to(batch.targets.device), ids.to(batch.targets.device).long()
 
-    def _index(self, dataset: Sequence[Example]) -> dict[Example, tuple[int, int]]:
-        """Where each distinct example's tokens lie in the cache (start, length): a function of the data set."""
-        if self._places[0] is not dataset:
-            places: dict[Example, tuple[int, int]] = {}
-            end = 0
-            for position in range(len(dataset)):
-                example = dataset[position]
-                if example not in places:
-                    places[example] = (end, supervised_tokens(example))
-                    end += supervised_tokens(example)
-            self._places = (dataset, places)
-        return self._places[1]
+
+def _whole(example: Example, prompts: bool) -> Example:
+    """A row as one supervised completion: objectives may leave some of its tokens out, or learn its prompt, too."""
+    tokens = (*example.prompt, *example.completion)
+    first = 1 if prompts else len(example.prompt)
+    return Example(domain="", row="", prompt=tokens[:first], branches=(Branch(tokens=tokens[first:]),))
 
 
-def _positions(places: Mapping[Example, tuple[int, int]], examples: Sequence[Example]) -> Tensor:
-    found = [torch.arange(places[e][0], sum(places[e])) for e in examples]
-    return torch.cat(found)
+def _key(example: Example) -> int:
+    """63 bits that name the tokens of a row."""
+    return seed_of(0, "row", *example.prompt, *example.completion)

@@ -58,6 +58,18 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of 2 layers and 32 dimensions as pretraining leaves it: no pooler, no head of a classifier."""
+    return write_backbone(tmp_path_factory.mktemp("bert"), architecture="bert")
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random RoBERTa of 2 layers and 32 dimensions."""
+    return write_backbone(tmp_path_factory.mktemp("roberta"), architecture="roberta")
+
+
+@pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2, whose linear layers are stored transposed."""
     return write_backbone(tmp_path_factory.mktemp("gpt2"), architecture="gpt2")

@@ -87,6 +87,9 @@ class Adapter(ABC):
     decoder_only: str = ""
     """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
 
+    not_on_classifiers: str = ""
+    """Why it does not work on a sequence classifier; empty if it does. May be set per instance."""
+
     uses_stream_length: bool = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 

@@ -64,6 +64,7 @@ class InfLoRA(Adapter):
 
     uses_stream_length = True
     decoder_only = "it matches what a layer sees with the tokens of a batch; encoder and decoder see different ones"
+    not_on_classifiers = "it matches what a layer sees with the tokens of a batch; a classifier reads more than these"
     provides = frozenset({"averageable", "reference", "mergeable", "exportable"})
 
     def __init__(self, *, config: LoraConfig, energy: float = 0.95, energy_at_end: float = 1.0) -> None:

@@ -113,6 +113,7 @@ class ProgressivePrompts(Adapter):
     continues = False
     provides = frozenset({"reference", "exportable"})
     task_id_at_test = True
+    not_on_classifiers = "a prompt in front of a text would be what the head reads, or hide where the text ends"
 
     def __init__(self, *, length: int = 10, hidden: int = 0) -> None:
         if length < 1 or hidden < 0:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -14,10 +15,15 @@ from residency.backbones.work import Work
 from residency.core.losses import token_nll
 from residency.core.types import Batch, Layout
 
+if TYPE_CHECKING:
+    from residency.domains.stream_data import StreamData
+
 __all__ = ["Backbone", "Family", "Sampling"]
 
-Family = Literal["decoder", "encoder-decoder"]
-"""What reads a batch: one stack that sees prompt and completion as one text, or an encoder and a decoder."""
+Family = Literal["decoder", "encoder-decoder", "classifier"]
+"""What reads a batch: one stack that sees prompt and completion as one text; an encoder and a decoder; or a model that
+reads prompts alone and chooses a label.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +45,38 @@ class Backbone(ABC):
     """A pretrained model and its tokenizer. It tells `work` of every pass that it runs."""
 
     family: ClassVar[Family] = "decoder"
+
+    learned: int = 0
+    """How many domains of the stream have been begun, where a pass depends on it: which labels a classifier knows."""
+
+    task_id_at_test: bool = False
+    """Whether scoring a row needs to know its domain."""
+
+    draws_from_seed: bool = False
+    """Whether the model before training has parts that are drawn from the run's seed."""
+
+    def for_stream(self, data: StreamData) -> Backbone:
+        """The backbone that a stream needs, before it is loaded: a classifier's head has a row per label.
+
+        Raises:
+            UserError: It cannot learn these domains.
+        """
+        return self
+
+    def seeded(self, seed: int) -> Backbone:
+        """The backbone of a run of this seed, before it is loaded."""
+        return self
+
+    def label_names(self) -> tuple[str, ...]:
+        """What the outputs of the model mean, one by one; empty where they are tokens."""
+        return ()
+
+    def check_attached(self, model: nn.Module) -> None:
+        """Whether a model works with its adapter.
+
+        Raises:
+            UserError: It does not.
+        """
 
     @cached_property
     def work(self) -> Work:
@@ -65,6 +103,14 @@ class Backbone(ABC):
     def target_nll(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M,) negative log-likelihood of each target in nats, float32, for scoring: without a gradient."""
         return token_nll(self.logits(model, batch), batch.targets)
+
+    def stepping(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the optimizer makes one step; for what it must leave alone."""
+        return nullcontext()
+
+    def distilled(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M', V') logits that a student keeps of the model as the stage before left it: those of every target."""
+        return self.logits(model, batch)
 
     @abstractmethod
     def generate(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from residency.backbones.checkpoint_files import check_files, check_weights
 from residency.core.errors import UserError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "load_config",
     "load_seq2seq",
     "load_tokenizer",
+    "load_whole",
     "longest_text",
     "quiet_transformers",
 ]
@@ -46,7 +48,7 @@ def load_causal(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
-    model = _load(folder, config, _causal_class(folder, config), AutoModelForCausalLM, options)
+    model, _ = load_whole(folder, config, _causal_class(folder, config), AutoModelForCausalLM, options)
     _check_tied(folder, model)
     return model
 
@@ -75,11 +77,35 @@ def load_seq2seq(folder: Path, **options: Any) -> Any:
         )
     # transformers says of every T5 that head and embedding are one tensor; a head of its own that the files hold is
     # loaded, and saved again, as one of its own all the same.
-    return _load(folder, config, chosen, AutoModelForSeq2SeqLM, options)
+    return load_whole(folder, config, chosen, AutoModelForSeq2SeqLM, options)[0]
 
 
-def _load(folder: Path, config: Any, chosen: str, loader: Any, options: dict[str, Any]) -> Any:
-    _check_files(folder, loader.__name__)
+def load_whole(
+    folder: Path,
+    config: Any,
+    chosen: str,
+    loader: Any,
+    options: dict[str, Any],
+    *,
+    head: Callable[[str], bool] = lambda name: False,
+) -> tuple[Any, list[str]]:
+    """A model with every weight from its files, but for those of a head that may be another one.
+
+    Args:
+        folder: As `save_pretrained` writes it.
+        config: From `load_config`.
+        chosen: Name of the class, for messages.
+        loader: Of transformers.
+        options: Of `from_pretrained`.
+        head: Whether a weight of this name may be missing from the files, or be left out of them.
+
+    Returns:
+        (model, names of the weights that no file has).
+
+    Raises:
+        UserError: As `load_causal`.
+    """
+    check_files(folder, loader.__name__)
     try:
         with quiet_transformers():
             # Shapes that differ are told with the other weights that do not fit, and refused with them.
@@ -93,8 +119,10 @@ def _load(folder: Path, config: Any, chosen: str, loader: Any, options: dict[str
             why="transformers refuses its files",
             fix="check that config.json and *.safetensors belong together and are complete (download them again)",
         ) from error
-    _check_weights(folder, chosen, info)
-    return model
+    missing = sorted(filter(head, info.get("missing_keys", ())))
+    kept = {kind: [key for key in info.get(kind, ()) if not head(key)] for kind in ("missing_keys", "unexpected_keys")}
+    check_weights(folder, chosen, {**info, **kept})
+    return model, missing
 
 
 def load_config(folder: Path) -> Any:
@@ -159,48 +187,6 @@ def _kind(name: str, config: Any) -> str:
     if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         return "a model of texts with images or sound"
     return "which is no causal language model"
-
-
-def _check_files(folder: Path, loader: str) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"{folder} has its weights in {pickles[0]}, not in *.safetensors",
-            why="such a file is a pickle, which can run any code when it is opened; residency opens none",
-            fix=f'convert it where you trust it: python -c "from transformers import {loader} as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", copy the tokenizer's files "
-            "beside it, and give that folder",
-        )
-    raise UserError(
-        f"{folder} has no *.safetensors",
-        why="a model needs its weights; without them all of it would be drawn at random",
-        fix="give the folder as `save_pretrained` writes it, with all its files",
-    )
-
-
-def _check_weights(folder: Path, chosen: str, info: Mapping[str, Any]) -> None:
-    """Nothing in a model comes from neither files nor seed."""
-    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
-    problems = {
-        "are missing": sorted(info.get("missing_keys", ())),
-        "have another shape": sorted(mismatched),
-        "are unknown to it": sorted(info.get("unexpected_keys", ())),
-        "cannot be read": sorted(map(str, info.get("error_msgs", ()))),
-    }
-    told = [f"{len(keys)} {problem} ({_first(keys)})" for problem, keys in problems.items() if keys]
-    if told:
-        raise UserError(
-            f"{folder} as {chosen}: of its weights {', '.join(told)}",
-            why="what is missing would be drawn at random, another one at every load, and what is unknown be left out",
-            fix="give the checkpoint that belongs to this config.json; for a base model without head the one with it",
-        )
-
-
-def _first(keys: Iterable[str]) -> str:
-    names = list(keys)
-    return ", ".join(names[:3]) + (", ..." if names[3:] else "")
 
 
 def _check_tied(folder: Path, model: Any) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["token_nll"]
+__all__ = ["IMPOSSIBLE", "token_nll"]
+
+IMPOSSIBLE = -1e4
+"""The logit of what cannot be chosen: its probability is exactly 0, and differences stay finite."""
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

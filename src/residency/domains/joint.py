@@ -72,7 +72,9 @@ class _PartTemplates:
     ) -> Example:
         """Turn one row into token ids."""
         name = max((name for name in self.parts if row.id.startswith(f"{name}/")), key=len)
-        return self.parts[name].encode(tokenizer, domain=domain, row=row, labels=labels, split=split)
+        # By the part's own name, which a masked head of labels goes by.
+        example = self.parts[name].encode(tokenizer, domain=name, row=row, labels=labels, split=split)
+        return replace(example, domain=domain)
 
 
 def _named(name: str, row: Row) -> Row:

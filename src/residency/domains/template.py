@@ -97,7 +97,13 @@ class Template:
         front = _front(tokenizer)
         said = "" if row.kind == "text" else self.prompt.replace("{prompt}", mark_control(tokenizer, row.prompt))
         before = encode_text(tokenizer, said)
-        variants = [self._variant(tokenizer, front, said, before, *answer) for answer in _answers(row, labels)]
+        label_of = getattr(tokenizer, "label_token", None)
+        if label_of is not None:
+            # A classifier reads the prompt, and chooses among labels instead of writing them.
+            start = (*front, *before.ids)
+            variants = [_labelled(start, label_of(domain, text), role) for text, role in _answers(row, labels)]
+        else:
+            variants = [self._variant(tokenizer, front, said, before, *answer) for answer in _answers(row, labels)]
         # A text without tokens still needs something before the completion: the token between two texts.
         prompt, branches = (*front, *before.ids) or (tokenizer.eos_token_id,), tuple[Branch, ...]()
         if variants:
@@ -143,6 +149,10 @@ def _front(tokenizer: Any) -> tuple[int, ...]:
     # Only a leading bos is kept of what the tokenizer adds: a closing token would end the text before the answer.
     adds_bos = bos is not None and tokenizer("a", add_special_tokens=True).input_ids[0] == bos
     return (bos,) if adds_bos else ()
+
+
+def _labelled(prompt: tuple[int, ...], label: int, role: Role) -> Variant:
+    return Variant(ids=(*prompt, label), mask=(*(False for _ in prompt), True), role=role)
 
 
 def _answers(row: Row, labels: Sequence[str]) -> list[tuple[str, Role]]:

@@ -100,7 +100,9 @@ def count_tokens(pairs: Iterable[tuple[Example, Row]], tokenizer: Any) -> TokenC
         prompts = [prompts[0] + (example.cut_prompt > 0), prompts[1] + example.cut_prompt]
         completions = [completions[0] + (example.cut_completion > 0), completions[1] + example.cut_completion]
         unwritable += not example.cut_completion and not _survives(example, row, tokenizer)
-        tokens = [example.prompt, *(branch.tokens for branch in example.branches)]
+        # A classifier's label is the number of a row, not a token of the vocabulary.
+        written = () if hasattr(tokenizer, "label_token") else example.branches
+        tokens = [example.prompt, *(branch.tokens for branch in written)]
         unknown += _unknown(tokens, tokenizer)
         prompt_tokens += len(example.prompt)
         supervised += sum(len(branch.supervised) for branch in example.branches)
@@ -122,6 +124,8 @@ def count_tokens(pairs: Iterable[tuple[Example, Row]], tokenizer: Any) -> TokenC
 
 def _survives(example: Example, row: Row, tokenizer: Any) -> bool:
     """Whether the tokens of the first branch spell the row's completion, up to white space."""
+    if hasattr(tokenizer, "label_token"):
+        return True
     if not example.branches or not row.completion or any(turn.get("tool_calls") for turn in row.messages[-1:]):
         return True
     written: str = tokenizer.decode(list(example.last_turn().completion), skip_special_tokens=False)

@@ -43,20 +43,24 @@ def check_parts(
 def check_family(
     backbone: Backbone, adapter: Adapter, mitigations: Mapping[str, Mitigation], objective: Objective
 ) -> None:
-    """Who works on a decoder only, against the backbone.
+    """Who works on some kinds of models only, against the backbone.
 
     Raises:
         UserError: Naming the part, and why.
     """
     if backbone.family == "decoder":
         return
+    kind = "a sequence classifier" if backbone.family == "classifier" else f"an {backbone.family}"
     parts: dict[str, Adapter | Mitigation | Objective] = {"model.adapter": adapter, "model.objective": objective}
     parts |= {f"model.mitigations.{name}": mitigation for name, mitigation in mitigations.items()}
     for place, part in parts.items():
-        if part.decoder_only:
+        why = part.not_on_classifiers if backbone.family == "classifier" else part.decoder_only
+        if not why and backbone.family == "classifier" and "low_rank" in getattr(part, "requires", ()):
+            why = "it measures distances between low-rank updates, and the head of a classifier moves beside them"
+        if why:
             raise UserError(
-                f"{place} ({type(part).__name__}) with model.backbone {type(backbone).__name__}, an {backbone.family}",
-                why=part.decoder_only,
+                f"{place} ({type(part).__name__}) with model.backbone {type(backbone).__name__}, {kind}",
+                why=why,
                 fix="use configs/adapter/lora.yaml, configs/mitigation/ewc.yaml or replay.yaml, or a decoder "
                 "(residency.backbones.CausalLM)",
             )

@@ -125,11 +125,13 @@ class ContinualModule(LightningModule):
         """
         if hasattr(self, "model"):
             return
+        self.backbone = self.backbone.seeded(seed)
         model = self.backbone.load()
         check_tokenizer(self.backbone.tokenizer, model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapter"))
             self.model = self.adapter.attach(model)
+        self.backbone.check_attached(self.model)
         check_checkpointing(self.stage_settings.objectives(self.objective), self.model)
         self.remember_base()
         self.layout, self.layout_reason = choose_layout(self.layout_choice, self.backbone, self.model)
@@ -157,8 +159,8 @@ class ContinualModule(LightningModule):
             stored: States of mitigations that prepared this stage before, by name.
         """
         self.stage, self.validation, self.weights_log = stage, validation, {}
+        self.backbone.learned, self.ended_early, self._started, self.served = stage.index + 1, False, False, {}
         self.objective = self.stage_settings.objective(stage.domain) or self.objective
-        self.ended_early, self._started, self.served = False, False, {}
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
         self.dataset = examples
@@ -236,7 +238,7 @@ class ContinualModule(LightningModule):
         first = self.global_step == 0
         leaves = self.adapter.trainable(self.model) if replaces or first else {}
         before = snapshot(leaves) if replaces else {}
-        with told_if_lost(leaves if first else {}):
+        with told_if_lost(leaves if first else {}), self.backbone.stepping(self.model):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if replaces:
             folds.write_update(self, self._active["transform_update"], before, adapts=self._adapts_update)

@@ -112,6 +112,9 @@ class Observer:
     decoder_only: str = ""
     """Why it does not work on an encoder-decoder; empty if it does."""
 
+    not_on_classifiers: str = ""
+    """Why it does not work on a sequence classifier; empty if it does. May be set per instance."""
+
     def callbacks(self, stage: Stage, data: StreamData) -> list[Callback]:
         """New callbacks for the Trainer of one stage; they only watch."""
         return []

@@ -41,11 +41,12 @@ class Inspection:
             UserError: One looks at decoders only.
         """
         for name, observer in self.observers.items():
-            if observer.decoder_only and backbone.family != "decoder":
+            reasons = {"classifier": observer.not_on_classifiers, "encoder-decoder": observer.decoder_only}
+            if why := reasons.get(backbone.family, ""):
                 raise UserError(
-                    f"inspection.{name} ({type(observer).__name__}) with model.backbone {type(backbone).__name__}, an "
+                    f"inspection.{name} ({type(observer).__name__}) with model.backbone {type(backbone).__name__}, "
                     f"{backbone.family}",
-                    why=observer.decoder_only,
+                    why=why,
                     fix=f"leave inspection.{name} out; weights, kl and calibration work",
                 )
         return self

@@ -39,7 +39,7 @@ class LmEval(Observer):
         batch_size: Requests per forward pass.
     """
 
-    decoder_only = "the harness is given a causal language model"
+    decoder_only = not_on_classifiers = "the harness is given a causal language model"
 
     def __init__(
         self,

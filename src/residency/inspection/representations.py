@@ -28,6 +28,7 @@ class RepresentationDrift(Observer):
     """
 
     decoder_only = "it compares one stack of blocks at the tokens of a batch"
+    not_on_classifiers = "it compares blocks at the tokens of a batch, and a classifier reads more than these"
 
     def __init__(self, *, tokens: int = 1024) -> None:
         self.tokens = tokens

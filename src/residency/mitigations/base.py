@@ -102,6 +102,9 @@ class Mitigation(Callback):
     decoder_only: str = ""
     """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
 
+    not_on_classifiers: str = ""
+    """Why it does not work on a sequence classifier; empty if it does. May be set per instance."""
+
     keeps_examples: ClassVar[bool] = False
     """Whether it learns again from rows of earlier stages (or from rows made in their place), by the objective of the
     stage at hand."""

@@ -116,6 +116,9 @@ class Objective(ABC):
     learns_prompts: ClassVar[bool] = False
     """Whether tokens of prompts are learnt, too."""
 
+    not_on_classifiers: str = ""
+    """Why it does not work on a sequence classifier; empty if it does. May be set per instance."""
+
     keeps_start: bool = False
     """Whether it asks for the weights before the stage's first step once training runs: costs a copy of what trains."""
 

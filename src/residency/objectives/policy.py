@@ -55,6 +55,7 @@ class RLOO(Objective):
     reads: ClassVar[Reads] = "prompt"
     forward_noise: ClassVar[bool] = False
     decoder_only = "what the policy has written so far is read behind the prompt, as one text"
+    not_on_classifiers = "it lets the model write, and a classifier writes nothing"
 
     def __init__(
         self,
@@ -161,6 +162,7 @@ class GRPO(Objective):
     reads: ClassVar[Reads] = "prompt"
     forward_noise: ClassVar[bool] = False
     decoder_only = "what the policy has written so far is read behind the prompt, as one text"
+    not_on_classifiers = "it lets the model write, and a classifier writes nothing"
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class RewardModel(Objective):
     reads: ClassVar[Reads] = "pair"
     forward_noise: ClassVar[bool] = False
     uses_logits = True
+    not_on_classifiers = "it reads a token of the vocabulary behind an answer, and a classifier reads prompts alone"
 
     def __init__(self, *, centring: float = 0.0, token: str | None = None) -> None:
         if not 0 <= centring < math.inf:

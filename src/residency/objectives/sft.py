@@ -49,6 +49,7 @@ class FullText(Objective):
     """Continued pretraining: prompts are learnt like completions, every token but the first of a row."""
 
     learns_prompts: ClassVar[bool] = True
+    not_on_classifiers = "it learns the tokens of prompts, and a classifier has a head for labels only"
 
     def begin_stage(self, learner: Learner, dataset: Sequence[Example], stage: Stage) -> Sequence[Example]:
         """Rows as text."""

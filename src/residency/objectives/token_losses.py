@@ -20,6 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+from residency.core.losses import IMPOSSIBLE
+
 __all__ = [
     "effective_share",
     "entropy_weights",
@@ -100,6 +102,8 @@ def low_perplexity_mask(start_nll: Tensor, *, threshold: float = 2.5) -> Tensor:
 def smoothed_nll(logits: Tensor, targets: Tensor, *, smoothing: float) -> Tensor:
     """(1 - ε) nll_t + ε mean over the vocabulary of -log p, as `torch.nn.functional.cross_entropy` smooths.
 
+    What a model rules out (`IMPOSSIBLE`: labels that do not compete) is no part of the vocabulary.
+
     Args:
         logits: (M, V).
         targets: (M,).
@@ -110,7 +114,9 @@ def smoothed_nll(logits: Tensor, targets: Tensor, *, smoothing: float) -> Tensor
     """
     log_p = logits.float().log_softmax(-1)
     nll = -log_p.gather(-1, targets[:, None]).squeeze(-1)
-    return (1 - smoothing) * nll - smoothing * log_p.mean(-1)
+    possible = logits > IMPOSSIBLE / 2
+    mean = log_p.masked_fill(~possible, 0.0).sum(-1) / possible.sum(-1)
+    return (1 - smoothing) * nll - smoothing * mean
 
 
 def kl_to_reference(logits: Tensor, reference: Tensor, *, direction: str = "forward") -> Tensor:

@@ -43,6 +43,7 @@ class ASFT(Objective):
     """
 
     uses_logits = True
+    not_on_classifiers = "the pretrained model has no head that it was trained with, and is no anchor"
     requires: frozenset[Capability] = frozenset({"reference"})
 
     def __init__(self, *, strength: float = 0.1, direction: Literal["forward", "reverse"] = "forward") -> None:

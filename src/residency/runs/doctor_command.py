@@ -82,7 +82,8 @@ def _opened(options: argparse.Namespace, keys: list[str]) -> tuple[dict[str, Dom
 
         configs = [word for path in options.paths for word in ("--config", str(path))]
         cli = parse(["fit", *configs, *keys])
-        return dict(cli.datamodule.columns), frozenset(cli.datamodule.probes), backbone_reader(cli.model.backbone)
+        data, backbone = cli.datamodule, cli.model.backbone.for_stream(cli.datamodule)
+        return dict(data.columns), frozenset(data.probes), backbone_reader(backbone)
     if keys:
         raise UserError(
             f"residency doctor ... {keys[0]}",

@@ -22,7 +22,8 @@ def inputs_of(module: ContinualModule, data: StreamData) -> dict[str, str]:
         module: Not yet built; its backbone tells what lies in the model's folder.
         data: Domains and probes.
     """
-    model = {f"{part} of the model": value for part, value in module.backbone.fingerprint().items()}
+    found = module.backbone.for_stream(data).fingerprint()
+    model = {f"{part} of the model": value for part, value in found.items()}
     return model | {f"rows or template of {name}": value for name, value in data.fingerprints().items()}
 
 

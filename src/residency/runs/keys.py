@@ -79,7 +79,8 @@ class RunKeys:
         self.config = config
         model = config["model"]
         self._adapter = [model["adapter"], class_code(type(module.adapter))]
-        backbone = [dict(module.backbone.fingerprint()), class_code(type(module.backbone))]
+        met = module.backbone.for_stream(data)
+        backbone = [dict(met.fingerprint()), class_code(type(met))]
         self._environment = [numerics(), core_code(), backbone]
         self.model = digest("model", self._environment, self._adapter, model.get("layout"))
         self.stages: list[StageKeys] = []
@@ -172,7 +173,8 @@ class RunKeys:
         """
         domain = self.data.columns[column]
         # With the adapter off, the model before training is the same whatever the adapter is.
-        base = "base" if "reference" in self.module.adapter.provides else [self.model, self.config["seed_everything"]]
+        shared = "reference" in self.module.adapter.provides and not self.module.backbone.draws_from_seed
+        base = "base" if shared else [self.model, self.config["seed_everything"]]
         parts: dict[str, Any] = {
             "environment": self._environment,
             "weights": self.stages[k - 1].served if k else base,

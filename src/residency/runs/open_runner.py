@@ -69,6 +69,7 @@ def open_runner(
     own = settings.stages
     check_overrides(own, domains=data.domains, stage_tokens=settings.stage_tokens)
     check_stream(data, batch_sizes=[one.batch_size for one in own.values() if one.batch_size])
+    module.backbone = module.backbone.for_stream(data)
     check_devices(data, trainers, module.adapter, overrides=own)
     check_validation(module.mitigations, data)
     module.stage_settings = StageSettings(run=StageOverrides(objective=module.objective), own=own)

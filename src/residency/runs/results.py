@@ -56,7 +56,8 @@ def build_record(
 
 def _uses_task_id(module: ContinualModule) -> bool:
     """Whether anything that takes part needs the domain of a row in order to score it."""
-    return module.adapter.task_id_at_test or any(m.task_id_at_test for m in module.mitigations.values())
+    told = module.backbone.task_id_at_test or module.adapter.task_id_at_test
+    return told or any(m.task_id_at_test for m in module.mitigations.values())
 
 
 def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def load_stage(module: ContinualModule, data: StreamData, folder: RunFolder, *, 
             fix="give --stage 0 for the untrained model or one that is saved; or check --run_dir; "
             "`residency fit` with the same config trains what is missing",
         )
+    module.backbone = module.backbone.for_stream(data)
     module.build(seed=seed)
     if chosen:
         module.adapter.load_state(module.model, served_of(folder.load_state(folders[chosen - 1])))

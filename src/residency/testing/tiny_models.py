@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -70,6 +74,15 @@ def write_backbone(
         with torch.no_grad():
             for stack in (model.encoder, model.decoder):
                 stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
+    elif architecture in ("bert", "roberta"):
+        # Pretrained encoders, without the head of a classifier.
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+        drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128}
+        if architecture == "bert":
+            model = BertForMaskedLM(BertConfig(**sizes, **drop, **common))
+        else:
+            model = RobertaForMaskedLM(RobertaConfig(**sizes, **drop, **common))
     else:
         drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=4, n_positions=256, **drop, **common))

@@ -41,6 +41,9 @@ def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.M
     # A copy: PEFT writes the base model's name and the resolved targets into the config it is given.
     config = copy.deepcopy(config)
     config.task_type = config.task_type or task_of(model)
+    if hasattr(config, "modules_to_save") and (drawn := getattr(model, "drawn_modules", ())):
+        # Parts of a classifier that no checkpoint has; PEFT itself adds its output layer.
+        config.modules_to_save = [*(config.modules_to_save or ()), *drawn]
     if kind_of(config) == "FROD":
         # torch's default, said aloud: it warns about FRoD's sparse matrices otherwise.
         torch.sparse.check_sparse_tensor_invariants.disable()
@@ -60,6 +63,8 @@ def wrap(model: nn.Module, config: PeftConfig, *, name: str = "default") -> nn.M
 
 def task_of(model: nn.Module) -> str:
     """PEFT's name for what a model does: it decides how virtual tokens are put in front, and what an export says."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
     config = getattr(model, "config", None)
     return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
 

@@ -101,8 +101,9 @@ def evaluate(
     Returns:
         Every score of every row.
     """
-    training = module.model.training
+    training, begun = module.model.training, module.backbone.learned
     module.model.eval()
+    module.backbone.learned = learned
     scores: Evaluation = []
     try:
         with torch.inference_mode(), torch.random.fork_rng(devices=[]), _Folding(module) as folding:
@@ -123,6 +124,7 @@ def evaluate(
                 scores += _extra(module, name, examples)
     finally:
         module.model.train(training)
+        module.backbone.learned = begun
     return scores
 
 

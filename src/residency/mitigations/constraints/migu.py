@@ -54,6 +54,7 @@ class MIGU(Mitigation):
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"rows"})
     update_order: ClassVar[int] = 1
     decoder_only = "it matches what a layer sees with the tokens of a batch; encoder and decoder see different ones"
+    not_on_classifiers = "it matches what a layer sees with the tokens of a batch; a classifier reads more than these"
     requires: frozenset[Capability] = frozenset({"linear"})
     alternative: ClassVar[str] = "configs/mitigation/replay.yaml, or an adapter of linear layers (lora, full)"
 

@@ -95,6 +95,7 @@ class SourceShielding(Mitigation):
 
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"columns"})
     update_order: ClassVar[int] = 2
+    not_on_classifiers = "its scores come from texts that the model is to continue, and a classifier continues none"
     requires: frozenset[Capability] = frozenset({"linear"})
     alternative: ClassVar[str] = "configs/mitigation/weight_mixing.yaml, or an adapter of linear layers (lora, full)"
     first_domain: int = 0

@@ -57,6 +57,7 @@ class OnPolicyDistillation(Mitigation):
 
     first_domain: int = 0
     follows = frozenset({"completion"})
+    not_on_classifiers = "it lets the model write, and a classifier writes nothing"
     alternative: ClassVar[str] = "teacher: ema or live, which every adapter can do"
 
     def __init__(

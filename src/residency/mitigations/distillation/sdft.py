@@ -118,6 +118,7 @@ class SDFT(Mitigation):
 
     first_domain: int = 0
     follows = frozenset({"completion"})
+    not_on_classifiers = "it lets the model write, and a classifier writes nothing"
     alternative: ClassVar[str] = "rewriter: current, which every adapter can do"
 
     def __init__(

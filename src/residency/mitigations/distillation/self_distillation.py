@@ -95,6 +95,10 @@ class SelfDistillation(Mitigation):
             # Both narrowed per instance: this teacher has something to protect from the first step on.
             self.requires = frozenset({"reference"})
             self.first_domain = 0
+        if teacher == "base":
+            self.not_on_classifiers = "the pretrained model has no trained head (teacher: previous has one)"
+        elif cache is not None:
+            self.not_on_classifiers = "its cache holds one distribution per label of a row; set cache to null"
         self.needs_continuity = teacher == "previous" and cache is None and strength > 0
         self.add_state("teacher", {})
         self.add_state("step", torch.zeros((), dtype=torch.long))
@@ -123,7 +127,9 @@ class SelfDistillation(Mitigation):
         """λ τ² KL."""
         if not self.touches_training(module.stage.index):
             return {}
-        logits = module.forward(batch) if outputs.logits is None else outputs.logits
+        whole = module.backbone.family != "classifier"  # what a classifier knew before is another choice of labels
+        known = outputs.logits if whole else None
+        logits = module.backbone.distilled(module.model, batch) if known is None else known
         ids = None
         if self.cache is None:
             teacher = teacher_logits(module, batch, self._weights(module))

@@ -36,7 +36,7 @@ def run_as(module: StageModule, weights: Tensors, run: Callable[[], Result]) -> 
 
 
 def teacher_logits(module: StageModule, batch: Batch, weights: Tensors | None) -> Tensor:
-    """(M, V) logits of a teacher, without gradient.
+    """(M', V') logits of a teacher (`Backbone.distilled`), without gradient.
 
     Args:
         module: The module.
@@ -45,7 +45,7 @@ def teacher_logits(module: StageModule, batch: Batch, weights: Tensors | None) -
     """
     if weights is None:
         return module.reference_forward(batch)
-    return run_as(module, weights, lambda: module.forward(batch))
+    return run_as(module, weights, lambda: module.backbone.distilled(module.model, batch))
 
 
 @torch.no_grad()

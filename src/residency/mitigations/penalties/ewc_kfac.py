@@ -75,6 +75,7 @@ class KroneckerEWC(Mitigation):
     alternative: ClassVar[str] = "configs/mitigation/ewc.yaml, or plain LoRA (configs/adapter/lora.yaml)"
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})
     decoder_only = "it matches what a layer sees with the tokens of a batch; encoder and decoder see different ones"
+    not_on_classifiers = "it matches what a layer sees with the tokens of a batch; a classifier reads more than these"
 
     def __init__(
         self,

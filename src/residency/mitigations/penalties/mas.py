@@ -118,6 +118,7 @@ class MAS(Mitigation):
         self.output = output
         if output == "hidden":
             self.decoder_only = "the hidden state is read at the tokens of a batch (log_probabilities works)"
+            self.not_on_classifiers = self.decoder_only
         self.samples = samples
         self.batch_tokens = batch_tokens
         self.add_state("precision", {})

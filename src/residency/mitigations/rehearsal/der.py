@@ -17,6 +17,7 @@ from torch import Tensor
 
 from residency.core.batching import make_batch, own_places
 from residency.core.errors import UserError
+from residency.core.losses import IMPOSSIBLE
 from residency.core.randomness import permutation
 from residency.core.types import Batch, Example, Outputs, Stage, supervised_tokens
 from residency.domains.sampler import learned_examples
@@ -51,11 +52,13 @@ def stored_mse(logits: Tensor, values: Tensor, tokens: Tensor, *, count: float |
 
     Args:
         logits: (M, V) of the student.
-        values: (M, k) stored log-probabilities.
+        values: (M, k) stored log-probabilities; what could not be chosen when they were stored takes no part.
         tokens: (M, k) the tokens they belong to.
         count: What the sum over positions is divided by (`Batch.normaliser`); `None` = M, the mean.
     """
-    squares = (logits.float().log_softmax(-1).gather(-1, tokens.long()) - values).square().mean(-1)
+    differences = logits.float().log_softmax(-1).gather(-1, tokens.long()) - values
+    possible = values > IMPOSSIBLE / 2  # labels that a classifier did not know yet
+    squares = differences.masked_fill(~possible, 0.0).square().sum(-1) / possible.sum(-1).clamp_min(1)
     return squares.sum() / (len(logits) if count is None else count)
 
 

@@ -61,6 +61,7 @@ class GenerativeReplay(Mitigation):
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
     follows = frozenset({"completion"})
     keeps_examples = True
+    not_on_classifiers = "it lets the model write, and a classifier writes nothing"
     training_only: ClassVar[frozenset[str]] = frozenset({"ratio"})
 
     def __init__(

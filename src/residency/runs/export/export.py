@@ -70,7 +70,8 @@ def export_saved(
     Raises:
         UserError: The stage is not complete, the adapter cannot do it, or the folder is in use.
     """
-    kind, told = type(module.adapter).__name__, module.adapter.task_id_at_test
+    kind = type(module.adapter).__name__
+    told = module.adapter.task_id_at_test or module.backbone.task_id_at_test
     check_request(module.adapter, stage, merge=merge, dtype=dtype)
     check_stream(data)
     chosen = load_stage(module, data, folder, stage=stage, seed=settings.seed)
@@ -95,6 +96,7 @@ def export_saved(
             **_origin(data, settings, module.backbone, stage=chosen),
             "hub": None if base is None else {"id": base.id, "commit": base.commit},
             "family": module.backbone.family,
+            "labels": module.backbone.label_names(),
             "adapter": kind,
             "format": written_format(temporary),
             "merged": merge,

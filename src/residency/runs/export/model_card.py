@@ -112,6 +112,12 @@ def _use(facts: Mapping[str, Any]) -> str:
     lines = {"peft": _LOAD_ADAPTER, "transformers": _LOAD_MODEL, "residency": _LOAD_OWN}[facts["format"]]
     if facts.get("family") == "encoder-decoder":
         return lines.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    if facts.get("family") == "classifier":
+        names = dict(enumerate(facts["labels"]))
+        sized = f"BASE, num_labels={len(names)}, id2label={names!r}, ignore_mismatched_sizes=True"
+        return lines.replace("AutoModelForCausalLM", "AutoModelForSequenceClassification").replace(
+            "(BASE)", f"({sized})"
+        )
     return lines
 
 
@@ -123,7 +129,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
         library_name={"peft": "peft", "transformers": "transformers"}.get(facts["format"], "residency"),
         license=licence if licence in _HUB_LICENCES else "other",
         model_name=f"{printable(facts['name'])} stage {facts['stage']}",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if facts.get("family") == "classifier" else "text-generation",
         tags=["residency", "continual-learning", *(["adapter"] if facts["format"] == "peft" else [])],
     )
     return f"---\n{data.to_yaml()}\n---"

@@ -96,7 +96,8 @@ class Resolver:
         """On how many examples a cell trains, over all its steps."""
         cli = self.parse(cell)
         with _of_cell(cell):
-            tokenizer = None if cli.settings.stage_tokens is None else cli.model.backbone.tokenizer
+            backbone = cli.model.backbone
+            tokenizer = None if cli.settings.stage_tokens is None else backbone.for_stream(cli.datamodule).tokenizer
             stages = plan_stages(cli.datamodule, cli.trainers, cli.settings, tokenizer)
         return sum(stage.steps * stage.batch_size for stage in stages)
 

@@ -163,7 +163,7 @@ def test_labels_compete_once_their_domain_has_begun(bert: Path, tmp_path: Path, 
     model, batch = backbone.load(), alone(labelled(backbone))
     rows = {name: [r for r, label in enumerate(backbone.labels.names) if f"{name} " in label] for name in "ab"}
     with torch.no_grad():
-        plain = backbone._rows(model, batch)
+        plain = backbone.outputs(model, batch)
         for learned in (0, 1, 2):
             backbone.learned = learned
             p = backbone.logits(model, batch).softmax(-1)
@@ -208,7 +208,7 @@ def test_self_distillation_keeps_what_the_teacher_knew(bert: Path, tmp_path: Pat
     model, batch = backbone.load(), alone(labelled(backbone))
     with torch.no_grad():
         known = backbone.distilled(model, batch)
-        plain = backbone._rows(model, batch)
+        plain = backbone.outputs(model, batch)
         assert known.shape == plain.shape
         torch.testing.assert_close(known.softmax(-1)[:, :2], plain[:, :2].softmax(-1))
         assert (known[:, 2:] == IMPOSSIBLE).all()
@@ -254,7 +254,7 @@ def test_a_label_that_could_not_be_chosen_weighs_nothing(bert: Path, tmp_path: P
     model, batch = backbone.load(), alone(labelled(backbone))
     with torch.no_grad():
         found = SFT(label_smoothing=0.2)(lambda b: backbone.logits(model, b), batch, None).loss
-        plain = backbone._rows(model, batch)
+        plain = backbone.outputs(model, batch)
         own = [plain[k, :2] if e.domain == "a" else plain[k, 2:] for k, e in enumerate(batch.examples)]
         right = torch.tensor([e.completion[0] % 2 for e in batch.examples])
         expected = torch.nn.functional.cross_entropy(torch.stack(own), right, label_smoothing=0.2)

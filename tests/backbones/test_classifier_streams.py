@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from residency.adapters import Adapter, Full, Peft
+from residency.adapters import Adapter, Full, Peft, PerDomain
 from residency.adapters.peft import lora
 from residency.backbones import Classifier
 from residency.core.errors import UserError
@@ -144,6 +144,16 @@ def test_every_adapter_runs_or_is_refused(bert: Path, tmp_path: Path, name: str)
     adapter = with_names_of_bert(row.make())
     found = outcome(tmp_path / "run", bert, adapter, {}, lr=row.lr, trainer=row.trainer)
     assert found == "finite" or name not in COMMON_ADAPTERS, found
+
+
+def test_an_adapter_per_domain_has_a_head_of_its_own(bert: Path, tmp_path: Path) -> None:
+    """What the first domain learnt is still there after the second, bit for bit: its labels alone compete."""
+    adapter = PerDomain(config=LoraConfig(r=2, target_modules="all-linear"), compare=False)
+    record, _ = train(
+        tmp_path / "run", bert, adapter, steps=3, family=Classifier, kinds=KINDS, loading={"head": "masked"}
+    )
+    matrix = record["scores"]["nll"]["R"]
+    assert matrix[2][0] == matrix[1][0] != matrix[0][0]
 
 
 @pytest.mark.parametrize(("family", "kind"), [("bert", "full"), ("roberta", "lora"), ("llama", "lora")])

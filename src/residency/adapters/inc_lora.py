@@ -54,6 +54,7 @@ class IncLoRA(Adapter):
         UserError: The blocks would not be a sum (DoRA, a base-changing initialisation, a trained bias).
     """
 
+    not_on_classifiers = "its blocks work together, and a head that trains beside them can be that of one block only"
     provides = frozenset({"averageable", "linear", "reference", "mergeable", "exportable"})
 
     def __init__(self, *, config: LoraConfig, penalty: Orthogonality | None = None) -> None:

@@ -18,7 +18,7 @@ from residency.adapters.algebra.low_rank import low_rank_factors, product_factor
 from residency.adapters.base import Adapter, LowRankLayer, OptimizerFactory, missing_capability
 from residency.adapters.peft_tools.folding import merged_lora
 from residency.adapters.peft_tools.tuners import capabilities, check_config, kind_of
-from residency.adapters.peft_tools.wrapping import expected_remarks, is_quantised, wrap
+from residency.adapters.peft_tools.wrapping import expected_remarks, is_quantised, task_of, wrap
 from residency.core.errors import UserError
 from residency.core.tensors import Products, Term, terms_of
 from residency.core.types import Tensors, untyped
@@ -58,6 +58,9 @@ class Peft(Adapter):
         Raises:
             UserError: The tuner does not fit the model, its layers or its quantisation.
         """
+        if task_of(model) == "SEQ_CLS":
+            # A head moves beside the factors.
+            self.provides = self.provides - {"low_rank"}
         return wrap(model, self.config)
 
     def optimizer(self, model: nn.Module, factory: OptimizerFactory) -> Optimizer:

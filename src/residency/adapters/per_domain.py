@@ -91,6 +91,9 @@ class PerDomain(Adapter):
         self.routing = routing
         self.compare = compare
         self.task_id_at_test = routing == "oracle"
+        if routing == "nll" or compare:
+            why = "it compares adapters by the likelihood of prompts; routing: oracle with compare: false does not"
+            self.not_on_classifiers = why
         self.provides = capabilities(config) & {"reference", "exportable", "linear"}
 
     def attach(self, model: nn.Module) -> nn.Module:

@@ -113,10 +113,10 @@ class SinkhornResidual(Adapter):
         self.inner: Adapter = _Frozen() if inner is None else inner
         self.shape: dict[str, Any] = {"mixing": mixing, "streams": streams, "rank": rank, "iterations": iterations}
         self.train_projections = train_projections
-        self.structural_lr_ratio = structural_lr_ratio
-        self.gate_lr_ratio = gate_lr_ratio
+        self.structural_lr_ratio, self.gate_lr_ratio = structural_lr_ratio, gate_lr_ratio
         self.provides, self.continues = _OWN & self.inner.provides, self.inner.continues
         self.task_id_at_test, self.scorers = self.inner.task_id_at_test, dict(self.inner.scorers)
+        self.decoder_only, self.not_on_classifiers = self.inner.decoder_only, self.inner.not_on_classifiers
 
     # -- attaching ----------------------------------------------------------------------------------------------
 

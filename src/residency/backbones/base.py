@@ -104,6 +104,17 @@ class Backbone(ABC):
         """(M,) negative log-likelihood of each target in nats, float32, for scoring: without a gradient."""
         return token_nll(self.logits(model, batch), batch.targets)
 
+    def output_layer(self, model: nn.Module) -> nn.Module | None:
+        """The layer that makes logits of hidden states, its adapter with it; `None` if nobody knows it."""
+        unwrap: Any = getattr(model, "get_base_model", None)
+        core: Any = unwrap() if unwrap else model
+        head: nn.Module | None = core.get_output_embeddings()
+        return head
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M, ...) what the output layer makes of every target's position, as it is."""
+        return self.logits(model, batch)
+
     def stepping(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, the optimizer makes one step; for what it must leave alone."""
         return nullcontext()

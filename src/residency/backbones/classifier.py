@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -204,19 +204,28 @@ class Classifier(Backbone):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M, V) logits of the stream's labels for each target; of those that cannot be chosen `IMPOSSIBLE`."""
-        rows = self._rows(model, batch)[batch.target_example]
+        rows = self.outputs(model, batch)
         domains = [batch.examples[i].domain for i in batch.target_example.tolist()]
         competing = self.labels.competing(domains, batch.targets, learned=self.learned)
         return rows.masked_fill(~competing, IMPOSSIBLE)
 
     def distilled(self, model: nn.Module, batch: Batch) -> Tensor:
         """(M x G, V) logits of the labels that the stage before knew; a masked head has one choice per domain: G."""
-        rows = self._rows(model, batch)[batch.target_example]
+        rows = self.outputs(model, batch)
         known = self.labels.known(self.learned - 1)
         flags = torch.zeros(len(known), rows.shape[1], dtype=torch.bool, device=rows.device)
         for flag, group in zip(flags, known, strict=True):
             flag[group] = True
         return rows[:, None].masked_fill(~flags, IMPOSSIBLE).flatten(0, 1)
+
+    def output_layer(self, model: nn.Module) -> nn.Module:
+        """The head's last layer, in PEFT's copy where that is what trains."""
+        layer: nn.Module = reduce(getattr, _core(model).head_path.split("."), _core(model))
+        return layer
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(M, V) logits of all labels, whichever compete."""
+        return self._rows(model, batch)[batch.target_example]
 
     def _rows(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B, V) plain logits of each example, which is read once however many labels it has."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from residency.core.batching import by_token_budget, make_batch
 from residency.core.errors import UserError
@@ -69,31 +68,24 @@ def example_loss(module: StageModule, examples: Sequence[Example]) -> Tensor:
 @torch.no_grad()
 def mean_hidden(module: StageModule, examples: Sequence[Example]) -> Tensor:
     """(n, D) mean last hidden state over the positions that predict a completion, on the CPU, in evaluation mode."""
-    head = _head(module.model)
+    head = module.backbone.output_layer(module.model)
+    if head is None:
+        raise UserError(
+            f"{type(module.model).__name__} has no output embeddings, and a memory was to be chosen by hidden states",
+            why="herding and k-means compare what the model's head reads",
+            fix="choose policy: balanced",
+        )
     parts: dict[int, Tensor] = {}
     # What the head reads takes the place of what it writes: the backbone's own code then picks the positions.
     handle = head.register_forward_hook(lambda head, inputs, output: inputs[0])
     try:
         with evaluating(module):
             for rows, batch in passes(module, examples):
-                means = example_means(module.forward(batch).float(), batch).cpu()
+                means = example_means(module.backbone.outputs(module.model, batch).float(), batch).cpu()
                 parts |= zip(rows, means, strict=True)
     finally:
         handle.remove()
     return torch.stack([parts[i] for i in range(len(examples))])
-
-
-def _head(model: nn.Module) -> nn.Module:
-    unwrap: Any = getattr(model, "get_base_model", None)
-    core: Any = unwrap() if unwrap else model
-    head: nn.Module | None = core.get_output_embeddings()
-    if head is None:
-        raise UserError(
-            f"{type(core).__name__} has no output embeddings, and a memory was to be chosen by hidden states",
-            why="herding and k-means compare what the model's head reads",
-            fix="choose policy: balanced",
-        )
-    return head
 
 
 @contextmanager

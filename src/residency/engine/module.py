@@ -121,13 +121,12 @@ class ContinualModule(LightningModule):
         """Load the backbone and attach the adapter; does nothing the second time.
 
         Args:
-            seed: Of the adapter's initial values, which depend on nothing else.
+            seed: Of the adapter's initial values and of a classifier's head, which depend on nothing else.
         """
         if hasattr(self, "model"):
             return
         self.backbone = self.backbone.seeded(seed)
-        model = self.backbone.load()
-        check_tokenizer(self.backbone.tokenizer, model)
+        check_tokenizer(self.backbone.tokenizer, model := self.backbone.load())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapter"))
             self.model = self.adapter.attach(model)

@@ -70,8 +70,7 @@ def export_saved(
     Raises:
         UserError: The stage is not complete, the adapter cannot do it, or the folder is in use.
     """
-    kind = type(module.adapter).__name__
-    told = module.adapter.task_id_at_test or module.backbone.task_id_at_test
+    kind, told = type(module.adapter).__name__, module.backbone.task_id_at_test or module.adapter.task_id_at_test
     check_request(module.adapter, stage, merge=merge, dtype=dtype)
     check_stream(data)
     chosen = load_stage(module, data, folder, stage=stage, seed=settings.seed)

@@ -159,10 +159,9 @@ class ContinualModule(LightningModule):
         """
         self.stage, self.validation, self.weights_log = stage, validation, {}
         self.backbone.learned, self.ended_early, self._started, self.served = stage.index + 1, False, False, {}
-        self.objective = self.stage_settings.objective(stage.domain) or self.objective
+        self.dataset, self.objective = examples, self.stage_settings.objective(stage.domain) or self.objective
         for mitigation in self.mitigations.values():
             mitigation.move_state(torch.device("cpu"))
-        self.dataset = examples
         folds.prepare_dataset(self, self.mitigations.values(), stage, stored=stored)
         merges = self._active["transform_weights"] or self._active["served_weights"]
         self._before_stage = snapshot(self.adapter.state(self.model)) if merges else {}

@@ -23,6 +23,7 @@ from residency.runs.kept_config import differences_today
 from residency.testing import write_backbone, write_domain
 from residency.testing.pairs import Pairs, Run
 from support.cli import call, read_json
+from support.tiny_sweeps import matrices, run_sweep
 from table import ADAPTERS, MITIGATIONS
 
 STATES = Path(__file__).parent / "golden" / "states.zip"
@@ -131,3 +132,32 @@ def test_a_run_of_before_with_another_value_is_refused(tmp_path: Path) -> None:
         "data.batch_size",
         "data.new",
     ]
+
+
+def test_a_study_that_was_begun_before_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the first record: the same command ends with the scores of the whole study.
+
+    The code of the engine, of the backbone and of the adapter is part of every key (`runs.keys`: `environment`,
+    `adapter`), as is what is hashed of a model's files; all of them have changed since, so that the three stages of
+    that code are trained anew by this one, and none is taken for what this code would have made of it. What the store
+    held stays as it was.
+    """
+    zipfile.ZipFile(STATES.parent / "study.zip").extractall(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where its paths begin
+    write_backbone(tmp_path / "llama")
+    for name, kind in {"a": "generative", "b": "label"}.items():
+        write_domain(tmp_path / "data", name, kind=kind)
+    assert not list(tmp_path.glob("study/cells/*/results.json"))
+    before = {path: path.read_bytes() for path in tmp_path.glob("store/*/*/*")}
+    code, out = run_sweep(Path("study.yaml"), Path("study"), store=Path("store"))
+    assert code == 0, out
+    expected = json.loads((tmp_path / "whole.json").read_text(encoding="utf-8"))
+    found = matrices(tmp_path / "study")
+    assert {*found} == {*expected} == {"none-s0", "ewc-s0"}
+    for name, scores in found.items():
+        for row, wanted in zip(scores["nll"]["R"], expected[name], strict=True):
+            assert row == pytest.approx(wanted, abs=1e-6)
+    assert {path: path.read_bytes() for path in before} == before
+    old = {path.parent.name for path in before if path.parts[-3] == "trained"}
+    assert len(old) == 3
+    assert len({path.name for path in tmp_path.glob("store/trained/*")} - old) == 3

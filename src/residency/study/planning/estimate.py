@@ -116,7 +116,8 @@ class _Rates:
                 self.steps[model][1] += facts["steps"]
                 self.sizes[model].append(sum(file["bytes"] for file in record["files"].values()))
         for _, record in store.entries("evaluations"):
-            if record is not None:
+            # Another version wrote it under another name; it says nothing about the time of this one.
+            if record is not None and "evaluation_seconds" in record["meta"]:
                 self.columns[record["meta"]["column"]].append(record["meta"]["evaluation_seconds"])
 
     def training(self, cell: Resolved, k: int) -> float | None:

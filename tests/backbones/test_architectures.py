@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from residency.adapters import Full, Peft
 from residency.backbones import CausalLM, Quantisation
@@ -20,7 +20,7 @@ from residency.backbones.layout import choose_layout
 from residency.backbones.quantisation import forbid_repacking
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
-from residency.core.types import Example
+from residency.core.types import Example, Layout
 from support.architectures import ROWS, write_architecture
 
 Plain = Callable[[], nn.Module]
@@ -172,3 +172,32 @@ def test_packed_generation_writes_what_plain_transformers_does(name: str, folder
                     break
                 ids.append(token)
         assert new == ids[len(prompt) :]
+
+
+_FEW = ("llama", "gpt2", "bloom")  # positions that turn, that are learnt, that are distances; the others are pairs
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in _FEW else [pytest.mark.pairs], id=n)
+        for n, row in ROWS.items()
+        if not row.refused
+    ],
+)
+def test_a_row_of_a_batch_is_continued_as_it_is_alone(
+    name: str, layout: Layout, folder_of: Callable[[str], Path]
+) -> None:
+    """Greedy ids of ragged prompts, padded on their left, are those of transformers' own `generate` on each."""
+    folder = folder_of(name)
+    backbone = CausalLM(path=str(folder))
+    model, plain = backbone.load(), _plain(folder, "full")
+    prompts = [example.prompt for example in _EXAMPLES]
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0)
+    found = backbone.generate(model, prompts, max_new_tokens=12, layout=layout)
+    for prompt, new in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        alone = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)  # type: ignore[operator]
+        wanted = alone[0, len(prompt) :].tolist()
+        assert new == (wanted[: wanted.index(0)] if 0 in wanted else wanted)

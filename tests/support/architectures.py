@@ -177,7 +177,9 @@ ROWS: dict[str, Row] = {
     "rwkv": Row(kind="rwkv", expected="padded", left_out=("qlora",)),
     **_rows("padded", "mamba", without=("lora", *_ROUTED)),  # PEFT itself refuses its out_proj
     **_rows("padded", "minimax", without=_ROUTED),
-    **_rows("padded", "jamba", without=("qlora",)),
+    "jamba": Row(
+        kind="jamba", expected="padded", sizes={"attn_layer_period": 2, "attn_layer_offset": 1}, without=("qlora",)
+    ),
     **_rows("padded", "bloom", "doge", "mpt", "nemotron", "stablelm", "xglm"),
     **_rows(_NOT_CAUSAL, "bert", fast=True),
     **_rows(_NOT_CAUSAL, "roberta", "electra", "camembert", "ernie", "roformer"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -18,7 +17,7 @@ from residency.backbones import packed_attention
 from residency.backbones.base import Backbone, Sampling
 from residency.backbones.exactness import Subject, Verdict
 from residency.backbones.fingerprint import tokenizer_fingerprint, weights_fingerprint
-from residency.backbones.generation import greedy, seeded
+from residency.backbones.generation import greedy
 from residency.backbones.kernels.head import bare_head, free_head, head_nll, without_head
 from residency.backbones.kernels.lane_choice import Lanes, lanes_for
 from residency.backbones.kernels.lanes import run_in_lanes
@@ -28,6 +27,7 @@ from residency.backbones.kernels.norm import fuse_norms
 from residency.backbones.kernels.rotary import fuse_rotary
 from residency.backbones.loading import load_causal, load_config, load_tokenizer, longest_text
 from residency.backbones.locations import model_folder
+from residency.backbones.padded_generation import leaves_padding_out, write
 from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options, refuse_unquantised
 from residency.backbones.supervised import supervised_logits, supervised_nll
 from residency.backbones.verdicts import settled, verdict_key
@@ -83,6 +83,7 @@ class CausalLM(Backbone):
         self.attention = attention
         self.verdict: Verdict | None = None
         """What was found on the model that was loaded last."""
+        self._padding_left_out: bool | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -129,7 +130,7 @@ class CausalLM(Backbone):
             # transformers renamed the method within 5.x.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.verdict = self._examined(model)
+        self.verdict, self._padding_left_out = self._examined(model), None
         loaded: nn.Module = model
         return loaded
 
@@ -223,23 +224,17 @@ class CausalLM(Backbone):
         end = self.tokenizer.eos_token_id
         if layout == "packed" and sampling is None and (self.verdict is None or self.verdict.decodes):
             return greedy(model, prompts, end=end, max_new_tokens=max_new_tokens)
-        from transformers import GenerationConfig
+        padded = self._pads(model)
+        return write(model, prompts, end=end, max_new_tokens=max_new_tokens, sampling=sampling, padded=padded)
 
-        width = max(len(prompt) for prompt in prompts)
-        device = next(model.parameters()).device
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        how: dict[str, Any] = {"do_sample": False}
-        if sampling is not None:
-            how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": 1.0}
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, **how)
-        generate: Any = model.generate
-        with warnings.catch_warnings(), seeded(sampling, device):
-            # PEFT gives virtual tokens their positions itself, and says so at every step.
-            warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
-            out = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-        new = [row[width:] for row in out.tolist()]
-        return [row[: row.index(end)] if end in row else row for row in new]
+    def _pads(self, model: nn.Module) -> bool:
+        """Whether prompts may be padded: where packed rows are exact, attention is all that reads other tokens."""
+        if self.verdict is None or self.verdict.packed:
+            return True
+        if self._padding_left_out is None:
+            vocabulary = self.tokenizer.model_vocabulary
+            self._padding_left_out = leaves_padding_out(model, vocabulary=vocabulary)
+        return self._padding_left_out
 
     def longest_text(self) -> int:
         """Positions that the model has, or that its texts do not change beyond."""

@@ -96,3 +96,24 @@ def test_files_and_functions_have_a_readable_size() -> None:
                 if lines > 50:
                     long.append(f"{path.relative_to(SOURCE)}: {node.name} has {lines} lines")
     assert not long
+
+
+def test_a_wheel_holds_every_room_and_every_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`testing` is for authors of plug-ins, who have the wheel alone; presets are found without the repository."""
+    from setuptools.dist import Distribution
+
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    project = Distribution({"script_name": "setup.py"})
+    project.parse_config_files()
+    build = project.get_command_obj("build_py")
+    build.ensure_finalized()
+    held = {Path(path).relative_to(build.build_lib) for path in build.get_outputs(include_bytecode=False)}
+    files = {Path("residency") / path.relative_to(SOURCE) for path in SOURCE.rglob("*.py")}
+    presets = {
+        Path("residency/configs") / path.relative_to(root / "configs") for path in root.glob("configs/**/*.yaml")
+    }
+    assert not sorted(files - held)
+    assert not sorted(presets - held)
+    assert {path.parts[0] for path in held} == {"residency"}, "tests stay where they are"
+    assert any(path.parts[1] == "testing" for path in held)

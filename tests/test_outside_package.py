@@ -98,11 +98,11 @@ def test_presets_of_its_own_are_given_by_name(package: Path, llama: Path) -> Non
     config["model"] |= {"adapter": "brand_new", "objective": "brand_new", "mitigations": {"x": "brand_new"}}
     domain = {**config["data"]["domains"]["a"], "class_path": "mylab.domain.BrandNewDomain"}
     (package / "configs" / "domain").mkdir()
+    domain["init_args"]["scorers"] = ["nll", "brand_new"]
     write_yaml(package / "configs" / "domain" / "brand_new.yaml", domain)
     config["data"]["domains"]["a"] = "brand_new"
     write_yaml(package / "tiny.yaml", config)
-    scorers = "--data.domains.a.scorers=[nll,configs/scorer/brand_new.yaml]"
-    done = python(package, "residency", "fit", "--config", "tiny.yaml", scorers)
+    done = python(package, "residency", "fit", "--config", "tiny.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((package / "runs/tiny/results.json").read_text())
     assert record["scores"]["brand_new"]["unit"] == "share of rows that begin right"

@@ -11,7 +11,16 @@ from pathlib import Path
 
 from residency.core.errors import UserError
 
-__all__ = ["KINDS", "Preset", "component_kind", "find_preset", "list_presets", "named_file", "preset_folders"]
+__all__ = [
+    "KINDS",
+    "Preset",
+    "component_kind",
+    "find_preset",
+    "is_shipped",
+    "list_presets",
+    "named_file",
+    "preset_folders",
+]
 
 KINDS = {
     "adapter": "adapter",
@@ -67,9 +76,17 @@ class Preset:
 def preset_folders() -> list[Path]:
     """Where presets lie, what counts most first: RESIDENCY_PRESETS, `configs` where the command runs, the package's."""
     own = [Path(part) for part in os.environ.get("RESIDENCY_PRESETS", "").split(os.pathsep) if part]
-    shipped = (Path(__file__).parents[1] / "configs").resolve()
-    folders = [folder.resolve() for folder in (*own, Path("configs"), shipped) if folder.is_dir()]
+    folders = [folder.resolve() for folder in (*own, Path("configs"), _shipped()) if folder.is_dir()]
     return list(dict.fromkeys(folders))
+
+
+def _shipped() -> Path:
+    return (Path(__file__).parents[1] / "configs").resolve()
+
+
+def is_shipped(file: Path) -> bool:
+    """Whether a file is one of the package's presets."""
+    return file.resolve().is_relative_to(_shipped())
 
 
 def component_kind(key: str) -> str | None:

@@ -121,7 +121,17 @@ def test_a_preset_names_every_argument(path: Path) -> None:
 
 
 @cache
+def _mitigations() -> dict[str, Any]:
+    """{name of a preset: what it is}: they lie beside each other, so that one line reads them all."""
+    words = [f"--model.mitigations.{path.stem}={path}" for path in _in("mitigation")]
+    found: dict[str, Any] = printed_config("fit", "--config", QUICKSTART, *words)["model"]["mitigations"]
+    return found
+
+
+@cache
 def _alone(path: Path) -> dict[str, Any]:
+    if path.parts[1] == "mitigation":
+        return {"model": {"mitigations": {"x": _mitigations()[path.stem]}}}
     key = KEYS[path.parts[1]]
     nothing_below = ["--model.adapter=Full"] if "adapter" in key else []
     return printed_config("fit", "--config", QUICKSTART, *nothing_below, f"--{key}={path}")

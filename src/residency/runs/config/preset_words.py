@@ -4,6 +4,7 @@
     --model.adapter lora                         -> --model.adapter=.../configs/adapter/lora.yaml
     --model.mitigations.replay replay            -> --model.mitigations.replay={"class_path": ...}
     --model.adapter lora --model.adapter.r 16    -> ... --model.adapter.config.r=16
+    --data.domains.a.scorers [nll,mine]          -> --data.domains.a.scorers=["nll", {"class_path": ...}]
 
 jsonargparse reads files for plain arguments but not for entries of a dict; and an argument of PEFT's config lies one
 level below the adapter that holds it.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.core.errors import UserError
-from residency.core.presets import CONFIGS, component_kind, find_preset, named_file
+from residency.core.presets import CONFIGS, component_kind, find_preset, is_shipped, named_file
 from residency.core.yaml_files import YamlRefused, parse_yaml, read_yaml
 
 __all__ = ["CONFIG_OPTIONS", "expand_presets", "insert_presets"]
@@ -26,7 +27,7 @@ __all__ = ["CONFIG_OPTIONS", "expand_presets", "insert_presets"]
 CONFIG_OPTIONS = ("--config", "-c")
 
 _SUFFIXES = (".yaml", ".yml", ".json")
-_SCORERS = re.compile(r"--data\.(domains|probes)\.[^=]+\.scorers\+?")
+_SCORERS = re.compile(r"data\.(domains|probes)\.[^=]+\.scorers\+?")
 _ENTRIES = ("mitigation", "domain", "inspection")  # kinds whose keys are entries of a dict
 _INNER = "config"  # the argument of an adapter that holds a config of PEFT
 
@@ -51,7 +52,7 @@ def expand_presets(words: Sequence[str]) -> list[str]:
             inner[key] = _inner_arguments(content)
             is_entry = kind in _ENTRIES or key.startswith("stages.")
             expanded.append(f"{option}={json.dumps(content)}" if content and is_entry else _plain(option, kind, value))
-        elif _SCORERS.fullmatch(option) and value.startswith("["):
+        elif _SCORERS.fullmatch(key) and value.startswith("["):
             expanded.append(f"{option}={json.dumps([_scorer(one, key) for one in _list(value, key)])}")
         else:
             expanded.append(_below(word, inner))
@@ -76,6 +77,8 @@ def insert_presets(config: Any, *, folder: Path, prefix: str = "") -> Any:
             name: insert_presets(value, folder=folder, prefix=f"{prefix}.{name}" if prefix else str(name))
             for name, value in config.items()
         }
+    if isinstance(config, list) and _SCORERS.fullmatch(prefix):
+        return [_scorer(one, prefix, folder) for one in config]
     kind = component_kind(prefix)
     if not isinstance(config, str) or kind is None:
         return config
@@ -92,10 +95,20 @@ def _list(text: str, key: str) -> Any:
         raise UserError(f"--{key}={text}", why=f"it is no list: {error}", fix="write it as [a, b]") from error
 
 
-def _scorer(given: Any, key: str) -> Any:
-    """One entry of a list of scorers: the content of a preset file, anything else as it is."""
-    is_file = isinstance(given, str) and given.endswith(_SUFFIXES)
-    return read_yaml(Path(given), what=key) if is_file else given
+def _scorer(given: Any, key: str, folder: Path = Path()) -> Any:
+    """One entry of a list of scorers: the content of a preset or of a file, anything else as it is."""
+    if not isinstance(given, str):
+        return given
+    found = folder / given if given.endswith(_SUFFIXES) else find_preset("scorer", given)
+    if found is None or (is_shipped(found) and _is_short_name(given)):
+        return given
+    return _checked(found, key, given, kind="scorer")
+
+
+def _is_short_name(name: str) -> bool:
+    from residency.scorers.find import known_names
+
+    return name in known_names()
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -127,15 +140,17 @@ def _component(key: str, kind: str, value: str) -> Mapping[str, Any] | None:
     return None if found is None else _checked(found, key, f"--{key}={value}")
 
 
-def _checked(path: Path, key: str, written: str) -> Mapping[str, Any]:
+def _checked(path: Path, key: str, written: str, *, kind: str | None = None) -> Mapping[str, Any]:
     content = read_yaml(path, what=key)
     if not (isinstance(content, dict) and "class_path" in content):
         raise UserError(
             f"{written}: the file has no class_path",
             why="a preset is one component: class_path and init_args",
-            fix=f"start from a preset (`residency presets {component_kind(key)}`)",
+            fix=f"start from a preset (`residency presets {kind or component_kind(key)}`)",
         )
-    return content
+    # A preset of a domain may name presets of scorers.
+    inserted: Mapping[str, Any] = insert_presets(content, folder=path.parent, prefix=key)
+    return inserted
 
 
 def _inner_of_config(path: Path) -> dict[str, set[str]]:

@@ -69,6 +69,7 @@ def uninterrupted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_kill_and_resume_is_bit_equal(step: int, llama: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Inside a subspace (2), just before its refresh (3) and just after it (4); the refresh is made by step 4."""

@@ -87,6 +87,7 @@ def test_the_study_of_the_page_plans(tmp_path: Path, llama: Path, monkeypatch: p
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_a_stranger_adds_a_mitigation_from_the_pages_own_text(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ KILLS = [
 EACH = [pytest.param(names, marks=() if len(names) == 3 else pytest.mark.slow) for names in COMBINATIONS]
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 @pytest.mark.parametrize("mitigations", EACH, ids=lambda m: "+".join(m) or "none")
 def test_killed_run_equals_the_uninterrupted_one(
     adapter: str, mitigations: list[str], llama_dropout: Path, tmp_path: Path

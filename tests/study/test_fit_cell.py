@@ -12,7 +12,6 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from residency.core.errors import UserError
 from residency.runs.cli import parse
@@ -60,6 +59,9 @@ def option(words: list[str], key: str) -> str | None:
 
 def agents(sweep: dict[str, Any], values: dict[str, Any]) -> list[str]:
     """The words after `fit` that W&B's own agent calls for one point of the sweep."""
+    # Takes a second to import, which every process that collects tests would pay.
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
     command = create_sweep_command(list(sweep["command"]))
     args = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})["args"]
     flat = [word for part in command for word in (args if part == "${args}" else [part])]

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from residency.adapters.base import changes
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
@@ -181,12 +182,22 @@ class SharedRuns:
         options = {"trainer": row.trainer, **row.options, **options}
         return train(folder, self.backbone, row.make(), mitigations, **options)
 
+    def stream(self, adapter: str) -> dict[str, Any]:
+        """Options of the stream that an adapter's own properties look at: two domains, or three.
+
+        Three where an adapter opens or closes its stages: what it holds of the first two in the third is its point. To
+        all others every later stage is as the second.
+        """
+        made = self.row(adapter).make()
+        return {} if changes(made, "begin_stage") or changes(made, "end_stage") else SHORT
+
     def plain(self, adapter: str, *, short: bool = False) -> Trained:
-        """The stream of a row without mitigations: three domains, or the two of `SHORT`."""
-        key = (adapter, short)
+        """The stream of a row without mitigations, as of `stream`, or that of `SHORT`."""
+        options = SHORT if short else self.stream(adapter)
+        key = (adapter, options is SHORT)
         if key not in self._plain:
             folder, watch = self.folder / f"plain-{len(self._plain)}" / "run", _Watch()
-            record, module = self.run(adapter, folder, callbacks=[watch], **(SHORT if short else {}))
+            record, module = self.run(adapter, folder, callbacks=[watch], **options)
             self._plain[key] = Trained(record, module, folder, watch.stages)
         return self._plain[key]
 

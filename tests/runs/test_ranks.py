@@ -15,14 +15,16 @@ import pytest
 
 from residency.core.errors import EXIT_SIGNAL, EXIT_USER
 from support.cli import call, read_json, tiny_config, write_yaml
-from support.rank_runs import Group, apart, group, run_row
+from support.rank_runs import FLOAT32, Group, apart, group, run_row
 from support.stop_and_resume import history
 from table import ADAPTERS, MITIGATIONS
 
-EQUAL = 1e-5
+EQUAL = 1e-10  # in float64
+SINGLE = 1e-5  # in float32: see `FLOAT32`, the command's own runs, and what the history keeps
+LEARNT = {EQUAL: 1e-6, SINGLE: 1e-4}
 KINDS = {"a": "generative", "b": "label", "c": "generative"}
 DRAWS = ("lora_dropout", "o_lora", "pvera")  # in every micro-batch, as large as it: it must be the same
-QUICK = ["", "ewc", "replay", "gem"]
+QUICK = ["ewc", "gem"]  # what is remembered as a sum over the ranks, and rows and gradients that each has its part of
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +45,24 @@ def assert_equal_learning(
     ranks: Group, backbone: Path, folder: Path, adapter: str, *names: str, **options: Any
 ) -> None:
     """Weights, what is remembered, and scores of every stage, and of every line of the history."""
+    equal = SINGLE if adapter in FLOAT32 else EQUAL
     row = {"backbone": backbone, "adapter": adapter, "mitigations": names, "steps": 3, "kinds": KINDS, **options}
     alone, shared = folder / "alone" / "run", folder / "shared" / "run"
     one = run_row({**row, "folder": alone}, ranks=1)
     many = ranks.record({**row, "folder": shared})
-    far = {name: distance for name, distance in apart(alone, shared).items() if distance > EQUAL}
+    far = {name: distance for name, distance in apart(alone, shared).items() if distance > equal}
     assert not far, f"{adapter} with {names} on {ranks.ranks} ranks: {far}"
     lines = [[(line["stage"], line["step"], line["tokens"]) for line in history(run)] for run in (alone, shared)]
     assert lines[0] == lines[1]
     losses = [[line["loss/task"] for line in history(run)] for run in (alone, shared)]
-    assert losses[0] == pytest.approx(losses[1], rel=EQUAL)
-    before, *_, after = (row[0] for row in one["scores"]["nll"]["R"])
-    assert abs(after - before) > 1e-4, "something has been learnt"
+    assert losses[0] == pytest.approx(losses[1], rel=SINGLE)
+    before, *after = (row[0] for row in one["scores"]["nll"]["R"])
+    assert max(abs(value - before) for value in after) > LEARNT[equal], "something has been learnt"
     for scorer, found in one["scores"].items():
         for mine, theirs in zip(found["R"], many["scores"][scorer]["R"], strict=True):
             assert [x is None for x in mine] == [x is None for x in theirs]
             known = [x for x in mine if x is not None]
-            assert [x for x in theirs if x is not None] == pytest.approx(known, rel=EQUAL, abs=EQUAL), scorer
+            assert [x for x in theirs if x is not None] == pytest.approx(known, rel=equal, abs=equal), scorer
 
 
 @pytest.mark.parametrize("mitigation", QUICK)
@@ -68,9 +71,9 @@ def test_two_ranks_learn_what_one_does(mitigation: str, two: Group, llama: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mitigation", [name for name in MITIGATIONS if name not in QUICK])
+@pytest.mark.parametrize("mitigation", ["", *(name for name in MITIGATIONS if name not in QUICK)])
 def test_with_every_mitigation(mitigation: str, two: Group, llama: Path, tmp_path: Path) -> None:
-    assert_equal_learning(two, llama, tmp_path, "lora", mitigation)
+    assert_equal_learning(two, llama, tmp_path, "lora", *filter(None, [mitigation]))
 
 
 @pytest.mark.slow
@@ -81,7 +84,7 @@ def test_with_every_adapter(adapter: str, two: Group, llama: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mitigation", [*QUICK, "der", "self_distillation", "ogd"])
+@pytest.mark.parametrize("mitigation", ["", "replay", *QUICK, "der", "self_distillation", "ogd"])
 def test_four_ranks(mitigation: str, four: Group, llama: Path, tmp_path: Path) -> None:
     assert_equal_learning(four, llama, tmp_path, "lora", *filter(None, [mitigation]))
 
@@ -175,7 +178,7 @@ def test_a_killed_rank_ends_all_and_another_number_goes_on(victim: str, config: 
     assert call("fit", "--config", config, "--run_dir", run, *long).code == 0, "the same command on one rank"
     whole = tmp_path / "whole"
     assert call("fit", "--config", config, "--run_dir", whole, *long).code == 0
-    assert max(apart(whole, run).values()) <= EQUAL
+    assert max(apart(whole, run).values()) <= SINGLE
     assert read_json(run / "results.json")["summary"].keys() == read_json(whole / "results.json")["summary"].keys()
 
 
@@ -192,7 +195,7 @@ def test_the_command_starts_its_ranks(config: Path, tmp_path: Path) -> None:
     assert "warn" not in err.lower()
     assert "GLOBAL_RANK" not in err
     distances = apart(tmp_path / "one", tmp_path / "two")
-    assert max(distances.values()) <= EQUAL, distances
+    assert max(distances.values()) <= SINGLE, distances
     # One stage has one key, however many ranks train it: the run on one rank finds every one in the store.
     shared = call("fit", "--config", config, "--run_dir", tmp_path / "again", *store)
     assert shared.code == 0
@@ -229,4 +232,4 @@ def test_torchrun(config: Path, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert call("fit", "--config", config, "--run_dir", tmp_path / "one").code == 0
-    assert max(apart(tmp_path / "one", run).values()) <= EQUAL
+    assert max(apart(tmp_path / "one", run).values()) <= SINGLE

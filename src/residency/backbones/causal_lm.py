@@ -27,7 +27,7 @@ from residency.backbones.kernels.norm import fuse_norms
 from residency.backbones.kernels.rotary import fuse_rotary
 from residency.backbones.loading import load_causal, load_config, load_tokenizer, longest_text
 from residency.backbones.locations import model_folder
-from residency.backbones.padded_generation import leaves_padding_out, write
+from residency.backbones.padded_generation import write
 from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options, refuse_unquantised
 from residency.backbones.supervised import supervised_logits, supervised_nll
 from residency.backbones.verdicts import settled, verdict_key
@@ -83,7 +83,6 @@ class CausalLM(Backbone):
         self.attention = attention
         self.verdict: Verdict | None = None
         """What was found on the model that was loaded last."""
-        self._padding_left_out: bool | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -130,7 +129,7 @@ class CausalLM(Backbone):
             # transformers renamed the method within 5.x.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.verdict, self._padding_left_out = self._examined(model), None
+        self.verdict = self._examined(model)
         loaded: nn.Module = model
         return loaded
 
@@ -224,17 +223,8 @@ class CausalLM(Backbone):
         end = self.tokenizer.eos_token_id
         if layout == "packed" and sampling is None and (self.verdict is None or self.verdict.decodes):
             return greedy(model, prompts, end=end, max_new_tokens=max_new_tokens)
-        padded = self._pads(model)
+        padded = self.verdict is None or self.verdict.pads
         return write(model, prompts, end=end, max_new_tokens=max_new_tokens, sampling=sampling, padded=padded)
-
-    def _pads(self, model: nn.Module) -> bool:
-        """Whether prompts may be padded: where packed rows are exact, attention is all that reads other tokens."""
-        if self.verdict is None or self.verdict.packed:
-            return True
-        if self._padding_left_out is None:
-            vocabulary = self.tokenizer.model_vocabulary
-            self._padding_left_out = leaves_padding_out(model, vocabulary=vocabulary)
-        return self._padding_left_out
 
     def longest_text(self) -> int:
         """Positions that the model has, or that its texts do not change beyond."""

@@ -56,11 +56,13 @@ class Verdict:
         reason: Why they are, or are not.
         decodes: Whether `residency.backbones.generation` may write with it: its memory of keys and values is exact too.
         left_out: {kernel: what was wrong with it}.
+        pads: Whether prompts may be padded on their left to be continued together.
     """
 
     packed: bool
     reason: str
     decodes: bool = False
+    pads: bool = True
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 

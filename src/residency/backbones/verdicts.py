@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
 from residency.backbones.exactness import Subject, Verdict, examine, put_in_place
+from residency.backbones.padded_generation import leaves_padding_out
 from residency.core.assets.cache import cache_folder
 from residency.core.environment import numerics
 from residency.core.tensor_files import write_json
@@ -53,6 +54,10 @@ def settled(subject: Subject, key: str) -> Verdict:
         put_in_place(subject, known)
         return known
     found = examine(subject)
+    if not found.packed:
+        # Where packed rows are exact, attention is all that reads other tokens.
+        pads = leaves_padding_out(subject.model, vocabulary=subject.vocabulary, positions=subject.positions)
+        found = replace(found, pads=pads)
     remember(key, found)
     return found
 

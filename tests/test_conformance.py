@@ -36,13 +36,19 @@ STREAMS = [
 LONG_DOMAINS = {*DOMAINS} - {"jsonl", "table", "IcdChapters"}
 
 
-def _marks(row: str, partner: str) -> Collection[pytest.MarkDecorator]:
+# One class of ours around tuners of PEFT. What these few show of it, and EWC's pair of every one (stopped inside of a
+# stage, trained as a copy), is left to `make test-pairs` of the others.
+FEW_TUNERS = ("lora", "lora_dropout", "dora", "pissa", "prefix_tuning", "trainable_tokens")
+SHOWN_BY_A_PAIR = ("a_stopped_run_goes_on_bit_for_bit", "a_copied_model_trains_as_a_fresh_one")
+
+
+def _marks(row: str, partner: str, title: str) -> Collection[pytest.MarkDecorator]:
     if row in LONG_DOMAINS:
         return [pytest.mark.slow]
     bulk = row in ADAPTERS and partner in MITIGATIONS
     some = row in SOME_ADAPTERS or partner in SOME_MITIGATIONS or (row, partner) in STREAMS
-    # Replay changes the rows alone, and all of these are one class of ours around a tuner of PEFT: EWC meets them all.
-    some &= not (partner == "replay" and row in CONFIGS and row not in SOME_ADAPTERS)
+    if row in CONFIGS and row not in FEW_TUNERS and (title in SHOWN_BY_A_PAIR or partner == "replay"):
+        return [pytest.mark.pairs]
     if row in OBJECTIVES and partner:
         # Replay takes the place of some of the few rows.
         remark = pytest.mark.filterwarnings("ignore:KTO on")

@@ -24,6 +24,7 @@ def test_no_outputs_are_kept(path: Path) -> None:
 # Kernels open sockets and pipes of their own, which end after the test does.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_from_a_study_to_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (residency[dev])")
     matrices = {name: QUICKSTART[name] for name in ("none", "replay")}

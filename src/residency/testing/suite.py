@@ -27,7 +27,7 @@ from residency.testing.shared_runs import SharedRuns
 
 __all__ = ["conformance"]
 
-Marks = Callable[[str, str], Collection[pytest.MarkDecorator]]
+Marks = Callable[[str, str, str], Collection[pytest.MarkDecorator]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def conformance(
     metrics: Mapping[str, MetricRow] | None = None,
     domains: Mapping[str, DomainRow] | None = None,
     streams: Sequence[tuple[str, str]] | None = None,
-    marks: Marks = lambda row, partner: (),
+    marks: Marks = lambda row, partner, title: (),
 ) -> Callable[..., None]:
     """A test function for pytest, parametrised with every property of every row.
 
@@ -80,7 +80,7 @@ def conformance(
         domains: {name: row}.
         streams: Pairs (adapter, mitigation) that are trained through Trainer, files and scoring as well; by default
             each given adapter with replay, and each given mitigation with LoRA.
-        marks: Marks of pytest for a row, or a row and its partner ("" if it is alone).
+        marks: Marks of pytest for a row, the row beside it in a pair ("" if it is alone) and the title of a property.
 
     Raises:
         UserError: There is no row, or a stream names one that does not exist.
@@ -105,7 +105,7 @@ def conformance(
         )
     names = [f"{check.row}-{check.partner}-{check.title}".replace("--", "-") for check in checks]
     cases = [
-        pytest.param(check, id=name, marks=tuple(marks(check.row, check.partner)))
+        pytest.param(check, id=name, marks=tuple(marks(check.row, check.partner, check.title)))
         for check, name in zip(checks, names, strict=True)
     ]
 

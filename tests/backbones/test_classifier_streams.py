@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -23,6 +24,8 @@ from residency.testing.tiny_models import write_domain
 from residency.testing.tiny_runs import train
 from support.classifiers import KINDS, built, met
 from support.cli import call, read_json, tiny_config, write_yaml
+from support.tiny_sweeps import REPLAY, matrices, run_sweep, write_study
+from support.tiny_sweeps import alone as alone_of
 from table import ADAPTERS, MITIGATIONS, SOME_MITIGATIONS
 
 
@@ -198,3 +201,26 @@ def test_exports_load_in_plain_libraries(
         assert scores["nll"]["R"][-1][column] == pytest.approx(float(loss), rel=1e-5)
         found = (logits.argmax(-1) == right).double().mean()
         assert scores["accuracy"]["R"][-1][column] == pytest.approx(float(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["shared", "masked"])
+def test_cells_of_a_study_are_their_runs_alone(bert: Path, tmp_path: Path, head: str) -> None:
+    """Orders, seeds and references over one head: shared stages and scores are those of each run by itself."""
+    path = write_study(
+        tmp_path, bert, domains="ab", axes={"mitigation": {"none": {}, "replay": REPLAY}},
+        orders=[["a", "b"], ["b", "a"]], seeds=[0, 1], references=["frozen", "independent", "joint"],
+    )  # fmt: skip
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    options = {"path": str(bert), "head": head}
+    base["model"]["backbone"] = {"class_path": "residency.backbones.Classifier", "init_args": options}
+    base["data"]["domains"] = {name: write_domain(tmp_path / "data", name, kind="label") for name in "ab"}
+    write_yaml(tmp_path / "base.yaml", base)
+    code, out = run_sweep(path, tmp_path / "out")
+    assert code == 0, out
+    found = matrices(tmp_path / "out")
+    for cell, scores in found.items():
+        assert scores == alone_of(tmp_path / "out", cell, tmp_path), cell
+    rows = {cell: scores["nll"]["R"][0] for cell, scores in found.items()}
+    assert rows["none-a_b-s0"] == rows["none-b_a-s0"][::-1] == rows["replay-a_b-s0"]
+    assert rows["none-a_b-s0"] != rows["none-a_b-s1"], "the head is drawn from the seed"

@@ -186,6 +186,14 @@ def test_exports_load_in_plain_libraries(
         assert read_json(tmp_path / "out" / "adapter_config.json")["task_type"] == "SEQ_CLS"
         plain = PeftModel.from_pretrained(base, tmp_path / "out").eval()
         assert f"id2label={dict(enumerate(names))!r}" in (tmp_path / "out" / "README.md").read_text()
+    if kind == "lora":
+        told = call("export", run, "--merge", "--output", tmp_path / "merged")
+        assert told.code == 0, told.err
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+        assert merged.config.id2label == dict(enumerate(names))
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            torch.testing.assert_close(merged(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
     assert "AutoModelForSequenceClassification" in (tmp_path / "out" / "README.md").read_text()
     assert read_json(tmp_path / "out" / "residency.json")["labels"] == names
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, reduce
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -67,10 +68,8 @@ class Classifier(Backbone):
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        self.path = path
-        self.revision = revision
-        self.head = head
-        self.new_head = new_head
+        self.path, self.revision = path, revision
+        self.head, self.new_head = head, new_head
         self.dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.task_id_at_test = head == "masked"
@@ -265,7 +264,7 @@ class Classifier(Backbone):
         raise UserError(
             "a sequence classifier was asked to write",
             why="it has a head for labels and none for tokens",
-            fix="score it (`residency score` gives nll and accuracy), or use residency.backbones.CausalLM",
+            fix="score it (`residency test` gives nll and accuracy), or use residency.backbones.CausalLM",
         )
 
     def packing_problem(self) -> str:
@@ -276,7 +275,7 @@ class Classifier(Backbone):
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of weights and tokenizer, dtype, and the labels of the head."""
-        known = {} if self._labels is None else {"labels": repr(self._labels.keys)}
+        known = {} if self._labels is None else {"labels": sha256(repr(self._labels.keys).encode()).hexdigest()}
         head = {"head": f"{self.head}, {'new' if self.new_head else 'matched'}"}
         return {"weights": self._weights, "dtype": self.dtype, "tokenizer": self._tokens, **head, **known}
 

@@ -139,10 +139,8 @@ def merged_model(adapter: Adapter, model: nn.Module, *, dtype: str | None) -> nn
         model = model.float()
     _untie_adapted(model)
     plain = adapter.merge(model)
-    if (
-        _tied(plain)
-        and untyped(plain).get_input_embeddings().weight is not untyped(plain).get_output_embeddings().weight
-    ):
+    head = untyped(plain).get_output_embeddings()  # a classifier has none
+    if _tied(plain) and head is not None and untyped(plain).get_input_embeddings().weight is not head.weight:
         untyped(plain).config.tie_word_embeddings = False
     return plain.to(own if dtype is None else getattr(torch, dtype))
 

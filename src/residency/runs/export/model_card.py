@@ -19,7 +19,9 @@ _HUB_LICENCES = frozenset({"apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "cc-b
 # What a packaged model was made from; its weights are a copy, as the card says.
 _BASES = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
-_TOLD = "These scores were taken with the name of each domain known, which decided which part of the adapter answered."
+_TOLD = "These scores were taken with the name of each domain known, which decided what answered."
+
+_KINDS, _TASKS = {"classifier": "text classifier"}, {"classifier": "text-classification"}
 
 _LOAD_ADAPTER = """\
     from peft import PeftModel
@@ -60,8 +62,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     lines = [
         _front_matter(facts),
         f"# {text(facts['name'])}: stage {stage} of {len(stream)}",
-        f"A language model that was fine-tuned on one domain after another, as it was after "
-        f"{text(stream[stage - 1])} ({what}; adapter {text(facts['adapter'])}, seed {facts['seed']}).",
+        f"A {_KINDS.get(facts.get('family', ''), 'language model')} that was fine-tuned on one domain after another, "
+        f"as it was after {text(stream[stage - 1])} ({what}; adapter {text(facts['adapter'])}, seed {facts['seed']}).",
         f"Stream: {order}",
         "## Base model",
         f"{text(backbone['name'])}, revision {text(backbone.get('revision') or 'not given')}, "
@@ -114,6 +116,8 @@ def _use(facts: Mapping[str, Any]) -> str:
         return lines.replace("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
     if facts.get("family") == "classifier":
         names = dict(enumerate(facts["labels"]))
+        if str(facts["backbone"].get("head", "")).startswith("masked"):
+            lines += "\n\nLabels are named `domain: label`; only those of the text's own domain compete."
         sized = f"BASE, num_labels={len(names)}, id2label={names!r}, ignore_mismatched_sizes=True"
         return lines.replace("AutoModelForCausalLM", "AutoModelForSequenceClassification").replace(
             "(BASE)", f"({sized})"
@@ -129,7 +133,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
         library_name={"peft": "peft", "transformers": "transformers"}.get(facts["format"], "residency"),
         license=licence if licence in _HUB_LICENCES else "other",
         model_name=f"{printable(facts['name'])} stage {facts['stage']}",
-        pipeline_tag="text-classification" if facts.get("family") == "classifier" else "text-generation",
+        pipeline_tag=_TASKS.get(facts.get("family", ""), "text-generation"),
         tags=["residency", "continual-learning", *(["adapter"] if facts["format"] == "peft" else [])],
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -139,7 +143,7 @@ def _results(facts: Mapping[str, Any]) -> list[EvalResult]:
     """Every mean of this stage, as hubs read results."""
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=_TASKS.get(facts.get("family", ""), "text-generation"),
             dataset_type=re.sub(r"[^A-Za-z0-9_-]+", "_", column)[:60].strip("_") or "domain",
             dataset_name=printable(column),
             dataset_split=str(facts["split"]),

@@ -175,13 +175,17 @@ def _stream_verb(verb: str, rest: list[str], *, typed: bool) -> int:
                 fix=f"give the folder of a run, or `residency {verb} --config FILE` with a config",
             )
         rest = ["--config", str(folder / "config.yaml"), "--run_dir", str(folder), *rest[1:]]
+    estimate = None
     if verb == "fit":
+        from residency.runs.estimate_words import take_estimate
         from residency.study.fit_cell import expand_cell
+
+        rest, estimate = take_estimate(rest)
 
         rest = expand_cell(rest)
     from residency.runs.cli import ResidencyCLI
 
-    ResidencyCLI([verb, *rest], launches=typed)
+    ResidencyCLI([verb, *rest], launches=typed, estimate=estimate)
     return EXIT_DONE
 
 

@@ -16,6 +16,7 @@ import yaml
 import residency
 from residency.runs.config.preset_words import expand_presets
 from residency.runs.config.short_help import verb_options
+from residency.runs.estimate_words import take_estimate
 from support.cli import call, printed_config, tiny_config, write_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def test_the_command_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> No
         keys = {option.key for options in verb_options(verb).values() for option in options}
         # Files that the reader has made are not here.
         here = ["quickstart" if w.endswith(".yaml") and not Path(w).is_file() else w for w in words]
-        for word in expand_presets(here):
+        for word in expand_presets(take_estimate(here)[0]):
             key = word.partition("=")[0].removeprefix("--")
             known = key in (*keys, "config", "print_config", "help", "study", "cell", "allow") or key.startswith(
                 "trainer."

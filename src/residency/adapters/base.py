@@ -110,6 +110,10 @@ class Adapter(ABC):
         """The optimizer of one stage, from the user's factory."""
         return factory(list(self.trainable(model).values()))
 
+    def step_bytes(self, model: nn.Module) -> int:
+        """Bytes that its optimizer works with while it steps, beyond its state and the gradients."""
+        return 0
+
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """Everything that must be stored so that `load_state` on a freshly attached model restores this one."""
         return {name: p.detach() for name, p in self.trainable(model).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -97,6 +98,16 @@ class GaLore(Adapter):
 
         self._layerwise = LayerwiseOptimizer(parameters=live.values(), make=make)
         return self._layerwise
+
+    def step_bytes(self, model: nn.Module) -> int:
+        """Of every projected matrix a proxy and its gradient at low rank; of the largest its singular vectors, and the
+        update that is lifted from them.
+        """
+        live = self.trainable(model)
+        shapes = [live[name].shape for name in projected_names(model, exclude=self.exclude)]
+        thin = sum(min(self.rank, *shape) * max(shape) for shape in shapes)
+        largest = max((math.prod(shape) for shape in shapes), default=0)
+        return 4 * int(2 * thin + 3 * largest)
 
     def _wrap(self, projected: list[Tensor], plain: list[Tensor], factory: OptimizerFactory) -> GaLoreOptimizer:
         options = {"rank": self.rank, "gap": self.gap, "scale": self.scale}

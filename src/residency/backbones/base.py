@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from residency.backbones.outline import Outline
 from residency.backbones.work import Work
 from residency.core.losses import token_nll
 from residency.core.types import Batch, Layout
@@ -144,6 +145,10 @@ class Backbone(ABC):
             sampling: How to draw; `None` = greedy.
             layout: `packed` if the model was found to run packed rows (`backbones.layout`); faster for greedy ones.
         """
+
+    def outline(self) -> Outline | None:
+        """Its modules without their weights, for estimates before a run; `None` = nobody can say."""
+        return None
 
     def longest_text(self) -> int | None:
         """Most tokens of a text, prompt and completion together; `None` = there is no limit, or nobody knows it."""

@@ -27,6 +27,7 @@ from residency.backbones.kernels.norm import fuse_norms
 from residency.backbones.kernels.rotary import fuse_rotary
 from residency.backbones.loading import load_causal, load_config, load_tokenizer, longest_text
 from residency.backbones.locations import model_folder
+from residency.backbones.outline import Outline, outline_causal
 from residency.backbones.padded_generation import write
 from residency.backbones.quantisation import Quantisation, forbid_repacking, loading_options, refuse_unquantised
 from residency.backbones.supervised import supervised_logits, supervised_nll
@@ -132,6 +133,10 @@ class CausalLM(Backbone):
         self.verdict = self._examined(model)
         loaded: nn.Module = model
         return loaded
+
+    def outline(self) -> Outline:
+        """Its modules without their weights, for estimates."""
+        return outline_causal(self.folder, dtype=self.dtype, quantisation=self.quantisation)
 
     def _examined(self, model: Any) -> Verdict:
         key = verdict_key(self._identity(), self.attention, self.gradient_checkpointing)

@@ -15,6 +15,7 @@ __all__ = [
     "Computed",
     "Products",
     "Term",
+    "on_device",
     "remembered",
     "size_in_bytes",
     "snapshot",
@@ -160,3 +161,10 @@ def size_in_bytes(tree: Any) -> int:
     if isinstance(tree, list | tuple):
         return sum(size_in_bytes(value) for value in tree)
     return 0
+
+
+def on_device(value: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    """A tensor, or named tensors, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {name: tensor.to(device) for name, tensor in value.items()}

@@ -31,7 +31,12 @@ __all__ = ["begin_stage", "check_devices", "finish_stage", "restore_stage", "tak
 
 
 def check_devices(
-    data: StreamData, trainers: Trainers, adapter: Adapter, *, overrides: Mapping[str, StageOverrides] | None = None
+    data: StreamData,
+    trainers: Trainers,
+    adapter: Adapter,
+    *,
+    overrides: Mapping[str, StageOverrides] | None = None,
+    planned: bool = False,
 ) -> None:
     """What trains together, before a model is loaded.
 
@@ -40,13 +45,14 @@ def check_devices(
         trainers: Devices, clipping.
         adapter: The adapter.
         overrides: Settings of single stages, by domain.
+        planned: Whether nothing will be trained here: the processes need not be there.
 
     Raises:
         UserError: Processes that were not started, a batch size that cannot be divided, or an adapter that cannot
             accumulate, clip or wait for other processes and should.
     """
     wanted = trainers.world_size
-    if wanted != ranks():
+    if wanted != ranks() and not planned:
         raise UserError(
             f"trainer.devices and trainer.num_nodes give {wanted} processes, and there are {ranks()}",
             why="the others are started by running the command again, which is not what a program that calls residency "

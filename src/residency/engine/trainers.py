@@ -118,6 +118,11 @@ class Trainers:
             return result
 
     @property
+    def precision(self) -> str:
+        """As the Trainer calls it: `32-true`, `bf16-mixed`."""
+        return str(self._probe.precision)
+
+    @property
     def gradient_clip_val(self) -> float | None:
         """Norm or value that gradients are clipped to; `None` = not clipped."""
         value = self._values.get("gradient_clip_val")

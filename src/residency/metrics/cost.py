@@ -37,8 +37,9 @@ def optimizer_state_bytes(optimizer: Optimizer) -> int:
             return
         seen.add(id(value))
         if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            # By object: tensors without values, of which an estimate is made, have no address.
+            storage: Any = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
         elif isinstance(value, Mapping):
             for inner in value.values():
                 walk(inner)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from residency.core.tensors import size_in_bytes
+from residency.core.tensors import on_device, size_in_bytes
 from residency.core.types import Batch, Capability, Example, Outputs, Stage, Tensors
 from residency.mitigations.contract import StageModule
 
@@ -273,13 +273,21 @@ class Mitigation(Callback):
         """
         return 0
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """Bytes of its state in the stage with this index, told before a run; by default what has grown until then."""
+        return index * self.grows_by(trainable)
+
+    def own_tokens(self) -> int:
+        """Most tokens of a pass with gradients that it makes by itself behind a stage; 0 = it makes none."""
+        return 0
+
     def state_bytes(self) -> int:
         """Memory of the declared state, in bytes."""
         return size_in_bytes(self.state)
 
     def move_state(self, device: torch.device) -> None:
         """Bring the declared state to a device."""
-        self.state = {key: _map(value, lambda t: t.to(device)) for key, value in self.state.items()}
+        self.state = {key: on_device(value, device) for key, value in self.state.items()}
 
 
 def overrides(mitigation: Mitigation, hook: str) -> bool:
@@ -290,9 +298,3 @@ def overrides(mitigation: Mitigation, hook: str) -> bool:
 def serves(mitigation: Mitigation) -> bool:
     """Whether it serves other weights than those that training goes on from."""
     return mitigation.into == "serve" or overrides(mitigation, "served_weights")
-
-
-def _map(value: State, function: Callable[[Tensor], Tensor]) -> State:
-    if isinstance(value, Tensor):
-        return function(value)
-    return {name: function(tensor) for name, tensor in value.items()}

@@ -132,6 +132,10 @@ class EarlyStopping(Mitigation):
             "best_step": float(progress.best_step),
         }
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """The best leaves of the stage."""
+        return 4 * trainable
+
     def touches_training(self, index: int) -> bool:
         """Not when off."""
         return self.every > 0 and super().touches_training(index)

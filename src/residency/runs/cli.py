@@ -36,6 +36,8 @@ from residency.runs.config.parser import ResidencyParser, plain_values
 from residency.runs.config.preset_words import expand_presets
 from residency.runs.config.short_help import DESCRIPTIONS
 from residency.runs.config.sources import check_configs
+from residency.runs.estimate import show_estimate
+from residency.runs.estimate_words import Asked
 from residency.runs.export.export import export_saved
 from residency.runs.folder import RunFolder
 from residency.runs.saved_stage import predict_saved, score_saved
@@ -61,6 +63,7 @@ class ResidencyCLI(LightningCLI):
         build: Whether objects are built; if not, only `config` and `resolved` exist.
         like: Another of the same verb, whose parser is used again.
         launches: Whether this process was started by these very words, so that other ranks can be.
+        estimate: What to tell of the run instead of training it.
     """
 
     def __init__(
@@ -71,10 +74,11 @@ class ResidencyCLI(LightningCLI):
         build: bool = True,
         like: ResidencyCLI | None = None,
         launches: bool = False,
+        estimate: Asked | None = None,
     ) -> None:
         install()
         self._verb, self._carry_out, self._build, self._like = args[0], run, build, like
-        self._launches = launches
+        self._launches, self._estimate = launches, estimate
         super().__init__(
             ContinualModule,
             StreamData,
@@ -168,7 +172,6 @@ class ResidencyCLI(LightningCLI):
         self.trainers = Trainers(self._trainer_options)
 
     def _trainer_options(self) -> dict[str, Any]:
-        """Trainer arguments with callbacks and loggers of their own at every call."""
         return build_trainer_options(self._get(self.config, "trainer"))
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -181,7 +184,9 @@ class ResidencyCLI(LightningCLI):
     # -- verbs --------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Train the stream, on as many processes as the Trainer's options say."""
+        """Train the stream, on as many processes as the Trainer's options say; or tell what that would take."""
+        if self._estimate is not None:
+            return show_estimate(self.model, self.datamodule, self.trainers, self.settings, self._estimate)
         return self.trainers.launch(self._fit) if self._launches else self._fit()
 
     def _fit(self) -> dict[str, Any]:
@@ -291,5 +296,5 @@ class ResidencyCLI(LightningCLI):
 
 
 def parse(args: list[str]) -> ResidencyCLI:
-    """Parse and instantiate without carrying anything out; for studies and tests."""
+    """Parse and instantiate only; for studies and tests."""
     return ResidencyCLI(args, run=False)

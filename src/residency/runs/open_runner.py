@@ -60,8 +60,18 @@ def open_runner(
     views: Sequence[View] = (),
     *,
     steps: RankSteps | None = None,
+    planned: bool = False,
 ) -> StageRunner:
     """Everything that can be wrong is found here, before a model is loaded and a row is scored.
+
+    Args:
+        module: Not built.
+        data: Domains and probes.
+        trainers: Devices and steps.
+        settings: Of the run.
+        views: What shows it.
+        steps: What other processes carry out.
+        planned: Whether nothing will be trained here, so that no other processes are needed.
 
     Raises:
         UserError: What is wrong, and of which stage where it has settings of its own.
@@ -70,7 +80,7 @@ def open_runner(
     check_overrides(own, domains=data.domains, stage_tokens=settings.stage_tokens)
     check_stream(data, batch_sizes=[one.batch_size for one in own.values() if one.batch_size])
     module.backbone = module.backbone.for_stream(data)
-    check_devices(data, trainers, module.adapter, overrides=own)
+    check_devices(data, trainers, module.adapter, overrides=own, planned=planned)
     check_validation(module.mitigations, data)
     module.stage_settings = StageSettings(run=StageOverrides(objective=module.objective), own=own)
     objectives = {name: module.stage_settings.objective(name) or module.objective for name in data.order}

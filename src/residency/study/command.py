@@ -19,6 +19,7 @@ from residency.core.markers import FolderKind, check_place, claim
 from residency.core.presets import named_file
 from residency.core.tensor_files import read_json
 from residency.core.yaml_files import read_yaml
+from residency.runs.estimate_words import Asked
 from residency.runs.store.store import STORE
 from residency.study.planning.cpu_sharing import (
     Cores,
@@ -58,7 +59,7 @@ def sweep(
     study_dir: Path | None = None,
     store: Path | None = None,
     dry_run: bool = False,
-    measure: bool = False,
+    question: Asked | None = None,
     workers: int | None = None,
     threads: int | None = None,
     where: Literal["local", "ray"] | None = None,
@@ -75,7 +76,7 @@ def sweep(
         study_dir: Its folder; studies/<name> by default.
         store: Folder of the stages; what the study says, or `store` in its folder, by default.
         dry_run: Stop after the plan.
-        measure: With `dry_run`: try a few steps of every kind of model, to estimate time and disk.
+        question: With `dry_run`: what is asked besides memory; `measure` tries a few steps of every kind of model.
         workers: Stages at once; by default one per GPU, or one per core where there are as many runs.
         threads: Threads of each; by default what the study began with, else one where there are as many runs as cores,
             else what is measured to be best. Another number may change the last bits of a result.
@@ -114,7 +115,7 @@ def sweep(
         return StudyRunner(study, folder=folder, store=place, console=console, workers=cores.workers)
 
     if dry_run:
-        runner().check(measured=measure)
+        runner().check(question or Asked())
         return EXIT_DONE
     make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, cores.workers, cores.threads))
     # A new study has something to run: its workers import what they need while this process does.

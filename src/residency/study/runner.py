@@ -14,11 +14,14 @@ from rich.markup import escape
 
 from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER, UserError
 from residency.engine.stage_overrides import describe_stages
+from residency.runs.estimate import describe_costs
+from residency.runs.estimate_words import Asked
 from residency.study.compare import compare, failed_record, told_failure
 from residency.study.executors.base import Executor
 from residency.study.planning.cells import Cell
 from residency.study.planning.estimate import Estimate, describe, estimate
 from residency.study.planning.measure import measure
+from residency.study.planning.memory import describe_memory
 from residency.study.planning.prepare import Prepared, prepare
 from residency.study.planning.resolve import Resolved, Resolver
 from residency.study.planning.study_file import Study
@@ -50,11 +53,11 @@ class StudyRunner:
         self.finished: dict[str, Any] | None = None
         """What `study.repeat.keep_finished` keeps once all cells are complete."""
 
-    def check(self, *, measured: bool = False) -> None:
+    def check(self, question: Asked) -> None:
         """Plan and show; nothing is written.
 
         Args:
-            measured: Try a few steps of every kind of model for the estimate of time and disk.
+            question: What is asked besides memory; `measure` tries a few steps of every kind of model.
 
         Raises:
             UserError: What is wrong with the study or a cell of it.
@@ -66,7 +69,7 @@ class StudyRunner:
                 f"search: {search.trials} trials of {', '.join(search.parameters)}, {search.batch} together, for every "
                 "combination; the cells below are those before the search"
             )
-        self._show(self._prepared({}), measured=measured)
+        self._show(self._prepared({}), question)
 
     def sweep(self, start: Callable[[], Executor], watchers: Sequence[Watcher]) -> int:
         """Search if the study does, then make its cells, then compare them.
@@ -132,7 +135,7 @@ class StudyRunner:
     def _say(self, text: str) -> None:
         self.console.print(escape(text), highlight=False)
 
-    def _show(self, prepared: Prepared, *, measured: bool = False) -> Estimate:
+    def _show(self, prepared: Prepared, question: Asked | None = None) -> Estimate:
         cells, missing = prepared.cells, {resolved.cell.id for resolved in prepared.missing}
         self.console.print(
             f"[bold]{escape(prepared.study.name)}[/bold]: {len(cells)} cells, {len(missing)} to run, "
@@ -144,9 +147,14 @@ class StudyRunner:
             )
         for line in _own_settings(prepared.missing):
             self._say(f"  {line}")
-        tried = measure(prepared.missing) if measured else None
+        tried = measure(prepared.missing) if question and question.measure else None
         found = estimate(prepared.tree, prepared.missing, prepared.store, slots=self.workers, measured=tried)
-        for line in describe(prepared.counts, found):
+        lines = describe(prepared.counts, found)
+        if question is not None:
+            lines += describe_memory(prepared.missing, question)
+            worked = None if found.seconds is None else sum(found.tasks.values())
+            lines += describe_costs(worked, 1, question)[1:]
+        for line in lines:
             self.console.print(f"  {escape(line)}", highlight=False)
         return found
 

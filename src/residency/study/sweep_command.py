@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from residency.core.errors import UserError
+from residency.runs.estimate_words import add_price_options, asked
 
 __all__ = ["sweep_command"]
 
@@ -25,9 +26,7 @@ def sweep_command(words: list[str]) -> int:
     parser.add_argument("--study_dir", type=Path, help="folder of the study; default studies/<name>")
     parser.add_argument("--store", type=Path, help="folder of the stages; studies may share it; default STUDY/store")
     parser.add_argument("--dry-run", action="store_true", help="only check everything and show the plan")
-    parser.add_argument(
-        "--measure", action="store_true", help="with --dry-run: try a few steps, to estimate time and disk"
-    )
+    add_price_options(parser)
     parser.add_argument("--workers", type=int, help="stages at once; default one per GPU, or per core, or per run")
     parser.add_argument("--threads", type=int, help="threads of each; default what a short measurement finds best")
     parser.add_argument(
@@ -50,7 +49,7 @@ def sweep_command(words: list[str]) -> int:
         study_dir=options.study_dir,
         store=options.store,
         dry_run=options.dry_run or options.measure,
-        measure=options.measure,
+        question=asked(options),
         workers=options.workers,
         threads=options.threads,
         where=options.executor,

@@ -32,7 +32,8 @@ def projector(gradient: Tensor, *, rank: int) -> Tensor:
     exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     u, _, vh = torch.linalg.svd(exact, full_matrices=False)
     basis: Tensor = vh if gradient.shape[0] >= gradient.shape[1] else u.T
-    return basis[:rank].to(gradient.dtype).contiguous()
+    # A copy: a view of the first rows would keep all singular vectors in memory.
+    return basis[:rank].to(gradient.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def project(gradient: Tensor, p: Tensor) -> Tensor:

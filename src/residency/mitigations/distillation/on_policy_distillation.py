@@ -155,6 +155,10 @@ class OnPolicyDistillation(Mitigation):
         """`divergence` in nats per token, `tokens` per answer, `kept`: the teacher's mass on its k tokens."""
         return self._numbers
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """The average that teaches."""
+        return 4 * trainable if self.teacher == "ema" and self.touches_training(index) else 0
+
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)

@@ -150,6 +150,11 @@ class SelfDistillation(Mitigation):
         """`kl`: nats per token at temperature τ; `kept`: the teacher's mass on the tokens of the cache."""
         return {name: float(value) for name, value in self._numbers.items()}
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """The teacher's leaves, where it is asked in every step."""
+        asked = self.cache is None and self.teacher != "base" and self.touches_training(index)
+        return 4 * trainable * asked
+
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)

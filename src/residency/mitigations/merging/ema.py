@@ -99,6 +99,10 @@ class EMA(Mitigation):
         squares = [(leaf.detach().float() - average[name]).square().sum() for name, leaf in leaves.items()]
         return {"distance": float(torch.stack(squares).sum().sqrt())}
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """The average, float32."""
+        return 4 * trainable * (self.decay > 0)
+
     def touches_training(self, index: int) -> bool:
         """Not at decay 0."""
         return self.decay > 0 and super().touches_training(index)

@@ -91,6 +91,14 @@ class FisherMerge(Mitigation):
         state = {**snapshot(module.adapter.state(module.model)), **centre}
         return module.adapter.weights(module.model, state)
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """Precision and merged weights, float32, once a stage is finished."""
+        return 8 * trainable if index else 0
+
+    def own_tokens(self) -> int:
+        """Of one pass of the estimate."""
+        return self.batch_tokens
+
     def changes_weights(self, index: int) -> bool:
         """Not when off, and not after the first stage."""
         return self.past > 0 and index > 0

@@ -143,6 +143,14 @@ class EWC(Mitigation):
         how = {"fisher": self.fisher, "granularity": self.granularity, "reduction": "sum", "mode": self.mode}
         self.state["facts"] = pack_facts({**how, "examples": len(examples)})
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """Precision and anchor, float32, once a stage is finished."""
+        return 8 * trainable if index else 0
+
+    def own_tokens(self) -> int:
+        """Of one pass of the estimate."""
+        return self.batch_tokens
+
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)

@@ -153,6 +153,10 @@ class KroneckerEWC(Mitigation):
         how = {"fisher": self.fisher, "reduction": "sum", "mode": self.mode, "examples": len(examples)}
         self.state["facts"] = pack_facts({**how, "weights": [*weights, weight], "shared": shared})
 
+    def own_tokens(self) -> int:
+        """Of one pass of the estimate."""
+        return self.batch_tokens
+
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)

@@ -143,6 +143,10 @@ class L2SP(Mitigation):
         pull = torch.stack([p.float().norm() for p in pulls]).norm()
         return {"distance": float(2 * half_square) ** 0.5, "pull": float(pull)}
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """The anchor, float32."""
+        return 4 * trainable
+
     def touches_training(self, index: int) -> bool:
         """Not at strength 0, and in the first stage only if it pulls to the pretrained weights."""
         return self._acts(index) and super().touches_training(index)

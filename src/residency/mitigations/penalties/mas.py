@@ -147,6 +147,14 @@ class MAS(Mitigation):
         total = {name: old[name] + new for name, new in found.items()} if old else found
         self.state.update(precision=total, anchor=remembered(leaves))
 
+    def remembers(self, trainable: int, index: int) -> int:
+        """Importances and anchor, float32, once a stage is finished."""
+        return 8 * trainable if index else 0
+
+    def own_tokens(self) -> int:
+        """Of one pass of the estimate."""
+        return self.batch_tokens
+
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)

@@ -56,6 +56,12 @@ trainer
                  gradient_clip_val, accumulate_grad_batches, logger, ...
                  (https://lightning.ai/docs/pytorch/stable/common/trainer.html)
 """
+_DRY_RUN = """\
+estimate
+  --dry-run      train nothing: tell memory by part, tokens and FLOPs of each device (docs/devices.md)
+  --memory GIB   of one device: which micro-batch fits into it
+  --measure      try a few steps for the time; --watts, --kwh-price, --hour-price tell energy and money
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +91,7 @@ def short_help(verb: str, *, width: int | None = None) -> str:
     for title, options in verb_options(verb).items():
         lines = [line for option in options for line in _lines(option, columns)]
         parts.append("\n".join([title, *lines]) + "\n")
-    return "\n".join([*parts, _TAIL])
+    return "\n".join([*parts, *([_DRY_RUN] if verb == "fit" else []), _TAIL])
 
 
 @cache

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from dataclasses import dataclass, field
 
 from residency.core.tensors import size_in_bytes
-from residency.core.types import Example
-from residency.domains.stream_data import StreamData
-from residency.engine.checkpointing import History
-from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
-from residency.engine.stage import train_stage
+from residency.runs.trial import column_seconds, step_seconds
 from residency.study.planning.resolve import Resolved
 
 __all__ = ["Measured", "measure"]
-
-STEPS, ROWS = 3, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,60 +42,10 @@ def measure(cells: Sequence[Resolved]) -> Measured:
         if cell.frozen or cell.keys.model in steps:
             continue
         runner = cell.stage_cache.runner
-        runner.build()
-        steps[cell.keys.model] = _step_seconds(cell)
+        steps[cell.keys.model] = step_seconds(runner)
         sizes[cell.keys.model] = size_in_bytes(runner.module.adapter.state(runner.module.model))
         for name in runner.data.columns:
             if name not in columns:
-                columns[name] = _column_seconds(cell, name)
+                columns[name] = column_seconds(runner, name)
         del runner.module.model
     return Measured(steps=steps, sizes=sizes, columns=columns)
-
-
-def _step_seconds(cell: Resolved) -> float:
-    runner = cell.stage_cache.runner
-    stage = replace(runner.stages[0], steps=STEPS)
-    seconds: list[float] = []
-
-    def write(line: Mapping[str, Any]) -> None:
-        seconds.append(float(line["seconds"]))
-
-    with TemporaryDirectory() as folder:
-        train_stage(
-            module=runner.module,
-            data=runner.data,
-            trainers=runner.trainers,
-            stage=stage,
-            folder=Path(folder),
-            history=History(stage=stage, every_n_steps=1, offset=0, write=write),
-            observers=[],
-            checkpoint_every_n_steps=0,
-        )
-    counted = seconds[1:]
-    return sum(counted) / len(counted)
-
-
-class _Few:
-    """A stream's data with every n-th row of a split."""
-
-    def __init__(self, data: StreamData, every: int) -> None:
-        self.data = data
-        self.columns = data.columns
-        self.labels = data.labels
-        self.every = every
-
-    def evaluation_examples(self, *args: Any, **options: Any) -> list[Example]:
-        """Evenly spread rows: those with labels to choose from come first in a split."""
-        return self.data.evaluation_examples(*args, **options)[:: self.every]
-
-
-def _column_seconds(cell: Resolved, name: str) -> float:
-    runner = cell.stage_cache.runner
-    settings: EvaluationSettings = runner.settings.evaluation
-    every = max(1, len(runner.data.columns[name].rows(runner.settings.split)) // ROWS)
-    if settings.generation_rows is not None:
-        settings = replace(settings, generation_rows=max(1, settings.generation_rows // every))
-    few = cast("StreamData", _Few(runner.data, every))
-    start = time.perf_counter()
-    evaluate(runner.module, few, split=runner.settings.split, settings=settings, columns=[name])
-    return every * (time.perf_counter() - start)

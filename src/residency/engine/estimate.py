@@ -1,0 +1,273 @@
+"""What a stage will take, before anything is loaded: memory of one device by part, tokens and FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from residency.adapters.base import Adapter, OptimizerFactory, changes
+from residency.backbones.outline import Outline
+from residency.backbones.work import Work, is_checkpointed
+from residency.core.errors import UserError
+from residency.core.types import Batch, Example, Layout, Stage, untyped
+from residency.domains.sampler import StageExamples
+from residency.domains.stream_data import StreamData
+from residency.engine import folds
+from residency.engine.memory import Blocks, Held, MemoryEstimate, Row, Way, estimate_memory
+from residency.engine.module import ContinualModule
+from residency.metrics.cost import optimizer_state_bytes
+
+__all__ = ["Device", "StageEstimate", "StageOutline", "estimate_stage", "largest_that_fits", "outlined"]
+
+_LOOKED_AT = 128  # micro-batches of a stage
+_BUCKET = 32_000_000  # bytes of gradients that ranks reduce at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Where a rank computes.
+
+    Args:
+        kind: `cpu` or `cuda`.
+        precision: Of the Trainer.
+        ranks: How many train together.
+    """
+
+    kind: str
+    precision: str
+    ranks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageEstimate:
+    """Of one stage.
+
+    Args:
+        domain: What it learns.
+        micro_batch: Examples of a forward pass on one device.
+        memory: Of one device.
+        tokens: That all ranks read in the batches of the stage.
+        flops: Of these passes, backward included; a mitigation's own passes are not in it.
+        steps: Of the optimizer.
+    """
+
+    domain: str
+    micro_batch: int
+    memory: MemoryEstimate
+    tokens: int
+    flops: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOutline:
+    """A model with its adapter on the meta device, and its sizes.
+
+    Args:
+        model: Every parameter without values.
+        stored: Bytes of its weights.
+        blocks: Sizes of its decoder.
+        way: How its layers will run.
+    """
+
+    model: nn.Module
+    stored: int
+    blocks: Blocks
+    way: Way
+
+
+def outlined(module: ContinualModule, device: Device) -> StageOutline:
+    """The model of a run, without weights.
+
+    Raises:
+        UserError: The backbone does not say what it will be, or the adapter is made of the weights themselves.
+    """
+    bare = module.backbone.outline()
+    if bare is None:
+        raise UserError(
+            f"{type(module.backbone).__name__} and --dry-run",
+            why="an estimate reads what the model will be from its config, which this backbone does not offer",
+            fix="use residency.backbones.CausalLM, or train a few steps and look at peak_memory_bytes in results.json",
+        )
+    try:
+        model = module.adapter.attach(bare.model)
+    except (NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"{type(module.adapter).__name__} and --dry-run: {' '.join(str(error).split())[:200]}",
+            why="it is made of the values of the weights, which an estimate does not load",
+            fix="estimate the same stream with configs/adapter/lora.yaml: its sizes are alike",
+        ) from error
+    own = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if _is_new(name, bare))
+    width = 2 if device.precision.startswith(("bf16", "16")) else bare.width
+    blocks = _blocks(model, width=width)
+    return StageOutline(model=model, stored=bare.stored + own, blocks=blocks, way=_way(module, model, bare, device))
+
+
+def _is_new(name: str, bare: Outline) -> bool:
+    # PEFT keeps the modules of the base inside of its own: only names of adapters have these parts.
+    return any(part in name for part in ("lora_", "ia3_", "prompt", "adapter", "modules_to_save", "trainable_tokens"))
+
+
+def _blocks(model: nn.Module, *, width: int) -> Blocks:
+    core: Any = model
+    config = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    # Between the factors of LoRA lies what `lora_A` gives: one number per row of it.
+    thin = sum(len(p) for name, p in model.named_parameters() if "lora_A" in name)
+    return Blocks(
+        layers=layers,
+        hidden=hidden,
+        feed_forward=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
+        queries=heads * head_dim,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        heads=heads,
+        vocabulary=config.vocab_size,
+        thin=thin // layers,
+        width=width,
+    )
+
+
+def _way(module: ContinualModule, model: nn.Module, bare: Outline, device: Device) -> Way:
+    if is_checkpointed(model) or getattr(module.backbone, "gradient_checkpointing", False):
+        return "checkpointed"
+    reads_rows = getattr(module.backbone, "attention", "auto") != "model"
+    if module.layout_choice == "padded" or not reads_rows:
+        return "padded"
+    plain = all("lora_A" in n or "lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
+    named = any(name.endswith("gate_proj") for name, _ in model.named_modules())
+    exact = device.kind == "cpu" and bare.width == 4 and "mixed" not in device.precision and not bare.quantised
+    return "node" if plain and named and exact else "modules"
+
+
+def estimate_stage(
+    module: ContinualModule, data: StreamData, stage: Stage, found: StageOutline, device: Device, *, micro: int
+) -> StageEstimate:
+    """Memory, tokens and FLOPs of one stage.
+
+    Args:
+        module: Its adapter is attached to the outline; it is not built.
+        data: Domains.
+        stage: Which one.
+        found: Of `outlined`.
+        device: Of one rank.
+        micro: Examples of a forward pass.
+    """
+    examples = data.examples(stage, module.backbone.tokenizer)
+    objective = module.stage_settings.objective(stage.domain) or module.objective
+    layout: Layout = "padded" if found.way == "padded" else "packed"
+    groups = list(_groups(examples, micro))
+    batches = [objective.collate(group, layout=layout) for group in groups]
+    largest = max(batches, key=lambda batch: batch.input_ids.numel())
+    own = max((m.own_tokens() for m in module.mitigations.values()), default=0)
+    if own and stage.index + 1 < stage.stages:
+        rows = {example.row: len(example) for group in groups for example in group}
+        own = max(min(own, sum(rows.values())), *rows.values())
+    held = _held(module, stage, found, device, own_tokens=own if stage.index + 1 < stage.stages else 0)
+    tokens, flops = _work(found.model, batches)
+    passes = len(examples) / (micro * len(batches))
+    return StageEstimate(
+        domain=stage.domain,
+        micro_batch=micro,
+        memory=estimate_memory(found.blocks, _row(largest), held, way=found.way),
+        tokens=round(tokens * passes),
+        flops=round(flops * passes),
+        steps=stage.steps,
+    )
+
+
+def _groups(examples: StageExamples, micro: int) -> Iterator[list[Example]]:
+    """Micro-batches, evenly spread over the stage where there are many."""
+    count = len(examples) // micro
+    for k in range(min(count, _LOOKED_AT)):
+        first = (k * count // min(count, _LOOKED_AT)) * micro
+        yield [examples[position] for position in range(first, first + micro)]
+
+
+def _row(batch: Batch) -> Row:
+    return Row(tokens=batch.input_ids.numel(), read=len(batch.target_at.unique()), targets=len(batch.targets))
+
+
+def _work(model: nn.Module, batches: Sequence[Batch]) -> tuple[int, int]:
+    """(tokens, FLOPs) of a forward and a backward pass over batches, as a run counts them."""
+    work = Work()
+    model.train()
+    for batch in batches:
+        out = torch.zeros((), requires_grad=True) * 1
+        work.passed(model, batch, out)
+        out.backward()  # tells `work` that it came
+    return work.take()
+
+
+def _held(module: ContinualModule, stage: Stage, found: StageOutline, device: Device, *, own_tokens: int) -> Held:
+    adapter, model = module.adapter, found.model
+    leaves = adapter.trainable(model)
+    trainable = sum(p.numel() for p in leaves.values())
+    sizes = [p.numel() * p.element_size() for p in leaves.values()]
+    active = folds.active_hooks(module.mitigations.values())
+    state = sum(t.numel() * t.element_size() for t in adapter.state(model).values())
+    merges = bool(active["transform_weights"] or active["served_weights"])
+    based = any(m.uses_base for m in module.mitigations.values())
+    objective = module.stage_settings.objective(stage.domain) or module.objective
+    readers = [m for m in module.mitigations.values() if m.uses_logits and m.touches_training(stage.index)]
+    head: Any = untyped(model).get_output_embeddings().weight
+    gradients = max(sizes) if adapter.steps_in_backward else sum(sizes)
+    factory = module.stage_settings.factories(stage.domain, module.optimizer_factory, module.scheduler_factory)[0]
+    return Held(
+        weights=found.stored,
+        gradients=gradients,
+        optimizer=_optimizer_bytes(adapter, model, factory),
+        largest=max(sizes),
+        stepping=adapter.step_bytes(model) + (min(gradients, _BUCKET) if device.ranks > 1 else 0),
+        copies=int(bool(active["transform_update"]) or changes(adapter, "transform_update")),
+        kept=state * (merges + based) + sum(sizes) * objective.keeps_start,
+        remembered={name: m.remembers(trainable, stage.index) for name, m in module.mitigations.items()},
+        own_tokens=own_tokens,
+        own_sums=2 * sum(sizes),
+        head_trained=bool(head.requires_grad),
+        logits=bool(readers) or objective.uses_logits,
+        on_logits=bool(readers),
+    )
+
+
+def _optimizer_bytes(adapter: Adapter, model: nn.Module, factory: OptimizerFactory) -> int:
+    """What an optimizer has after a step on tensors without values."""
+    leaves = list(adapter.trainable(model).values())
+    try:
+        optimizer: Any = adapter.optimizer(model, factory)
+        for leaf in leaves:
+            leaf.grad = torch.empty_like(leaf)
+        optimizer.step()
+        return optimizer_state_bytes(optimizer)
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError):
+        # Kernels of others want real memory: two moments per number, of a byte each in the 8-bit kinds.
+        name = getattr(getattr(factory, "func", factory), "__name__", str(factory))
+        return (2 if "8bit" in name else 8) * sum(leaf.numel() for leaf in leaves)
+    finally:
+        for leaf in leaves:
+            leaf.grad = None
+
+
+def _divisors(batch: int, *, ranks: int) -> list[int]:
+    """Micro-batches into which a rank's share of a batch can be cut, the largest first."""
+    share = batch // ranks
+    return [micro for micro in range(share, 0, -1) if share % micro == 0]
+
+
+def largest_that_fits(
+    batch: int, estimate: Callable[[int], StageEstimate], *, ranks: int, limit: int
+) -> StageEstimate | None:
+    """The largest micro-batch whose peak is at most nine tenths of a limit; `None` = not even one example fits.
+
+    Args:
+        batch: Examples of an optimizer step.
+        estimate: Of a micro-batch.
+        ranks: That share the batch.
+        limit: Bytes of one device.
+    """
+    found = map(estimate, _divisors(batch, ranks=ranks))
+    return next((one for one in found if one.memory.peak <= 0.9 * limit), None)

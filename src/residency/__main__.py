@@ -14,6 +14,7 @@ from pathlib import Path
 
 from residency.core.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
 from residency.core.guard import explain_error
+from residency.core.lazy_packages import put_off
 from residency.core.signals import Stopped, stop_on_signals
 from residency.core.text import for_terminal
 
@@ -183,6 +184,7 @@ def _stream_verb(verb: str, rest: list[str], *, typed: bool) -> int:
         rest, estimate = take_estimate(rest)
 
         rest = expand_cell(rest)
+    put_off()
     from residency.runs.cli import ResidencyCLI
 
     ResidencyCLI([verb, *rest], launches=typed, estimate=estimate)

@@ -71,6 +71,11 @@ def test_the_page_prints_these_words(tmp_path: Path) -> None:
     assert f'class="evidence {report.advice.strength}"' in html
     for row in report.frames.comparisons.to_dicts():
         assert row["in words"] in html
+    hero = html[html.index('id="summary"') : html.index('id="methods"')]
+    words = [row["evidence"] for row in report.frames.first.to_dicts()]
+    for word in SIDES:
+        assert hero.count(f'<tr class="shown-{word}">') == words.count(word)
+    assert "better" in words
 
 
 def test_the_console_prints_these_words(study: tuple[Path, Report, str]) -> None:

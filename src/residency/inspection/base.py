@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from residency.domains.stream_data import StreamData
     from residency.engine.module import ContinualModule
 
-__all__ = ["Observer", "StageSnapshot"]
+__all__ = ["Observer", "StageSnapshot", "watches_training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +126,8 @@ class Observer:
     def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """What there is to see in the state after a stage, or before training. Gradients are off."""
         return {}
+
+
+def watches_training(observer: Observer) -> bool:
+    """Whether it sees the steps of a stage, and not only the state after it."""
+    return type(observer).callbacks is not Observer.callbacks

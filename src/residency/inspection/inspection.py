@@ -34,6 +34,11 @@ class Inspection:
     def __init__(self, observers: Mapping[str, Observer] | None = None) -> None:
         self.observers = dict(observers or {})
 
+    @property
+    def looks_at_states(self) -> bool:
+        """Whether somebody looks at a state after a stage; who only watches the steps needs no state brought back."""
+        return any(type(observer).after is not Observer.after for observer in self.observers.values())
+
     def checked(self, backbone: Backbone) -> Inspection:
         """Itself, with every observer held against the backbone, before anything is loaded.
 

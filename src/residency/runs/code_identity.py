@@ -27,7 +27,7 @@ from residency.runs.source_modules import (
     tree,
 )
 
-__all__ = ["class_code", "closure", "code_digest", "core_code", "core_modules"]
+__all__ = ["class_code", "closure", "code_digest", "core_code", "core_modules", "observer_code"]
 
 # Training and scoring of a stage, and bringing back what was stored of either, start here.
 _CORE_ROOTS = ("residency.runs.stage_runner", "residency.runs.stage_cache")
@@ -73,6 +73,16 @@ def _class_code(kind: type) -> str:
     found = closure(modules, followed=tops, leaving_out=_WATCHING) - core_modules()
     sources = [_class_source(base) for base in kind.__mro__ if base.__module__ in missing]
     return hashlib.sha256("\n".join([code_digest(found), *sources]).encode()).hexdigest()
+
+
+def observer_code(kind: type) -> str:
+    """Hash of the modules of an observer and of its bases: what it finds depends on them, what is learnt does not.
+
+    Args:
+        kind: An observer of this package or of a plug-in.
+    """
+    modules = [b.__module__ for b in kind.__mro__ if b.__module__.partition(".")[0] not in OUTSIDE]
+    return code_digest(name for name in dict.fromkeys(modules) if source_file(name) is not None)
 
 
 def closure(roots: Iterable[str], *, followed: frozenset[str], leaving_out: tuple[str, ...] = ()) -> frozenset[str]:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from residency.core.environment import numerics
 from residency.core.types import Stage
 from residency.engine.stage_overrides import stage_config
+from residency.inspection.base import Observer, watches_training
 from residency.mitigations.base import Mitigation, overrides, serves
-from residency.runs.code_identity import class_code, core_code
+from residency.runs.code_identity import class_code, core_code, observer_code
 from residency.runs.kept_config import ONE_RANK
 
 if TYPE_CHECKING:
@@ -69,12 +70,21 @@ class RunKeys:
         data: Its domains.
         stages: Its stages.
         config: The resolved config, as `ResidencyCLI.resolved`: what the parts were made from.
+        observers: Who looks inside, by name. What they see while a stage is trained is kept with it, so that a stage at
+            which nobody has looked is not taken for one at which somebody has.
     """
 
     def __init__(
-        self, *, module: ContinualModule, data: StreamData, stages: Sequence[Stage], config: Mapping[str, Any]
+        self,
+        *,
+        module: ContinualModule,
+        data: StreamData,
+        stages: Sequence[Stage],
+        config: Mapping[str, Any],
+        observers: Mapping[str, Observer] | None = None,
     ) -> None:
         self.module = module
+        self._observers = {name: one for name, one in (observers or {}).items() if watches_training(one)}
         self.data = data
         self.config = config
         model = config["model"]
@@ -127,6 +137,11 @@ class RunKeys:
             "before": before,
             "mitigations": [[*self._mitigation(name, m), states[name]] for name, m in watched.items()],
         }
+        if self._observers:
+            parts["observers"] = [
+                [name, self.config["inspection"][name], observer_code(type(one))]
+                for name, one in self._observers.items()
+            ]
         return digest("trained", parts), tuple(watched)
 
     def _trainer(self) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class RunStages:
     def _look(self, k: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Inspect the state after stage k; nothing is loaded for it unless somebody looks."""
         runner = self.runner
-        if not runner.inspection.observers or (k and runner.settings.frozen):
+        if not runner.inspection.looks_at_states or (k and runner.settings.frozen):
             return {}
         runner.restore(k, self._load)
         runner.module.to(runner.trainers.root_device)

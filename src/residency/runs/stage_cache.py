@@ -57,7 +57,9 @@ class StageCache:
             stages=stages,
             views=runner.views,
         )
-        keys = RunKeys(module=runner.module, data=runner.data, stages=stages, config=config)
+        other.inspection = runner.inspection
+        observers = runner.inspection.observers
+        keys = RunKeys(module=runner.module, data=runner.data, stages=stages, config=config, observers=observers)
         return StageCache(runner=other, keys=keys, store=self.store)
 
     # -- facts --------------------------------------------------------------------------------------------------

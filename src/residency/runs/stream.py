@@ -114,6 +114,7 @@ def open_stage_cache(
     settings: StreamSettings,
     config: Mapping[str, Any],
     views: Sequence[View] = (),
+    inspection: Inspection | None = None,
 ) -> StageCache:
     """The stages of a run in a store, without a run folder: for a study's workers and its planner.
 
@@ -124,14 +125,23 @@ def open_stage_cache(
         settings: Names the store.
         config: The resolved config.
         views: What shows the work.
+        inspection: What looks inside the model while a stage is trained.
 
     Raises:
         UserError: The data or the devices are wrong.
     """
-    return _stage_cache(open_runner(module, data, trainers, settings, views), config)
+    runner = open_runner(module, data, trainers, settings, views)
+    runner.inspection = (inspection or Inspection()).checked(module.backbone)
+    return _stage_cache(runner, config)
 
 
 def _stage_cache(runner: StageRunner, config: Mapping[str, Any]) -> StageCache:
-    keys = RunKeys(module=runner.module, data=runner.data, stages=runner.stages, config=config)
+    keys = RunKeys(
+        module=runner.module,
+        data=runner.data,
+        stages=runner.stages,
+        config=config,
+        observers=runner.inspection.observers,
+    )
     assert runner.settings.store is not None
     return StageCache(runner=runner, keys=keys, store=Store(runner.settings.store))

@@ -95,6 +95,7 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
             config=cli.resolved,
             folder=cli.folder,
             views=[status, cli.tracker(), LoggerView()],
+            inspection=cli.inspection,
         )
         return
     tracker = cli.tracker()
@@ -105,6 +106,7 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
         settings=cli.settings,
         config=cli.resolved,
         views=[status, tracker],
+        inspection=cli.inspection,
     )
     try:
         _make_stage(stage_cache, until, tracker, status, evaluate=spec.get("evaluate", True))

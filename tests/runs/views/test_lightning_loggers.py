@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,25 @@ def test_a_csv_logger_gets_every_step_and_every_score(folder: Path) -> None:
     wanted = [row[0] for row in read_json(folder / "run" / "results.json")["scores"]["nll"]["R"]]
     assert [value for _, value in scores] == pytest.approx(wanted)
     assert [stage for stage, _ in scores] == [0, 1, 2]
+
+
+# Of MLflow's own tables, when they are first mapped.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+def test_mlflow_gets_every_step_and_every_score(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset with the real client, offline."""
+    tracking = pytest.importorskip("mlflow.tracking", reason="pip install residency[mlflow]")
+    monkeypatch.chdir(tmp_path)
+    path = write_yaml(tmp_path / "config.yaml", tiny_config(tmp_path / "data", llama))
+    result = call("fit", "--config", path, "--run_dir", tmp_path / "run", "--trainer.logger", "mlflow")
+    assert result.code == 0, result.err
+    client = tracking.MlflowClient("sqlite:///mlflow.db")
+    experiment = client.get_experiment_by_name("residency")
+    runs = [run.info.run_id for run in client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])]
+    assert len(runs) == 2, "one per stage"
+    losses = [metric for run in runs for metric in client.get_metric_history(run, "train/loss")]
+    wanted = [json.loads(line)["loss"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [metric.step for metric in losses] == [1, 2, 3, 4, 5, 6]
+    assert [metric.value for metric in losses] == pytest.approx(wanted)
+    scores = [metric.value for run in runs for metric in client.get_metric_history(run, "eval/a/nll")]
+    R = read_json(tmp_path / "run" / "results.json")["scores"]["nll"]["R"]
+    assert scores == pytest.approx([row[0] for row in R])

@@ -156,7 +156,7 @@ def plain_view(out: io.StringIO, now: list[float]) -> StudyView:
     )
 
 
-def test_plain_lines_keep_every_end_and_not_every_step(ticking: list[float]) -> None:
+def test_a_log_has_one_line_per_cell_and_not_every_step(ticking: list[float]) -> None:
     out = io.StringIO()
     view = plain_view(out, ticking)
     view.start(grid(1))
@@ -172,8 +172,22 @@ def test_plain_lines_keep_every_end_and_not_every_step(ticking: list[float]) -> 
     lines = out.getvalue().splitlines()
     assert lines[0] == "study: 1 cells, 4 tasks, 1 at once"
     assert sum("training" in line for line in lines) == 4, "one in half a minute"
-    assert "[0/4] cell0 after med: nll 1.2500" in lines
-    assert lines[-1] == "[4/4] title of record0: done"
+    assert [line for line in lines[1:] if "training" not in line] == ["[4/4] cell0: nll after every stage 1.2500"]
+
+
+def test_a_log_keeps_what_failed(ticking: list[float]) -> None:
+    out = io.StringIO()
+    view = plain_view(out, ticking)
+    view.start(grid(1))
+    view.event(Event(kind="retried", task="first", message="out of memory"))
+    view.event(Event(kind="failed", task="first", message="out of memory"))
+    view.event(Event(kind="skipped", task="record0", message="first failed"))
+    view.finish()
+    assert [line.split("] ")[1] for line in out.getvalue().splitlines()[1:4]] == [
+        "title of first: to be tried again: out of memory",
+        "title of first: failed: out of memory",
+        "title of record0: left out: first failed",
+    ]
 
 
 def test_who_stops_early_is_told_how_to_go_on(ticking: list[float]) -> None:

@@ -98,6 +98,11 @@ class Findings:
                     found.append((1 if known["higher_is_better"] else -1) * fmean(row))
         return fmean(found) if found else None
 
+    def columns(self, scorer: str) -> tuple[str, ...]:
+        """Domains over which the baseline's cells have this scorer, in learning order."""
+        base = self.base
+        return columns_with(list(self.study.blocks({self.subject: base}).values()), scorer) if base is not None else ()
+
     def level(self, value: str, metric: str, scorer: str | None = None) -> float | None:
         """A value's mean as a utility, on the settings and seeds of the baseline: missing cells shift no comparison."""
         scorer, base = scorer or self.scorer, self.base

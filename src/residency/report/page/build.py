@@ -35,12 +35,12 @@ from residency.report.page.matrix_viewer import viewer_data
 from residency.report.page.paper import paper_table, write_paper
 from residency.report.records.arms import Arm, arms_of
 from residency.report.records.records import Records, read_records
+from residency.report.tables.first_grids import benchmarks_grid, first_grid
 from residency.report.tables.frames import Frames, frames_of
 from residency.report.tables.html_tables import (
     Grid,
     comparisons_grid,
     domains_grid,
-    first_grid,
     flips_grid,
     methods_grid,
 )
@@ -175,6 +175,7 @@ def _page(
         "methods_note": _methods_note(report, unit, higher),
         "scores": _with_json(_first(report)),
         "comparisons": _with_json(comparisons_grid(frames.comparisons.to_dicts())),
+        "benchmarks": _with_json(benchmarks_grid(frames.benchmarks.to_dicts())),
         "flips": _with_json(flips_grid(frames.flips.to_dicts())),
         "domains": _with_json(domains_grid(frames.domains.to_dicts())),
         "missing": _with_json(missing(records)),

@@ -17,7 +17,7 @@ from residency.report.records.arms import Arm
 from residency.report.records.records import Entry, Records
 from residency.runs.views.tables import printable, score_at
 
-__all__ = ["beside_references", "reference_rows"]
+__all__ = ["beside_references", "reference_level", "reference_rows"]
 
 _CALLED = {
     "frozen": "base model, untrained",
@@ -35,12 +35,7 @@ def reference_rows(records: Records, arms: Sequence[Arm]) -> list[dict[str, Any]
     """
     first = next((arm for arm in arms if arm.done), None)
     rows = []
-    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Entry]] = {}
-    for entry in records.done:
-        if entry.reference is not None and records.scorer in (entry.record.get("scores") or {}):
-            place = tuple((printable(k), printable(v)) for k, v in entry.record["axes"].items())
-            groups.setdefault((entry.reference, place), []).append(entry)
-    for (kind, place), entries in groups.items():
+    for (kind, place), entries in _groups(records, records.scorer).items():
         domains = [*first.done[0].record["domains"]] if first else _own(entries)
         values = [v for v in _by_seed(entries, records.scorer, domains).values() if v is not None]
         if values:
@@ -50,6 +45,27 @@ def reference_rows(records: Records, arms: Sequence[Arm]) -> list[dict[str, Any]
     if base is not None and not any(row["kind"] == "frozen" for row in rows):
         rows.insert(0, _row(_CALLED["frozen"], "frozen", [base]) | {"seeds": None})
     return rows
+
+
+def reference_level(records: Records, kind: str, scorer: str, domains: Sequence[str]) -> float | None:
+    """Mean of a reference's scores at the end over some domains, its settings and seeds, as recorded.
+
+    `None` where no such reference was run, or one has no score on a domain.
+    """
+    groups = [own for (found, _), own in _groups(records, scorer).items() if found == kind]
+    values = [value for own in groups for value in _by_seed(own, scorer, domains).values()]
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and domains and len(known) == len(values) else None
+
+
+def _groups(records: Records, scorer: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[Entry]]:
+    """(kind, its place on the axes) -> reference runs that have a scorer."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Entry]] = {}
+    for entry in records.done:
+        if entry.reference is not None and scorer in (entry.record.get("scores") or {}):
+            place = tuple((printable(k), printable(v)) for k, v in entry.record["axes"].items())
+            groups.setdefault((entry.reference, place), []).append(entry)
+    return groups
 
 
 def beside_references(records: Records, arm: Arm) -> dict[str, float | None]:

@@ -22,6 +22,7 @@ from residency.report.records.records import Records
 from residency.report.records.reference_runs import beside_references, reference_rows
 from residency.report.tables.first_screen import first_screen
 from residency.report.tables.flips import flips
+from residency.report.tables.general_ability import benchmark_rows
 from residency.runs.views.tables import finite, majority, printable
 
 __all__ = ["Frames", "frames_of"]
@@ -38,6 +39,7 @@ class Frames:
             model are rows too (`role`).
         first: One row per score of the first screen: whom the page is about against the baseline, with the evidence.
         comparisons: One row per claim of the page, with all that was decided about it.
+        benchmarks: One row per arm and benchmark of lm-eval: change since before training with its standard error.
         flips: Answers that became wrong or right, against when just learnt and against the baseline.
         scores: One row per arm, stage and column: the score matrices, averaged over seeds.
         domains: One row per arm and domain: before training, right after learning, at the end, forgotten.
@@ -48,6 +50,7 @@ class Frames:
     methods: pl.DataFrame
     first: pl.DataFrame
     comparisons: pl.DataFrame
+    benchmarks: pl.DataFrame
     flips: pl.DataFrame
     scores: pl.DataFrame
     domains: pl.DataFrame
@@ -66,6 +69,7 @@ def frames_of(records: Records, arms: Sequence[Arm], findings: Findings) -> Fram
         methods=_frame(_methods(records, arms, findings)),
         first=_frame(first_screen(Case(records=records, arms=arms, findings=findings))),
         comparisons=_frame([_comparison(e) for e in findings.evidence]),
+        benchmarks=_frame(benchmark_rows(arms)),
         flips=_frame(flips(records, arms, findings)),
         scores=_frame(scores),
         domains=_frame([row for arm in arms for row in _domains(arm)]),

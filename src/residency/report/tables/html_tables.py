@@ -17,10 +17,11 @@ __all__ = [
     "Row",
     "comparisons_grid",
     "domains_grid",
-    "first_grid",
     "flips_grid",
     "methods_grid",
+    "number_cell",
     "plain_grid",
+    "word",
 ]
 
 # Rows that are in the page as they are; the rest is data that the page shows a part of at a time.
@@ -71,7 +72,8 @@ class Grid:
         return [{"kind": row.kind, "cells": [[c.text, c.key, c.more] for c in row.cells]} for row in self.rows]
 
 
-def _number(value: Any, digits: int = 2, *, sign: bool = False) -> Cell:
+def number_cell(value: Any, digits: int = 2, *, sign: bool = False) -> Cell:
+    """A number, or a dash."""
     number = finite(value)
     if number is None:
         return Cell("-")
@@ -79,7 +81,7 @@ def _number(value: Any, digits: int = 2, *, sign: bool = False) -> Cell:
 
 
 def _ranged(row: Mapping[str, Any], key: str, digits: int) -> Cell:
-    cell, low, high = _number(row.get(key), digits), finite(row.get(f"{key} low")), finite(row.get(f"{key} high"))
+    cell, low, high = number_cell(row.get(key), digits), finite(row.get(f"{key} low")), finite(row.get(f"{key} high"))
     if low is None or high is None:
         return cell
     return Cell(cell.text, cell.key, f"[{low:.{digits}f}, {high:.{digits}f}]")
@@ -136,7 +138,7 @@ def _first(row: Mapping[str, Any], axes: Sequence[str], digits: int) -> list[Cel
         *(Cell(printable(row.get(axis) or "-")) for axis in axes),
         Cell("-") if seeds is None else Cell(f"{seeds:.0f}", seeds),
         *(_ranged(row, key, digits) for key in ("average", "learning", "forgetting")),
-        _number(row.get("bwt"), digits),
+        number_cell(row.get("bwt"), digits),
     ]
 
 
@@ -161,7 +163,7 @@ def _extra(row: Mapping[str, Any], key: str, digits: int) -> Cell:
         return Cell(f"{number:,.0f}", number)
     if key == "p":
         return Cell(f"{number:.3g}", number)
-    return _number(number, digits, sign=key in ("better by", "probes mean change", "probes worst change"))
+    return number_cell(number, digits, sign=key in ("better by", "probes mean change", "probes worst change"))
 
 
 _WORDS = {"open": "not shown", "missing": "-"}
@@ -192,8 +194,8 @@ def comparisons_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     for row in rows:
         names = [Cell(printable(row[key])) for key in ("axis", "method", "against")]
         names.append(Cell(f"{row['metric']}, {printable(row['scorer'])}", None, printable(row["domains"])))
-        numbers = [Cell(str(row["seeds"]), row["seeds"]), _number(row["better by"], 3, sign=True), _range(row)]
-        numbers += [_number(row[key], 3) for key in ("noise floor", "p Holm", "smallest p exact")]
+        numbers = [Cell(str(row["seeds"]), row["seeds"]), number_cell(row["better by"], 3, sign=True), _range(row)]
+        numbers += [number_cell(row[key], 3) for key in ("noise floor", "p Holm", "smallest p exact")]
         made.append(Row([*names, *numbers, Cell(word(row["evidence"])), Cell(printable(row["in words"], 500))]))
     return Grid(id="comparisons", title="Everything that was compared", columns=columns, rows=made)
 
@@ -226,26 +228,6 @@ def flips_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     return Grid(id="flips", title="Answers that changed sides", columns=columns, rows=made)
 
 
-def first_grid(rows: Sequence[Mapping[str, Any]], *, leader: str, baseline: str) -> Grid:
-    """The first screen: every score of whom the page is about against the baseline."""
-    sides = [Column("before training", True), Column(baseline, True), *([Column(leader, True)] * (leader != baseline))]
-    compared = [Column("better by", True, "+ is better; 95 % interval"), Column("evidence")] * (leader != baseline)
-    made = []
-    for row in rows:
-        keys = ("before", "baseline", "leader") if leader != baseline else ("before", "baseline")
-        cells = [Cell(row["score"], None, row["domains"]), *(_number(row[key], 3) for key in keys)]
-        if compared:
-            low, high = finite(row["low"]), finite(row["high"])
-            ends = "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
-            better = _number(row["better by"], 3, sign=True)
-            cells += [Cell(better.text, better.key, ends), Cell(word(row["evidence"]))]
-        made.append(Row(cells, {"better": "shown-better", "worse": "shown-worse"}.get(str(row["evidence"]), "")))
-    columns = [Column("score at the end"), *sides, *compared]
-    return Grid(
-        id="first", title="Every score at the end, averaged over the domains that have it", columns=columns, rows=made
-    )
-
-
 def domains_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     """What became of every domain and probe."""
     columns = [Column("method"), Column("domain"), *(Column(k, True) for k in ("before", "just learnt", "at the end"))]
@@ -257,7 +239,7 @@ def domains_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
     made = []
     for row in rows:
         name = Cell(printable(row["domain"]), None, "probe" if row["probe"] else "")
-        numbers = [_number(row.get(key), 3) for key in keys]
+        numbers = [number_cell(row.get(key), 3) for key in keys]
         made.append(Row([Cell(printable(row["method"])), name, *numbers]))
     return Grid(id="domains", title="Domain by domain", columns=columns, rows=made)
 

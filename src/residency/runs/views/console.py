@@ -17,7 +17,6 @@ from residency.core.types import Stage
 from residency.domains.token_counts import losses
 from residency.runs.data_check import told
 from residency.runs.views.base import RunInfo, View
-from residency.runs.views.heatmap import heat_map, save
 from residency.runs.views.progress import StageProgress, evaluation_progress
 from residency.runs.views.tables import printable, score_table
 
@@ -91,6 +90,8 @@ class ConsoleView(View):
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Matrix, heat map, pointer."""
+        from residency.runs.views.heatmap import heat_map, save  # charts take a quarter of a second to import
+
         scorer = "nll" if "nll" in record["scores"] else next(iter(record["scores"]), None)
         if scorer is not None:
             self.console.print(score_table(record, scorer))

@@ -129,7 +129,12 @@ class Resolver:
 
         self._share(cli, config)
         stage_cache = open_stage_cache(
-            module=cli.model, data=cli.datamodule, trainers=cli.trainers, settings=settings, config=config
+            module=cli.model,
+            data=cli.datamodule,
+            trainers=cli.trainers,
+            settings=settings,
+            config=config,
+            inspection=cli.inspection,
         )
         self._check_scorer(cli.datamodule)
         return stage_cache

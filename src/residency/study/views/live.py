@@ -101,19 +101,18 @@ class StudyView(Watcher):
         self._live.update(screen(self.state, height=height, left=left, ascii_only=self._ascii), refresh=True)
 
     def _line(self, state: StudyState, event: Event) -> None:
-        """What a log shall keep: every end and every failure; beginnings and progress only now and then."""
+        """What a log shall keep: one line per cell, every failure, and now and then how far a task is."""
         done = f"[{state.count('done')}/{len(state.tasks)}]"
         title = title_of(state, event.task)
-        if event.kind in ("running", "done", "failed", "retried", "skipped"):
+        if event.kind in ("failed", "retried", "skipped"):
             message = f": {event.message}" if event.message else ""
             self._print(f"{done} {title}: {WORDS.get(AFTER[event.kind], event.kind)}{message}{self._left(state)}")
-        elif event.kind == "scores":
-            for cell in state.grid.cells:
-                for place in (k for k, task in enumerate(cell.tasks) if task == event.task):
-                    if (score := state.score(cell, place)) is not None:
-                        self._print(
-                            f"{done} {cell.id} after {cell.domains[place - 1]}: {state.grid.scorer} {score:.4f}"
-                        )
+        elif event.kind == "done":
+            for cell in (cell for cell in state.grid.cells if cell.tasks[-1] == event.task):
+                scores = [state.score(cell, place) for place in range(1, len(cell.domains) + 1)]
+                known = [f"{score:.4f}" for score in scores if score is not None]
+                told = f": {state.grid.scorer} after every stage {', '.join(known)}" if known else ": complete"
+                self._print(f"{done} {cell.id}{told}{self._left(state)}")
         elif event.kind == "progress" and self.clock() - self._drawn >= _PLAIN_SECONDS:
             self._drawn = self.clock()
             self._print(f"{done} {title}: {event.phase} {event.step:,}/{event.steps:,}{self._left(state)}")

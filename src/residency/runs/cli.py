@@ -199,7 +199,7 @@ class ResidencyCLI(LightningCLI):
             settings=self.settings,
             config=self.resolved,
             views=self._views(),
-            inspection=self.inspection,
+            inspection=Inspection(self.option("inspection")),
         )
         if rank() == 0 and before is not None and before == written_at(self.folder.path / "results.json"):
             show_complete(self.folder.path)
@@ -279,11 +279,6 @@ class ResidencyCLI(LightningCLI):
     def settings(self) -> StreamSettings:
         """The run's settings."""
         return run_settings(self.option)
-
-    @property
-    def inspection(self) -> Inspection:
-        """What looks inside the model."""
-        return Inspection(self.option("inspection"))
 
     @cached_property
     def resolved(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from residency.core.signals import Stopped, stop_on_signals
 from residency.core.tensor_files import explained, read_json
 from residency.domains.stream_data import StreamData
 from residency.engine.scoring.evaluation import means
+from residency.inspection import Inspection
 from residency.runs.stage_cache import StageCache
 from residency.runs.store.store import Store
 from residency.runs.views.base import View
@@ -95,7 +96,7 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
             config=cli.resolved,
             folder=cli.folder,
             views=[status, cli.tracker(), LoggerView()],
-            inspection=cli.inspection,
+            inspection=Inspection(cli.option("inspection")),
         )
         return
     tracker = cli.tracker()
@@ -106,7 +107,7 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
         settings=cli.settings,
         config=cli.resolved,
         views=[status, tracker],
-        inspection=cli.inspection,
+        inspection=Inspection(cli.option("inspection")),
     )
     try:
         _make_stage(stage_cache, until, tracker, status, evaluate=spec.get("evaluate", True))

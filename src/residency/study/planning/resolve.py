@@ -125,6 +125,7 @@ class Resolver:
         return self._opened[words]
 
     def _open(self, cli: Any, settings: Any, config: Mapping[str, Any]) -> StageCache:
+        from residency.inspection import Inspection
         from residency.runs.stream import open_stage_cache
 
         self._share(cli, config)
@@ -134,7 +135,7 @@ class Resolver:
             trainers=cli.trainers,
             settings=settings,
             config=config,
-            inspection=cli.inspection,
+            inspection=Inspection(cli.option("inspection")),
         )
         self._check_scorer(cli.datamodule)
         return stage_cache

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import gzip
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,71 +16,7 @@ from residency.core.errors import UserError
 from residency.core.types import Row
 from residency.domains import Table
 from residency.testing.tiny_models import write_tokenizer
-
-FIVE = [
-    ("2+2?", "4"),
-    ("Capital of France?", "Paris"),
-    ("Größe von 京都 👩?", "groß, 大"),
-    ("two\nlines\u2028here", 'a "quoted, text"'),
-    ("00123", "NA"),
-]
-
-
-def lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def said(prompt: str, completion: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-
-
-def delimited(delimiter: str) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, delimiter=delimiter).writerows([("prompt", "completion"), *FIVE])
-    return text.getvalue()
-
-
-def plain(**names: str) -> list[dict[str, Any]]:
-    return [{names.get("p", "prompt"): p, names.get("c", "completion"): c} for p, c in FIVE]
-
-
-TEXTS: dict[str, tuple[str, Callable[[], str]]] = {
-    "jsonl": ("a.jsonl", lambda: lines(plain())),
-    "jsonl, bom and crlf": ("a.jsonl", lambda: "\ufeff" + lines(plain()).replace("\n", "\r\n")),
-    "jsonl, cr only": ("a.jsonl", lambda: lines(plain()).replace("\n", "\r")),
-    "json": ("a.json", lambda: json.dumps(plain(), indent=1)),
-    "array named jsonl": ("a.jsonl", lambda: json.dumps(plain(), indent=1)),
-    "csv": ("a.csv", lambda: delimited(",")),
-    "tsv": ("a.tsv", lambda: delimited("\t")),
-    "trace": ("a.json", lambda: json.dumps(plain(c="answer"))),
-    "question": ("a.jsonl", lambda: lines(plain(p="question", c="target"))),
-    "alpaca": ("a.jsonl", lambda: lines([{"instruction": p, "input": None, "output": c} for p, c in FIVE])),
-    "unpaired": ("a.jsonl", lambda: lines([row | {"label": True} for row in plain()])),
-    "labelled": ("a.jsonl", lambda: lines([{"text": p, "label": c} for p, c in FIVE])),
-    "superni": (
-        "a.json",
-        lambda: json.dumps({"Definition": ["d"], "Instances": [{"input": p, "output": [c, "x"]} for p, c in FIVE]}),
-    ),
-}
-CHATS: dict[str, tuple[str, Callable[[], str]]] = {
-    "messages": ("a.jsonl", lambda: lines([{"messages": said(p, c)} for p, c in FIVE])),
-    "lists": ("a.jsonl", lambda: lines([{"prompt": said(p, c)[:1], "completion": said(p, c)[1:]} for p, c in FIVE])),
-    "parts": (
-        "a.jsonl",
-        lambda: lines(
-            [
-                {"messages": [{**said(p, c)[0], "content": [{"type": "text", "text": p}]}, said(p, c)[1]]}
-                for p, c in FIVE
-            ]
-        ),
-    ),
-    "sharegpt": (
-        "a.jsonl",
-        lambda: lines(
-            [{"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": c}]} for p, c in FIVE]
-        ),
-    ),
-}
+from support.format_files import CHATS, FIVE, TEXTS, lines, plain, said
 
 
 def read(path: Path, **options: Any) -> list[Row]:
@@ -101,9 +34,9 @@ def tokens(rows: list[Row], template: Any, folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_file_of_prompts_gives_the_same_rows_and_tokens(name: str, tmp_path: Path) -> None:
-    file, text = TEXTS[name]
-    (tmp_path / file).write_bytes(text().encode())
-    rows = read(tmp_path / file)
+    suffix, text = TEXTS[name]
+    (tmp_path / f"a.{suffix}").write_bytes(text(FIVE).encode())
+    rows = read(tmp_path / f"a.{suffix}")
     start = "Definition: d\n\nNow complete the following example -\nInput: " if name == "superni" else ""
     end = "\nOutput: " if name == "superni" else ""
     assert [(row.prompt, row.completion) for row in rows] == [(start + p + end, c) for p, c in FIVE]
@@ -124,9 +57,9 @@ def ids(text: str) -> list[int]:
 
 @pytest.mark.parametrize("name", CHATS)
 def test_every_file_of_conversations_gives_the_same_turns(name: str, tmp_path: Path) -> None:
-    file, text = CHATS[name]
-    (tmp_path / file).write_bytes(text().encode())
-    rows = read(tmp_path / file)
+    suffix, text = CHATS[name]
+    (tmp_path / f"a.{suffix}").write_bytes(text(FIVE).encode())
+    rows = read(tmp_path / f"a.{suffix}")
     assert [(row.prompt, row.completion) for row in rows] == FIVE
     assert [[dict(turn) for turn in row.messages] for row in rows] == [said(p, c) for p, c in FIVE]
 
@@ -136,11 +69,11 @@ def test_typed_tables_and_packed_files_give_the_same_rows(tmp_path: Path) -> Non
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
     from pyarrow import parquet
 
-    table = pa.Table.from_pylist(plain())
+    table = pa.Table.from_pylist(plain(FIVE))
     parquet.write_table(table, tmp_path / "a.parquet")
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(plain()).encode()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(plain(FIVE)).encode()))
     for name in ("a.parquet", "a.arrow", "a.jsonl.gz"):
         assert [(row.prompt, row.completion) for row in read(tmp_path / name)] == FIVE, name
     names = [c for _, c in FIVE]

@@ -251,6 +251,19 @@ FAULTS: dict[str, Fault] = {
     "test answers beyond the limit": Fault(
         plant=put("test", 2, 3, completion=lambda text: text * 20), check="cut_answer", split="test", count=2
     ),
+    "rows too long for a template that refuses": Fault(
+        plant=put("train", 2, prompt=lambda text: text * 9),
+        check="too_long",
+        count=1,
+        options={"template": Template(max_prompt_tokens=200, max_tokens=250, too_long="refuse")},
+    ),
+    "a row left out": Fault(
+        plant=put("train", 2, prompt=lambda text: text * 9),
+        check="too_long",
+        severity="info",
+        count=1,
+        options={"template": Template(max_prompt_tokens=200, max_tokens=250, too_long="drop")},
+    ),
     "prompts beyond the limit": Fault(
         plant=put("train", *range(40), prompt=lambda text: text * 9), check="cut_prompt", severity="warning", count=40
     ),

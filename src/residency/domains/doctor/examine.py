@@ -10,13 +10,15 @@ from typing import Any, get_args
 from residency.core.errors import UserError
 from residency.core.types import Row, Split
 from residency.domains.base import Domain
-from residency.domains.doctor import answers, leaks, tokens
+from residency.domains.doctor import answers, leaks, row_lengths, tokens
 from residency.domains.doctor.finding import Column, Finding, make_finding, sort_findings
-from residency.domains.doctor.tokens import LengthCounts, Reader
+from residency.domains.doctor.row_lengths import LengthCounts
+from residency.domains.doctor.tokens import Reader
 
 __all__ = ["Diagnosis", "examine", "majority_line", "open_columns"]
 
-_ALL_PAIRS = 200_000  # training rows; beyond, near-duplicates are looked for only on request
+_ALL_PAIRS = 200_000  # training rows; beyond, larger splits are looked through for near-duplicates only on request
+_FEW_SCORED = 5000  # rows of a split that are compared with any number of training rows
 _STATISTICS = 2000  # rows whose tokens are counted for the figures
 
 
@@ -105,7 +107,8 @@ def examine(columns: Sequence[Column], reader: Reader, *, near: bool | None = No
     Args:
         columns: Domains and probes.
         reader: The tokenizer and what its model can read.
-        near: Look for near-duplicates among all pairs of scored and training rows; `None` = up to 200,000 rows.
+        near: Look for near-duplicates among all pairs of scored and training rows; `None` = beyond 200,000 training
+            rows only for splits of at most 5,000.
         figures: Count tokens and texts of every split.
     """
     counts: dict[str, dict[str, LengthCounts]] = {}
@@ -115,9 +118,9 @@ def examine(columns: Sequence[Column], reader: Reader, *, near: bool | None = No
         counts[column.name] = {}
         for split, rows in column.splits.items():
             if rows and (split != "train" or not column.probe):
-                found, prompts, cut = tokens.count_lengths(column, split, reader)
+                found, prompts, cut = row_lengths.count_lengths(column, split, reader)
                 counts[column.name][split] = found
-                findings += tokens.length_findings(column, split, found, prompts, cut)
+                findings += row_lengths.length_findings(column, split, found, prompts, cut)
                 findings += tokens.check_tokens(column, split, reader)
                 if figures:
                     numbers.setdefault(column.name, {})[split] = _figures(column, rows, reader)
@@ -126,8 +129,8 @@ def examine(columns: Sequence[Column], reader: Reader, *, near: bool | None = No
     findings += leaks.check_across(columns)
     findings += answers.check_shared_labels(columns)
     trained = sum(len(c.rows("train")) for c in columns if not c.probe)
-    if near or (near is None and trained <= _ALL_PAIRS):
-        findings += leaks.check_near(columns)
+    if near is not False:
+        findings += leaks.check_near(columns, largest=None if near or trained <= _ALL_PAIRS else _FEW_SCORED)
     return Diagnosis(counts=counts, figures=numbers, findings=sort_findings(findings), columns=columns)
 
 

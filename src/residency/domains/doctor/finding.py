@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 from residency.core.types import Row, Split
 from residency.domains.base import Domain
+from residency.domains.doctor.similarity import text_key
 
 __all__ = ["Column", "Finding", "Severity", "Splits", "make_finding", "sort_findings"]
 
@@ -34,6 +35,13 @@ class Column:
     splits: Splits
     given: Mapping[Split, int]
     probe: bool = False
+    _keys: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def keys(self, split: str) -> tuple[str, ...]:
+        """(rows,) the prompts of a split as a reader compares them (`text_key`); found once."""
+        if split not in self._keys:
+            self._keys[split] = tuple(text_key(row.prompt) for row in self.rows(split))
+        return self._keys[split]
 
     def rows(self, split: str) -> Sequence[Row]:
         """The rows of a split; none where there is no such split."""

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from residency.core.types import Row
 from residency.domains.doctor.finding import Column, Finding, Severity, make_finding
-from residency.domains.doctor.similarity import NearIndex, ngram_overlap, text_key
+from residency.domains.doctor.similarity import NearIndex, ngram_overlap, shingles, text_key
 
 __all__ = ["check_across", "check_duplicates", "check_groups", "check_ids", "check_near", "check_splits"]
 
 _SCORED = ("validation", "test")
+_SEVERAL = ("pair", "unpaired")  # kinds of rows that give one prompt several answers
 _MEMORISED = "the score would measure what was memorised, not what was learnt"
 
 
 def check_duplicates(column: Column) -> Iterator[Finding]:
     """Equal prompts within a split, and equal prompts with different answers."""
     for split, rows in column.splits.items():
-        answers: dict[str, set[str]] = defaultdict(set)
-        again, first = [], set()
-        for row in rows:
-            key = text_key(row.prompt)
-            answers[key].add(text_key(row.completion))
-            whole = f"{key}\0{text_key(row.completion)}"
-            if whole in first:
-                again.append(row.id)
-            first.add(whole)
+        again, answers = _repeats(rows, column.keys(split))
         where = (column.name, split)
         if again and len(again) > 0.01 * len(rows):
             severity: Severity = "warning" if split != "train" or len(again) > 0.2 * len(rows) else "info"
@@ -36,8 +29,8 @@ def check_duplicates(column: Column) -> Iterator[Finding]:
                 fix="`--fix` keeps the first of each",
             )  # fmt: skip
         # Preferences are several answers to one prompt.
-        single = [row for row in rows if row.kind not in ("pair", "unpaired")]
-        unclear = [row.id for row in single if len(answers[text_key(row.prompt)]) > 1 and row.prompt.strip()]
+        single = [(row, key) for row, key in zip(rows, column.keys(split), strict=True) if row.kind not in _SEVERAL]
+        unclear = [row.id for row, key in single if len(answers.get(key, ())) > 1 and row.prompt.strip()]
         if unclear:
             grave = column.kind == "label" and len(unclear) > 0.01 * len(rows)
             yield make_finding(
@@ -48,13 +41,31 @@ def check_duplicates(column: Column) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def _repeats(rows: Sequence[Row], keys: Sequence[str]) -> tuple[list[str], dict[str, set[str]]]:
+    """(ids of rows that repeat an earlier one, {prompt: its answers} of prompts that are there more than once)."""
+    first: dict[str, str] = {}
+    answers: dict[str, set[str]] = {}
+    again = []
+    for row, key in zip(rows, keys, strict=True):
+        said = text_key(row.completion)
+        if key not in first:
+            first[key] = said
+            continue
+        known = answers.setdefault(key, {first[key]})
+        if said in known:
+            again.append(row.id)
+        known.add(said)
+    return again, answers
+
+
 def check_splits(column: Column) -> Iterator[Finding]:
     """Training rows that return in validation or test, and validation rows that are test rows."""
-    keys: dict[str, set[str]] = {split: {text_key(row.prompt) for row in rows} for split, rows in column.splits.items()}
+    keys: dict[str, set[str]] = {split: {*column.keys(split)} for split in column.splits}
     pairs: tuple[tuple[str, str], ...] = (("train", "test"), ("train", "validation"), ("test", "validation"))
     for source, split in pairs:
         rows = column.rows(split)
-        shared = [row.id for row in rows if text_key(row.prompt) in keys.get(source, set())]
+        there = keys.get(source, set())
+        shared = [row.id for row, key in zip(rows, column.keys(split), strict=True) if key in there]
         if shared:
             yield make_finding(
                 "leak", "error", (column.name, split), shared, of=len(rows),
@@ -81,15 +92,18 @@ def check_groups(column: Column) -> Iterator[Finding]:
 
 def check_across(columns: Sequence[Column]) -> Iterator[Finding]:
     """Test and probe rows that another domain trains on."""
+    scored = {key for column in columns for split in _SCORED for key in column.keys(split)}
     owners: dict[str, str] = {}
     for column in columns:
         if not column.probe:
-            for row in column.rows("train"):
-                owners.setdefault(text_key(row.prompt), column.name)
+            for key in column.keys("train"):
+                if key in scored:
+                    owners.setdefault(key, column.name)
     for column in columns:
         for split in _SCORED:
             rows = column.rows(split)
-            met = {row.id: owners.get(text_key(row.prompt), column.name) for row in rows}
+            pairs = zip(rows, column.keys(split), strict=True)
+            met = {row.id: owners.get(key, column.name) for row, key in pairs}
             shared = [row_id for row_id, owner in met.items() if owner != column.name]
             if shared:
                 names = sorted({met[row_id] for row_id in shared})
@@ -101,26 +115,41 @@ def check_across(columns: Sequence[Column]) -> Iterator[Finding]:
                 )  # fmt: skip
 
 
-def check_near(columns: Sequence[Column], *, threshold: float = 0.8) -> Iterator[Finding]:
-    """Scored rows that are nearly, or for 13 words in a row, what some domain trains on."""
-    trained = [(c.name, row) for c in columns if not c.probe for row in c.rows("train")]
-    for column in columns:
-        for split in _SCORED:
-            rows = column.rows(split)
-            if rows:
-                yield from _near(column, split, rows, trained, threshold)
+def check_near(columns: Sequence[Column], *, threshold: float = 0.8, largest: int | None = None) -> Iterator[Finding]:
+    """Scored rows that are nearly, or for 13 words in a row, what some domain trains on.
+
+    Args:
+        columns: Domains and probes.
+        threshold: Smallest Jaccard similarity of shingles.
+        largest: Rows of a split beyond which its rows are not compared, which is told; `None` compares all.
+    """
+    parts = [(column, split) for column in columns for split in _SCORED if column.rows(split)]
+    chosen = [(c, split) for c, split in parts if largest is None or len(c.rows(split)) <= largest]
+    indices = [NearIndex([row.prompt for row in c.rows(split)], threshold=threshold) for c, split in chosen]
+    own, other = ([set[int]() for _ in chosen] for _ in range(2))
+    for trained in (column for column in columns if not column.probe and chosen):
+        for row, key in zip(trained.rows("train"), trained.keys("train"), strict=True):
+            found = shingles(row.prompt)
+            for k, ((column, split), index) in enumerate(zip(chosen, indices, strict=True)):
+                if places := index.similar_to(found):
+                    equal = column.keys(split)
+                    met = (own if column is trained else other)[k]
+                    met.update(place for place in places if equal[place] != key)
+    texts = [row.prompt for column in columns if not column.probe for row in column.rows("train")]
+    for k, (column, split) in enumerate(chosen):
+        yield from _near(column, split, own[k], other[k], threshold)
+        yield from _passages(column, split, own[k] | other[k], texts)
+    for column, split in parts:
+        if largest is not None and len(column.rows(split)) > largest:
+            yield make_finding(
+                "near_not_looked_for", "info", (column.name, split), (), of=len(column.rows(split)),
+                count=len(column.rows(split)), got="{n} rows are not compared with all training rows for similarity",
+                why="there are too many pairs to compare unasked", fix="`residency doctor --full` compares all",
+            )  # fmt: skip
 
 
-def _near(
-    column: Column, split: str, rows: Sequence[Row], trained: Sequence[tuple[str, Row]], threshold: float
-) -> Iterator[Finding]:
-    index = NearIndex([row.prompt for row in rows], threshold=threshold)
-    own: set[int] = set()
-    other: set[int] = set()
-    equal = [text_key(row.prompt) for row in rows]
-    for name, row in trained:
-        places = {p for p in index.similar(row.prompt) if equal[p] != text_key(row.prompt)}
-        (own if name == column.name else other).update(places)
+def _near(column: Column, split: str, own: set[int], other: set[int], threshold: float) -> Iterator[Finding]:
+    rows = column.rows(split)
     where, of = (column.name, split), len(rows)
     for places, text in ((own, "of the same domain"), (other, "of another domain")):
         if places:
@@ -129,11 +158,14 @@ def _near(
                 _ids(rows, places), of=of, got=f"{{n}} rows nearly equal a training row {text} (Jaccard {threshold})",
                 why=_MEMORISED, fix="keep variants of one text in one split, for instance with `group`",
             )  # fmt: skip
-    long = ngram_overlap([row.prompt for row in rows], (row.prompt for _, row in trained))
-    repeated = _without_frame(rows, long, own | other)
-    if len(repeated) >= 0.1 * of:
+
+
+def _passages(column: Column, split: str, known: set[int], texts: Sequence[str]) -> Iterator[Finding]:
+    rows = column.rows(split)
+    repeated = _without_frame(rows, ngram_overlap([row.prompt for row in rows], iter(texts)), known)
+    if len(repeated) >= 0.1 * len(rows):
         yield make_finding(
-            "ngram_overlap", "warning", where, _ids(rows, repeated), of=of,
+            "ngram_overlap", "warning", (column.name, split), _ids(rows, repeated), of=len(rows),
             got="{n} rows share 13 words in a row with a training row", why="passages or stories are shared by splits",
             fix="split by passage: give rows of one passage the same `group`",
         )  # fmt: skip

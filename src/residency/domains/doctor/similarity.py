@@ -1,8 +1,9 @@
 """Which rows are nearly equal: exact Jaccard similarity of shingles, found by prefix filtering.
 
-Of any |q| - ceil(t |q|) + 1 shingles of a text q, at least one is in every text that is t-similar to it (pigeonhole).
-So the rarest of them are looked up in all other texts, and every candidate is verified: nothing is missed and nothing
-is found wrongly, unlike with MinHash (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007).
+Order all shingles by how rare they are. Two texts that are t-similar share one of the first |q| - ceil(t |q|) + 1
+shingles of each (pigeonhole). So only these are looked up, and every candidate is verified: nothing is missed and
+nothing is found wrongly, unlike with MinHash (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007). Most
+texts have more shingles than that which no other text has, and are done with one look.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import math
 import re
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,48 +97,59 @@ class NearIndex:
         for place, text in enumerate(texts):
             for kind, hashes in shingles(text).items():
                 by_kind[kind].append(_Text(place, hashes))
-        self._prefixes = {kind: _prefix_index(own, threshold) for kind, own in by_kind.items()}
-        self._keys = {kind: np.fromiter(index, np.uint64, len(index)) for kind, index in self._prefixes.items()}
-        for keys in self._keys.values():
-            keys.sort()
+        self._indices = {kind: _KindIndex(own, threshold) for kind, own in by_kind.items()}
 
     def similar(self, text: str) -> set[int]:
         """Places of the indexed texts that are similar to a text."""
+        return self.similar_to(shingles(text)) if self._indices else set()
+
+    def similar_to(self, parts: Mapping[str, Hashes]) -> set[int]:
+        """The same of a text whose shingles are known: they are the dearest part where there is more than one index."""
         found: set[int] = set()
-        if not self._prefixes:
-            return found
-        for kind, hashes in shingles(text).items():
-            if kind not in self._prefixes:
-                continue
-            keys = self._keys[kind]
-            at = np.searchsorted(keys, hashes)
-            at[at == keys.size] = 0
-            hits = hashes[keys[at] == hashes]
-            index = self._prefixes[kind]
-            candidates = {one.place: one for key in hits.tolist() for one in index[key] if one.place not in found}
-            found |= {place for place, one in candidates.items() if _jaccard(one.hashes, hashes) >= self.threshold}
+        for kind, hashes in parts.items():
+            if kind in self._indices:
+                found |= self._indices[kind].similar_to(hashes)
         return found
 
 
-def _prefix_index(texts: Sequence[_Text], threshold: float) -> dict[int, list[_Text]]:
-    """{hash: texts that have it among the rarest that a similar text must share one of}."""
-    times: Counter[int] = Counter()
-    for one in texts:
-        times.update(one.hashes.tolist())
-    index: dict[int, list[_Text]] = defaultdict(list)
-    for one in texts:
-        own = sorted(one.hashes.tolist(), key=lambda h: (times[h], h))
-        for key in own[: len(own) - math.ceil(threshold * len(own)) + 1]:
-            index[key].append(one)
-    return dict(index)
+class _KindIndex:
+    """Shingles of one kind, rarest first, and whose prefixes they are in."""
+
+    def __init__(self, texts: Sequence[_Text], threshold: float) -> None:
+        self.threshold = threshold
+        self.keys, self.times = np.unique(np.concatenate([one.hashes for one in texts]), return_counts=True)
+        self.owners: dict[int, list[_Text]] = defaultdict(list)
+        for one in texts:
+            times = self.times[np.searchsorted(self.keys, one.hashes)]
+            for key in self._rarest(one.hashes, times, self._prefix(one.hashes.size)):
+                self.owners[key].append(one)
+
+    def similar_to(self, hashes: Hashes) -> set[int]:
+        at = np.minimum(np.searchsorted(self.keys, hashes), self.keys.size - 1)
+        known = self.keys[at] == hashes
+        # What no text has is rarer than all they have, and fills the prefix first.
+        left = self._prefix(hashes.size) - int(hashes.size - np.count_nonzero(known))
+        if left <= 0:
+            return set()
+        keys = self._rarest(hashes[known], self.times[at[known]], left)
+        candidates = {one.place: one for key in keys for one in self.owners.get(key, ())}
+        return {p for p, one in candidates.items() if _similar(one.hashes, hashes, self.threshold)}
+
+    def _prefix(self, size: int) -> int:
+        return size - math.ceil(self.threshold * size - 1e-9) + 1
+
+    @staticmethod
+    def _rarest(hashes: Hashes, times: npt.NDArray[np.int64], many: int) -> list[int]:
+        rarest: list[int] = hashes[np.lexsort((hashes, times))[:many]].tolist()
+        return rarest
 
 
-def _jaccard(a: Hashes, b: Hashes) -> float:
+def _similar(a: Hashes, b: Hashes, threshold: float) -> bool:
     low, high = sorted((a.size, b.size))
-    if low < 0.5 * high:
-        return 0.0
+    if low < threshold * high - 1e-9:
+        return False
     both = np.intersect1d(a, b, assume_unique=True).size
-    return float(both / (a.size + b.size - both))
+    return both >= threshold * (a.size + b.size - both) - 1e-9
 
 
 def ngram_overlap(queries: Sequence[str], sources: Iterator[str], *, n: int = 13) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from residency.core.ranks import spread
 from residency.core.types import Example, Split
 from residency.domains.base import Domain
 from residency.domains.stream_data import StreamData
+from residency.domains.written_form import as_written
 from residency.engine.module import ContinualModule
 from residency.engine.scoring.likelihoods import (
     branch_nll,
@@ -120,7 +122,7 @@ def evaluate(
                         if any(s.needs != "likelihood" for s in domain.scorers.values()):
                             written = [e for e in group if e.row in generated]
                             answers = _with_texts(answers, _generations(module, written, settings))
-                    scores += _judged(domain, group, answers, split)
+                    scores += _judged(domain, group, answers, split, tokenizer)
                 scores += _extra(module, name, examples)
     finally:
         module.model.train(training)
@@ -272,14 +274,18 @@ def _with_texts(answers: Mapping[str, Answer], texts: Mapping[str, tuple[str, bo
     }
 
 
-def _judged(domain: Domain, examples: Sequence[Example], answers: Mapping[str, Answer], split: Split) -> Evaluation:
-    """The scores of every scorer on the rows that it can judge."""
+def _judged(
+    domain: Domain, examples: Sequence[Example], answers: Mapping[str, Answer], split: Split, tokenizer: Any
+) -> Evaluation:
+    """The scores of every scorer on the rows that it can judge; texts are held against what can be written."""
     rows = {row.id: row for row in domain.rows(split)}
+    writable = {e.row: as_written(rows[e.row], tokenizer) for e in examples if answers[e.row].text is not None}
     scores: Evaluation = []
     for name, scorer in domain.scorers.items():
         # An answer that is not wanted is nothing to be good at.
         able = [e for e in examples if rows[e.row].wanted and _judges(scorer, answers[e.row])]
-        of, own = [rows[e.row] for e in able], [answers[e.row] for e in able]
+        asked = writable if scorer.needs == "generation" else rows
+        of, own = [asked[e.row] for e in able], [answers[e.row] for e in able]
         judged = zip(able, scorer(of, own), scorer.weights(of, own), strict=True)
         scores += [RowScore(e.domain, e.row, name, float(v), e.targets, int(w)) for e, v, w in judged]
     return scores

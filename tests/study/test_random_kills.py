@@ -24,7 +24,7 @@ from support.tiny_sweeps import EWC, REPLAY, write_study
 
 KILLS = int(os.environ.get("KILLS", "40"))
 AXES = {"mitigation": {"none": {}, "replay": REPLAY, "ewc": EWC(1.0)}}
-PATIENCE = 300.0
+PATIENCE = float(os.environ.get("PATIENCE", "300"))
 KINDS = ("fit", "sweep", "two sweeps, one store", "gc beside a sweep")
 
 
@@ -144,4 +144,5 @@ def test_equal_bits_after_random_kills(kind: str, llama: Path, tmp_path: Path) -
         found = rounds.whole(commands)
         others = {name: differences(held, rounds.expected) for name, held in found.items() if held != rounds.expected}
         assert not others, f"round {begun}, kills {before} to {rounds.hits}"
-    print(f"{kind}: {rounds.hits} kills in {begun} rounds, {rounds.took:.1f} s for one that is not killed")
+        print(f"{kind}: {rounds.hits} kills in {begun} rounds, equal bits", flush=True)
+    print(f"{kind}: {rounds.took:.1f} s for one that is not killed")

@@ -5,6 +5,7 @@ What a sweep starts by itself (its server of workers) is forked likewise; below 
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -28,33 +29,51 @@ __all__ = ["descendants", "kill", "start"]
 _PRELOAD = (*PRELOAD, *forkserver.PRELOAD, "residency.study.runner", "residency.report.page.build", __name__)
 
 
-def start(words: Sequence[object], *, cwd: Path, log: Path) -> BaseProcess:
+def start(words: Sequence[object], *, cwd: Path, log: Path, obey_modes: bool = False) -> BaseProcess:
     """Start a command.
 
     Args:
         words: After the program's name.
         cwd: Where it stands.
         log: What it prints is added here.
+        obey_modes: Without the right of root to read and write whatever the modes of files say.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
-    process = context.Process(target=_child, args=([*map(str, words)], cwd, log))
+    process = context.Process(target=_child, args=([*map(str, words)], cwd, log, obey_modes))
     process.start()
     return process
 
 
-def _child(words: list[str], cwd: Path, log: Path) -> None:
+def _child(words: list[str], cwd: Path, log: Path, obey_modes: bool) -> None:
     os.setsid()
     os.chdir(cwd)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
+    if obey_modes:
+        _give_up_overrides()
     os.environ["WANDB_MODE"] = "disabled"
     torch.set_num_threads(1)
     local.subprocess = SimpleNamespace(  # type: ignore[assignment]
         Popen=_ForkedServer, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
     )
     os._exit(main(words))
+
+
+def _give_up_overrides() -> None:
+    """Root's rights over files of others (capabilities(7)): DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER."""
+    if os.geteuid() != 0:
+        return
+    version = 0x20080522  # _LINUX_CAPABILITY_VERSION_3: two words of effective, permitted, inheritable each
+    header, data = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capget(header, data):
+        raise OSError(ctypes.get_errno(), "capget")
+    for place in (0, 1):
+        data[place] &= ~0b1110
+    if libc.capset(header, data):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 class _ForkedServer:

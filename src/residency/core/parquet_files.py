@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-__all__ = ["MAX_ROWS", "ROWS_PER_BYTE", "ParquetRefused", "read_parquet"]
+__all__ = ["MAX_ROWS", "ROWS_PER_BYTE", "ParquetRefused", "check_row_count", "read_parquet"]
 
 MAX_ROWS = 1_000_000
 """So many rows are read whatever the size of the file."""
@@ -23,6 +23,21 @@ class ParquetRefused(ValueError):
     """A file that is no Parquet, or has more rows than its size can mean."""
 
 
+def check_row_count(path: Path, rows: int, *, size: int) -> None:
+    """Refuse a table that is larger in memory than anything its file can mean.
+
+    Args:
+        path: The file, for the message.
+        rows: That it says to hold.
+        size: Bytes of the file.
+
+    Raises:
+        ParquetRefused: More than `MAX_ROWS` rows and more than `ROWS_PER_BYTE` for each byte.
+    """
+    if rows > MAX_ROWS and rows > ROWS_PER_BYTE * size:
+        raise ParquetRefused(f"{path} says that it holds {rows:,} rows in {size:,} bytes")
+
+
 def read_parquet(path: Path, *, columns: list[str] | None = None) -> pl.DataFrame:
     """Read a file.
 
@@ -32,15 +47,13 @@ def read_parquet(path: Path, *, columns: list[str] | None = None) -> pl.DataFram
 
     Raises:
         OSError: It cannot be read.
-        ParquetRefused: It is not Parquet, is damaged, lacks a column, or has more than `MAX_ROWS` rows and more than
-            `ROWS_PER_BYTE` for each of its bytes.
+        ParquetRefused: It is not Parquet, is damaged, lacks a column, or `check_row_count` refuses it.
     """
     # As bytes: a path would be taken for a pattern, and a file may be replaced between two looks.
     data = path.read_bytes()
     try:
         rows = int(pl.scan_parquet(BytesIO(data)).select(pl.len()).collect().item())
-        if rows > MAX_ROWS and rows > ROWS_PER_BYTE * len(data):
-            raise ParquetRefused(f"{path} says that it holds {rows:,} rows in {len(data):,} bytes")
+        check_row_count(path, rows, size=len(data))
         return pl.read_parquet(BytesIO(data), columns=columns)
     # Rust code that meets damage it did not expect panics, with an exception of its own that is no `Exception`.
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, OverflowError, MemoryError) as error:

@@ -13,6 +13,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from residency.core.digests import lost_or_unreadable
 from residency.core.errors import UserError
 from residency.core.trees import flatten_tree, unflatten_tree
 
@@ -37,6 +39,9 @@ __all__ = [
     "write_lines",
 ]
 
+# It cannot be asked for without being set; while it is, new files are for their owner alone.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 # Keys of mappings in a tree never begin with `$` (they are stored as `$items` then).
 _HEADER, _TREE, _SUMS = "residency", "$tree", "$sums"
 
@@ -57,13 +62,17 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as handle:
+            # safetensors gives its files to their owner alone; a store or a run may be shared like everything else.
+            os.chmod(handle.fileno(), 0o666 & ~_UMASK)
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise explained(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # A read-only file system refuses to remove even what is not there.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -217,7 +226,7 @@ def load_whole_tree(path: Path, *, on_message: Callable[[str], None]) -> dict[st
         with path.open("rb"):
             pass
     except OSError as error:
-        raise explained(error, path) from error
+        raise lost_or_unreadable(error, path) from error
     try:
         return load_tree(path)
     except UserError as damage:

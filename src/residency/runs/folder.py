@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,9 @@ class RunFolder:
                 if _STATE in str(damage) or HISTORY in str(damage):
                     (folder / _STATE).unlink(missing_ok=True)
             return None
-        if mend:  # a kill may have come between the record and this
-            (folder / _CHECKPOINT).unlink(missing_ok=True)
+        if mend:  # a kill may have come between the record and this; what is complete may lie where nobody may write
+            with suppress(OSError):
+                (folder / _CHECKPOINT).unlink(missing_ok=True)
         return record
 
     def _record(self, folder: Path) -> dict[str, Any] | None:

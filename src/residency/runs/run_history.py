@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ class RunHistory:
         self.path = folder / HISTORY
 
     def lines(self) -> list[dict[str, Any]]:
-        """All lines; a last one that a kill cut off is dropped."""
-        return read_lines(self.path)
+        """All lines; a last one that a kill cut off is dropped, and all that follows one that is no step."""
+        return list(takewhile(_is_step, read_lines(self.path)))
 
     def start(self, complete: Sequence[Path], *, stage: int, step: int) -> list[dict[str, Any]]:
         """Put the history together from what the complete stages hold, and what the running one has logged.
@@ -65,3 +66,7 @@ class RunHistory:
         if ordered != list(old):
             write_lines(self.path, ordered)
         return ordered
+
+
+def _is_step(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("stage"), int) and isinstance(line.get("step"), int)

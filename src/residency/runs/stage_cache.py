@@ -180,5 +180,5 @@ def _trim(log: Path, checkpoint: Path, on_message: Callable[[str], None]) -> Non
     """Forget the lines after the checkpoint: their steps are run again. Without a whole one all are."""
     tree = load_whole_tree(checkpoint, on_message=on_message)
     step = int(tree["global_step"]) if tree is not None else 0
-    kept = [line for line in read_lines(log) if line["step"] <= step]
+    kept = [line for line in read_lines(log) if isinstance(line.get("step"), int) and line["step"] <= step]
     write_lines(log, kept)

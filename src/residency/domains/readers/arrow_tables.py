@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from residency.core.errors import UserError
+from residency.core.parquet_files import ParquetRefused, check_row_count
 from residency.core.types import Split
 from residency.domains.readers.containers import FileOptions, Record, Records
 from residency.domains.readers.strict_json import check_text
@@ -25,11 +26,10 @@ def read_arrow_file(path: Path, name: str, split: Split) -> Records:
         UserError: It is not there or not what its suffix says.
     """
     import pyarrow as pa
-    from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path) if path.suffix.lower() == ".parquet" else _arrow(path)
-    except (OSError, pa.ArrowException) as error:
+        table = _parquet(path) if path.suffix.lower() == ".parquet" else _arrow(path)
+    except (OSError, pa.ArrowException, ParquetRefused) as error:
         raise UserError(
             f"{split} file {name!r}: {str(error).splitlines()[0][:200]}",
             why="the domain's rows are read from it",
@@ -38,15 +38,29 @@ def read_arrow_file(path: Path, name: str, split: Split) -> Records:
     return Records(rows=list(_records(table.to_pylist(), name)), class_names=_class_names(table.schema.metadata))
 
 
+def _parquet(path: Path) -> Any:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        # Equal values are stored once: rows are counted before they take memory.
+        check_row_count(path, file.metadata.num_rows, size=path.stat().st_size)
+        return file.read()
+
+
 def _arrow(path: Path) -> Any:
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:
         try:
-            return pa.ipc.open_file(source).read_all()
+            file = pa.ipc.open_file(source)
+            batches = [file.get_batch(n) for n in range(file.num_record_batches)]
         except pa.ArrowInvalid:
             source.seek(0)
-            return pa.ipc.open_stream(source).read_all()
+            file = pa.ipc.open_stream(source)
+            batches = list(file)
+        # Batches of compressed files become large as Python objects, not before.
+        check_row_count(path, sum(batch.num_rows for batch in batches), size=path.stat().st_size)
+        return pa.Table.from_batches(batches, schema=file.schema)
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:

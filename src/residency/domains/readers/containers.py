@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from residency.domains.readers.strict_json import check_text, parse_json, refuse
 __all__ = ["FileOptions", "Record", "Records", "read_file", "split_files"]
 
 MAX_LINE = 16 * 2**20  # characters; a longer line is a file without line ends
+MAX_UNPACKED = 64 * 2**20
+MAX_RATIO = 200
+"""A .gz file may unpack to so many bytes, or to so many times its own size; text is below 20 times."""
 _WHY = 'every row has to be an object of columns, such as {"prompt": "...", "completion": "..."}'
 _FIX = 'write {"prompt": "...", "completion": "..."}, or the columns of another format'
 
@@ -145,8 +149,8 @@ def _text(path: Path, name: str, split: Split, options: FileOptions) -> str:
     try:
         data = path.read_bytes()
         if path.suffix.lower() == ".gz":
-            data = gzip.decompress(data)
-    except (OSError, EOFError) as error:
+            data = _unpacked(data)
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{split} file {name!r}: {getattr(error, 'strerror', None) or error}",
             why="the domain's rows are read from it",
@@ -160,6 +164,16 @@ def _text(path: Path, name: str, split: Split, options: FileOptions) -> str:
         refuse(f"{name}, line {line}", got, why=_WHY, fix="save the file as UTF-8, or name files.encoding")
     except LookupError as error:
         raise UserError(str(error), why="files.encoding names a codec", fix="for example utf-8 or latin-1") from error
+
+
+def _unpacked(data: bytes) -> bytes:
+    """What a gzip file holds; nothing that is all repetitions, which would fill the memory (OSError)."""
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        limit = max(MAX_UNPACKED, MAX_RATIO * len(data))
+        unpacked = file.read(limit + 1)
+    if len(unpacked) > limit:
+        raise OSError(f"{len(data):,} bytes that unpack to more than {limit:,}")
+    return unpacked
 
 
 def _lines(text: str) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def place(path: Path, content: bytes | str) -> None:
             fix="free some space, or choose another folder with --output",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def draw(figure: Figure) -> Drawn:

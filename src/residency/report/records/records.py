@@ -72,12 +72,15 @@ class Entry:
         return frame.with_columns(pl.col("column").replace({name: for_terminal(name) for name in names}))
 
     def history(self) -> list[dict[str, Any]]:
-        """The logged steps; what a kill cut off is left out."""
+        """The logged steps; what a kill cut off is left out, and all that follows a line that is no step."""
         lines: list[dict[str, Any]] = []
         try:
             # Only a line feed ends a line: a name may hold what Unicode calls separators.
             for text in (self.folder / "history.jsonl").read_bytes().split(b"\n"):
-                lines.append(json.loads(text))
+                line = json.loads(text)
+                if not isinstance(line, dict):
+                    break
+                lines.append(line)
         except (OSError, ValueError, RecursionError):
             pass
         return lines

@@ -263,4 +263,5 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError as error:
         raise explained(error, target) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from residency.mitigations import (
     EarlyStopping,
     FisherMerge,
     IntruderReduction,
+    MagMax,
     Mitigation,
     Soup,
     TaskArithmetic,
@@ -141,8 +142,19 @@ def test_the_newest_states_are_remembered(last: int | None, wanted: list[int]) -
 
 # -- what a study may share -----------------------------------------------------------------------------------------
 
-AFTERWARDS = [WiseFT, TaskArithmetic, TIES, DARE, SLERP, FisherMerge, IntruderReduction, Soup]
-MINE = ["wise_ft", "ema", "soup", "task_arithmetic", "ties", "dare", "slerp", "fisher_merge", "intruder_reduction"]
+AFTERWARDS = [WiseFT, TaskArithmetic, TIES, DARE, SLERP, FisherMerge, IntruderReduction, Soup, MagMax]
+MINE = [
+    "wise_ft",
+    "ema",
+    "soup",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "slerp",
+    "fisher_merge",
+    "intruder_reduction",
+    "magmax",
+]
 
 
 @pytest.mark.parametrize("kind", AFTERWARDS)
@@ -177,6 +189,7 @@ RESUMED: dict[str, Callable[[], Mitigation]] = {
     "wise_ft": lambda: WiseFT(alpha=0.6, into="train"),
     "ties": lambda: TIES(density=0.5),
     "dare": DARE,
+    "magmax": MagMax,
     "ema": lambda: EMA(decay=0.8),
     "soup": lambda: Soup(over="steps", last=3, choose="greedy"),
     "early_stopping": lambda: EarlyStopping(every=1, min_delta=100.0, patience=2),

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM, Quantisation
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
-from residency.core.types import Example
+from residency.core.types import Example, untyped
 from residency.testing.tiny_runs import make_module, train
 
 EXAMPLES = [
@@ -101,3 +102,20 @@ def test_gpt2_runs_a_whole_stream(gpt2: Path, tmp_path: Path) -> None:
     matrix = record["scores"]["nll"]["R"]
     assert module.layout == "packed"
     assert all(matrix[k + 1][k] < matrix[0][k] for k in range(3)), "every domain is learned"
+
+
+def test_a_kernel_that_is_wrong_is_left_out_alone(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing and the other kernels stay; what counts FLOPs has seen the last layer with its kernel and without."""
+
+    def off_by_a_tenth(model: nn.Module) -> None:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                untyped(module).forward = lambda x, own=module: 1.1 * type(own).forward(own, x)
+
+    monkeypatch.setattr("residency.backbones.causal_lm.fuse_norms", off_by_a_tenth)
+    monkeypatch.setattr("residency.backbones.verdicts.recall", lambda key: None)
+    monkeypatch.setattr("residency.backbones.verdicts.remember", lambda key, verdict: None)
+    backbone = CausalLM(path=str(llama))
+    backbone.load()
+    assert backbone.packing_problem() == ""
+    assert {*backbone.left_out()} == {"norm"}

@@ -113,12 +113,23 @@ def test_a_teacher_reads_what_the_student_reads(backbone: Path, tmp_path: Path) 
     assert both["train_tokens"] - both["batch_tokens"] == both["batch_tokens"] - first["batch_tokens"]
 
 
-# What these do with weights and statistics alone, without a token, is more than the rest on a tiny model.
-_WITHOUT_TOKENS = {"dare", "gpm", "ewc_kfac", "ssu", "migu", "slerp", "ties", "soup", "task_arithmetic", "ogd"}
+# What these do with weights alone is more than the rest on a tiny model with some hundred tokens: products of factors,
+# 2 r per number of a layer and state, where a token is 6.
+_WITH_WEIGHTS_ALONE = {"dare", "slerp", "ties", "magmax"}
 
 
-@pytest.mark.pairs
-@pytest.mark.parametrize("mitigation", [name for name in MITIGATIONS if name not in SOME])
+# Statistics of activations, a loss in front of the head, and answers of unequal lengths.
+_ALWAYS = ("gpm", "ewc_kfac", "mas", "generative_replay")
+
+
+@pytest.mark.parametrize(
+    "mitigation",
+    [
+        pytest.param(name, marks=() if name in _ALWAYS else pytest.mark.pairs)
+        for name in MITIGATIONS
+        if name not in SOME
+    ],
+)
 def test_every_mitigation_counts_its_passes(mitigation: str, backbone: Path, tmp_path: Path) -> None:
     told, counted = two_stages(tmp_path, backbone, ADAPTERS["lora"](), {"x": MITIGATIONS[mitigation].make()})
-    assert (0 if mitigation in _WITHOUT_TOKENS else 0.9) < share(told, counted) < 1.05
+    assert (0.7 if mitigation in _WITH_WEIGHTS_ALONE else 0.95) < share(told, counted) < 1.05

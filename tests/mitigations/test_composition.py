@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,13 @@ from residency.core.types import Branch, Example, Stage
 from residency.mitigations import (
     AGEM,
     EMA,
+    EWC,
     GEM,
     GPM,
     L2SP,
+    MAS,
     OGD,
+    SI,
     EarlyStopping,
     FisherMerge,
     GenerativeReplay,
@@ -34,7 +38,8 @@ from residency.mitigations.constraints.gradient_projection import inner, project
 from residency.mitigations.distillation.sdft import Rewritten
 from residency.mitigations.rehearsal.memory import Mixture, Source, mixed_in, source_of
 from residency.objectives.dataset import own_rows
-from residency.testing.tiny_runs import make_module
+from residency.testing.tiny_runs import make_module, train
+from support.two_stages import ADAPTERS
 
 # --- shares of a batch ------------------------------------------------------------------------------------------------
 
@@ -173,6 +178,28 @@ def test_what_adds_to_an_update_comes_before_what_projects_it(llama: Path) -> No
     for layer, span in basis.items():
         step = (after[f"{layer}.weight"] - before[f"{layer}.weight"]).double()
         assert (step @ span.double()).norm() < 1e-4 * step.norm()
+
+
+# --- coordinates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: EWC(strength=1000.0, fisher_samples=6), lambda: MAS(strength=10.0, samples=6), lambda: SI(strength=10.0)],
+)
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_mixture_that_changes_nothing_changes_no_penalty(
+    make: Any, adapter: str, llama: Path, tmp_path: Path
+) -> None:
+    """α = 0.999999, three stages: LoRA's factors were made anew in another gauge, and EWC's penalty grew by 48."""
+    found: list[list[float]] = []
+    for more in ({}, {"mix": WeightMixing(alpha=0.999999)}):
+        folder = tmp_path / str(len(found)) / "run"
+        train(folder, llama, ADAPTERS[adapter](), {"x": make(), **more}, steps=2)
+        lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        found.append([line["loss/x/penalty"] for line in lines if line["stage"] == 3])
+    assert found[0][-1] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-2, abs=1e-6)
 
 
 # --- the end of a stage -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from residency.adapters import Full
 from residency.adapters.peft import lora
@@ -80,16 +81,45 @@ def test_a_batch_is_left_as_it_is(llama: Path) -> None:
     assert trainer.precision_plugin.convert_input(marker) is marker
 
 
-@pytest.mark.parametrize(("lr", "told"), [(1e-7, True), (1e-1, False)])
+class FirstStep(Callback):
+    """Counts, number by number, what the first step was to move and has not."""
+
+    lost: float | None = None
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if self.lost is None:
+            self.before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if self.lost is None:
+            moving = [
+                (now, then)
+                for name, p in module.model.named_parameters()
+                if p.grad is not None
+                for now, then, slope in zip(
+                    p.flatten().tolist(), self.before[name].flatten().tolist(), p.grad.flatten().tolist(), strict=True
+                )
+                if slope
+            ]
+            self.lost = sum(now == then for now, then in moving) / len(moving)
+
+
+@pytest.mark.parametrize(("lr", "told"), [(1e-7, True), (1e-5, True), (1e-1, False)])
 def test_updates_that_are_rounded_away_are_told(lr: float, told: bool, llama: Path, tmp_path: Path) -> None:
+    count = FirstStep()
+
     def go() -> None:
-        train(tmp_path / "run", llama, Full(), {}, steps=1, lr=lr, kinds={"a": "label"}, loading={"dtype": "bfloat16"})
+        options: dict[str, Any] = {"kinds": {"a": "label"}, "loading": {"dtype": "bfloat16"}, "callbacks": [count]}
+        train(tmp_path / "run", llama, Full(), {}, steps=1, lr=lr, **options)
 
     if told:
-        with pytest.warns(UserWarning, match=r"\d+% of the first step's updates are lost to rounding"):
+        with pytest.warns(UserWarning, match=r"\d+% of the first step's updates are lost to rounding") as said:
             go()
+        assert any(str(warning.message).startswith(f"{count.lost:.0%} of the first") for warning in said)
     else:
         go()
+        assert count.lost is not None
+        assert count.lost < 0.5
 
 
 def test_pure_float16_is_refused() -> None:

@@ -212,8 +212,12 @@ class CausalLM(Backbone):
         written = self._written(model, prompts, **options)
         # Whoever stopped by itself wrote an end token, which is not given back.
         lengths = [[min(len(new) + 1, max_new_tokens)] for new in written]
-        self.work.wrote(model, [len(prompt) for prompt in prompts], lengths)
+        padded = not self._writes_packed(layout, sampling)
+        self.work.wrote(model, [len(prompt) for prompt in prompts], lengths, padded=padded)
         return written
+
+    def _writes_packed(self, layout: Layout, sampling: Sampling | None) -> bool:
+        return layout == "packed" and sampling is None and (self.verdict is None or self.verdict.decodes)
 
     @torch.inference_mode()
     def _written(
@@ -226,7 +230,7 @@ class CausalLM(Backbone):
         layout: Layout,
     ) -> list[list[int]]:
         end = self.tokenizer.eos_token_id
-        if layout == "packed" and sampling is None and (self.verdict is None or self.verdict.decodes):
+        if self._writes_packed(layout, sampling):
             return greedy(model, prompts, end=end, max_new_tokens=max_new_tokens)
         padded = self.verdict is None or self.verdict.pads
         return write(model, prompts, end=end, max_new_tokens=max_new_tokens, sampling=sampling, padded=padded)

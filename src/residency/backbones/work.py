@@ -4,7 +4,8 @@ A product of n positions with a weight of p numbers is 2 n p FLOPs: once forward
 where that has one, once for the gradient of the weight where it is trained. Attention between n positions is
 4 n² FLOPs per layer and unit of width forward, and two and a half times as many backward (the scores are computed
 again), as `torch.utils.flop_counter` counts it. The head is a product at the positions that are read. Left out are
-norms, activations, the step of the optimizer, and what is done with weights or statistics alone (mixing, DoRA, a span).
+norms, activations, decompositions, the step of the optimizer, and what is done with weights alone (mixing, DoRA). What
+is done with statistics of activations is told by whoever does it (`Work.multiplied`).
 """
 
 from __future__ import annotations
@@ -183,6 +184,7 @@ class Work:
     def __init__(self) -> None:
         self._tokens = self._flops = 0
         self._products: Products | None = None
+        self._last: Callable[..., int] = lambda **place: 0
         self._known: Any = None
         self._trimmed: nn.Module | None = None
 
@@ -214,26 +216,43 @@ class Work:
         products = self._look_at(model)
         place = self._place(batch)
         self._add(batch.tokens, products.forward(**place))
+        again = model.training and is_checkpointed(model)
+        self._last = partial(products.backward, **place, checkpointed=again)
         if out.requires_grad:
-            again = model.training and is_checkpointed(model)
-            back = products.backward(**place, checkpointed=again)
-            out.register_hook(partial(self._back, back))
+            out.register_hook(partial(self._back, self._last()))
 
-    def wrote(self, model: nn.Module, prompts: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
+    def through(self, hidden: Tensor) -> Tensor:
+        """What the last pass found in front of its head, for a backward pass that begins there; the same tensor."""
+        if hidden.requires_grad:
+            hidden.register_hook(partial(self._back, self._last(read=0)))
+        return hidden
+
+    def wrote(
+        self, model: nn.Module, prompts: Sequence[int], answers: Sequence[Sequence[int]], *, padded: bool = False
+    ) -> None:
         """A generation that reads every prompt once and then token by token what it wrote.
 
         Args:
             model: With its adapter.
             prompts: Tokens of each prompt.
             answers: Per prompt the tokens of each of its answers; the last token of an answer is not read.
+            padded: All rows are as long as the longest, and go on until it ends: FLOPs, and no tokens.
         """
         products = self._look_at(model)
+        tokens = sum(prompts) + sum(max(n - 1, 0) for group in answers for n in group)
+        if padded:
+            longest = max((n for group in answers for n in group), default=0)
+            prompts, answers = [max(prompts)] * len(prompts), [[longest] * len(group) for group in answers]
         read = sum(prompts)
         steps = [(p, max(n - 1, 0)) for p, group in zip(prompts, answers, strict=True) for n in group]
         written = sum(n for _, n in steps)
         pairs = sum(p * p for p in prompts) + sum(n * p + n * (n + 1) // 2 for p, n in steps)
         first = products.forward(positions=read, read=len(prompts), pairs=pairs, last=read)
-        self._add(read + written, first + products.forward(positions=written, read=written, pairs=0, last=written))
+        self._add(tokens, first + products.forward(positions=written, read=written, pairs=0, last=written))
+
+    def multiplied(self, flops: int) -> None:
+        """Products of statistics that no token passes: covariances, projections."""
+        self._flops += flops
 
     def counted(self, *, tokens: int, forward: int, backward: int, out: Tensor | None = None) -> None:
         """A pass that its backbone has counted by itself.

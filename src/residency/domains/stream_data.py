@@ -36,8 +36,8 @@ class StreamData(LightningDataModule):
         batch_size: Examples per optimizer step, over all devices and accumulated micro-batches.
         micro_batch_size: Examples per forward pass on one device; `null` = as many as fit the batch size. Must divide
             batch size / devices; gradients are accumulated over the rest. Changes no gradient beyond rounding, except
-            where a model has dropout: its masks are drawn per micro-batch (one mask for a whole row),
-            seeded by step and number: another cut has other masks, and a rerun has the same again.
+            where a model has dropout: its masks are drawn per micro-batch, seeded by step and number: another cut has
+            other masks, and a rerun has the same again. A run says so before its first step.
         root: Folder that relative paths of domains and probes begin at: your copy of a stream.
         max_train: Most training rows of every domain, whatever its own limit; null = its own limit alone.
         max_validation: The same of validation rows.

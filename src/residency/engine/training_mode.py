@@ -6,7 +6,7 @@ model itself (a ratio to a reference, a reward) gets both only from a model that
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from residency.backbones.work import is_checkpointed
 from residency.core.errors import UserError
 from residency.objectives.base import Objective
 
-__all__ = ["check_checkpointing", "noise_of", "trains_in_training_mode"]
+__all__ = ["check_checkpointing", "cut_noise", "noise_of", "trained_noise", "trains_in_training_mode"]
 
 _NOISE = ("drop", "jitter")
 
@@ -33,6 +33,30 @@ def noise_of(model: nn.Module) -> list[str]:
 def trains_in_training_mode(objective: Objective, model: nn.Module) -> bool:
     """Whether the mode is on while a stage trains."""
     return objective.forward_noise or is_checkpointed(model)
+
+
+def trained_noise(objectives: Iterable[Objective], model: nn.Module) -> list[str]:
+    """What of `noise_of` is drawn while the stages of a run train."""
+    return noise_of(model) if any(trains_in_training_mode(objective, model) for objective in objectives) else []
+
+
+def cut_noise(noise: Sequence[str], *, parts: int) -> str:
+    """What to say before a run in which noise depends on how a step is cut; empty where nothing does.
+
+    The masks of a micro-batch start from the seed of its place in the stage, and one draw covers all of its rows: the
+    same cut gives the same bits, another one other masks. Everything else of a step is the same however it is cut.
+
+    Args:
+        noise: As `trained_noise` names it.
+        parts: Micro-batches of a step, over all devices; the most of any stage.
+    """
+    if not noise or parts < 2:
+        return ""
+    others = f" and {len(noise) - 1} more" if len(noise) > 1 else ""
+    return (
+        f"dropout ({noise[0]}{others}) is drawn per micro-batch, and a step has {parts}: another data.micro_batch_size "
+        "or number of devices trains with other masks; with dropout 0 neither changes a gradient"
+    )
 
 
 def check_checkpointing(objectives: Iterable[Objective], model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.core.environment import count_parameters
-from residency.core.ranks import gather_facts, tree_from_first
+from residency.core.ranks import gather_facts, ranks, tree_from_first
 from residency.core.types import Stage
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
@@ -22,6 +22,7 @@ from residency.engine.stage_overrides import (
     describe_stages,
 )
 from residency.engine.trainers import Trainers
+from residency.engine.training_mode import cut_noise, trained_noise
 from residency.inspection.inspection import Inspection
 from residency.runs.rank_steps import RankSteps
 from residency.runs.settings import StreamSettings
@@ -91,7 +92,9 @@ class StageRunner:
         self.build()
         trainable, total = count_parameters(self.module.model)
         layout = {"layout": self.module.layout, "layout_reason": self.module.layout_reason}
-        return {"trainable": trainable, "total": total, **layout}
+        objectives = self.module.stage_settings.objectives(self.module.objective)
+        noise = trained_noise(objectives, self.module.model)
+        return {"trainable": trainable, "total": total, **layout, "noise": noise}
 
     def info(self, facts: Mapping[str, Any], *, resumed: int) -> RunInfo:
         """What views want to know."""
@@ -110,7 +113,12 @@ class StageRunner:
             data=self.data.count_tokens(self.module.backbone.tokenizer, self.settings.split),
             stages=describe_stages(self.stages, self.settings.stages),
             growth={name: size for name, size in growth.items() if size},
+            notices=[told] if (told := self._told_of_noise(facts.get("noise", []))) else [],
         )
+
+    def _told_of_noise(self, noise: Sequence[str]) -> str:
+        sizes = {stage.batch_size for stage in self.stages}
+        return cut_noise(noise, parts=max(b // self.data.micro_batch(devices=ranks(), batch=b) for b in sizes))
 
     # -- states -------------------------------------------------------------------------------------------------
 

@@ -48,10 +48,11 @@ class ExampleData(StreamData):
         domains: Readers of the same names; only their names are used in training.
         kind: Of the rows.
         batch_size: Of a step.
+        micro_batch_size: Of a forward pass; `None` = a step is one.
     """
 
-    def __init__(self, *, domains: Any, kind: str, batch_size: int = 4) -> None:
-        super().__init__(domains=domains, batch_size=batch_size)
+    def __init__(self, *, domains: Any, kind: str, batch_size: int = 4, micro_batch_size: int | None = None) -> None:
+        super().__init__(domains=domains, batch_size=batch_size, micro_batch_size=micro_batch_size)
         self.kind = kind
 
     def examples(self, stage: Stage, tokenizer: Any) -> StageExamples:

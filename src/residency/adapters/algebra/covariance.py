@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from residency.adapters.base import Observe
 from residency.core.types import Batch
 
-__all__ = ["input_covariances", "tokens_of"]
+__all__ = ["covariance_flops", "input_covariances", "tokens_of"]
 
 
 def input_covariances(layers: Mapping[str, nn.Module], observe: Observe) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -51,6 +51,11 @@ def input_covariances(layers: Mapping[str, nn.Module], observe: Observe) -> tupl
         for hook in hooks:
             hook.remove()
     return shared, found
+
+
+def covariance_flops(covariances: Iterable[Tensor], *, tokens: int) -> int:
+    """Of Σ x xᵀ over so many tokens, for the covariances (D, D) that came out of it."""
+    return sum(2 * tokens * len(covariance) ** 2 for covariance in covariances)
 
 
 def tokens_of(x: Tensor, batch: Batch) -> Tensor:

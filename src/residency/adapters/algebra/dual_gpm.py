@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Memory", "directions", "energy_threshold", "project", "remember", "without"]
+__all__ = [
+    "Memory",
+    "directions",
+    "energy_threshold",
+    "project",
+    "project_flops",
+    "remember",
+    "remember_flops",
+    "without",
+]
 
 
 # Sine of the angle below which a direction counts as lying in a subspace, for bases in float32.
@@ -52,6 +61,18 @@ def project(matrix: Tensor, memory: Memory | None) -> Tensor:
     basis = memory.basis.to(matrix.dtype)
     inside = basis @ (basis.T @ matrix)
     return inside if memory.free else matrix - inside
+
+
+def project_flops(matrix: Tensor, memory: Memory) -> int:
+    """Of `project`, for a matrix of any shape with as many numbers."""
+    return 4 * matrix.numel() * memory.basis.shape[1]
+
+
+def remember_flops(before: Memory | None, after: Memory) -> int:
+    """Of the products in `remember`, its eigendecomposition aside."""
+    size, kept = len(after.basis), len(after.basis) - after.used
+    free = size - (before.used if before else 0)
+    return 2 * size * free * (size + free) + (0 if after is before else 2 * size * free * kept)
 
 
 def without(memory: Memory, frozen: Sequence[Tensor]) -> Memory:

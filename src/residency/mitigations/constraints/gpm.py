@@ -16,18 +16,17 @@ them all: then B rests and A goes on learning in what is free (`used` says how f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from residency.adapters.algebra.covariance import input_covariances
-from residency.adapters.algebra.dual_gpm import Memory, project, remember, without
+from residency.adapters.algebra.covariance import covariance_flops, input_covariances
+from residency.adapters.algebra.dual_gpm import Memory, project, project_flops, remember, remember_flops, without
 from residency.core.errors import UserError
 from residency.core.randomness import permutation
-from residency.core.types import Capability, Stage, Tensors
+from residency.core.types import Batch, Capability, Stage, Tensors
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.constraints.linear_maps import LinearMap, kept_share, linear_maps, passes
@@ -105,6 +104,8 @@ class GPM(Mitigation):
             return after[name] if memory is None else project_update(before[name], after[name], memory, place)
 
         projected = {name: final(name) for name in after}
+        used = [(after[name], memories[place.owner]) for name, place in places.items() if place.owner in memories]
+        module.backbone.work.multiplied(sum(project_flops(matrix, memory) for matrix, memory in used))
         self.state["kept"] = kept_share(before, after, projected)
         return projected
 
@@ -118,12 +119,23 @@ class GPM(Mitigation):
         examples = [learned[i] for i in order[: self.samples]]
         owners = {place.owner for place in linear_maps(module.model, module.adapter.trainable(module.model)).values()}
         layers = {owner: module.model.get_submodule(owner) for owner in sorted(owners)}
-        shared, covariances = input_covariances(layers, partial(passes, module, examples))
+        tokens = 0
+
+        def observe() -> Iterator[Batch]:
+            nonlocal tokens
+            for batch in passes(module, examples):
+                tokens += batch.tokens
+                yield batch
+
+        shared, covariances = input_covariances(layers, observe)
         memories, threshold = self.memories(), min(1.0, self.energy + self.growth * stage.index)
         found = {
             path: remember(memories.get(path), covariance, threshold=threshold)
             for path, covariance in covariances.items()
         }
+        work = covariance_flops(covariances.values(), tokens=tokens)
+        work += sum(remember_flops(memories.get(path), memory) for path, memory in found.items())
+        module.backbone.work.multiplied(work)
         memories |= {path: found[first] for path, first in shared.items()}
         # As a checkpoint brings it back: a product with a transposed view is rounded in another order.
         self.state["basis"] = {path: memory.basis.contiguous() for path, memory in memories.items()}

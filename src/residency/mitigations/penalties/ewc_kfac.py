@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from residency.adapters.algebra.covariance import covariance_flops
 from residency.core.errors import UserError
 from residency.core.tensors import remembered, size_in_bytes
 from residency.core.types import Batch, Capability, Outputs, Stage, Tensors
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.penalties.fisher import sampled_losses
-from residency.mitigations.penalties.kronecker import kronecker_factors, low_rank_pulls
+from residency.mitigations.penalties.kronecker import kronecker_factors, low_rank_pulls, pull_flops
 from residency.mitigations.penalties.per_example import ExampleLosses
 from residency.mitigations.penalties.quadratic import add_pulls
 from residency.mitigations.penalties.sampling import batches_of, pack_facts, sample_examples, unpack_facts
@@ -136,9 +137,11 @@ class KroneckerEWC(Mitigation):
         if self.fisher == "sampled":
             losses = sampled_losses(module.forward, seed=stage.seed, stage=stage.index)
         examples = sample_examples(module, stage, count=self.fisher_samples)
-        batches = batches_of(module, examples, tokens=self.batch_tokens)
+        batches = list(batches_of(module, examples, tokens=self.batch_tokens))
         owners = {layer.path: module.model.get_submodule(layer.path) for layer in layers}
         shared, inputs, outputs = kronecker_factors(owners, batches, losses)
+        seen = sum(batch.tokens for batch in batches)
+        module.backbone.work.multiplied(covariance_flops([*inputs.values(), *outputs.values()], tokens=seen))
         weights: list[float] = self._facts["weights"]
         index, weight = len(weights), 1.0
         if self.mode == "online" and weights:
@@ -192,4 +195,6 @@ class KroneckerEWC(Mitigation):
                 outputs=outputs.__getitem__,
             )
             parts.append(pulls)
+        each = sum(pull_flops(leaves[layer.b], leaves[layer.a]) for layer in layers)
+        module.backbone.work.multiplied(len(parts) * each)
         return torch.stack([value for value, _ in parts]).sum(), reduce(add_pulls, (pulls for _, pulls in parts))

@@ -27,7 +27,7 @@ from residency.adapters.base import LowRankLayer
 from residency.core.types import Batch, Tensors
 from residency.mitigations.penalties.per_example import ExampleLosses
 
-__all__ = ["kronecker_factors", "low_rank_pull", "low_rank_pulls"]
+__all__ = ["kronecker_factors", "low_rank_pull", "low_rank_pulls", "pull_flops"]
 
 
 def low_rank_pull(
@@ -59,6 +59,12 @@ def low_rank_pull(
     right_a = right if inputs is None else right @ inputs
     value = 0.5 * scale**2 * ((left.T @ g_left) * (right_a @ right.T)).sum()
     return value, scale**2 * (g_left @ (right_a @ a.T)), scale**2 * ((b.T @ g_left) @ right_a)
+
+
+def pull_flops(b: Tensor, a: Tensor) -> int:
+    """Of `low_rank_pull` with Ā and Ḡ, for B (out, r) and A (r, in)."""
+    (out, rank), size = b.shape, a.shape[1]
+    return 4 * rank * (out**2 + size**2) + 16 * rank**2 * (out + size)
 
 
 @torch.no_grad()

@@ -161,5 +161,6 @@ class MAS(Mitigation):
 
     def _norms(self, module: StageModule) -> ExampleLosses:
         if self.output == "hidden":
-            return squared_norms(lambda batch: hidden_states(module.model, module.forward, batch))
+            through = module.backbone.work.through
+            return squared_norms(lambda batch: through(hidden_states(module.model, module.forward, batch)))
         return squared_norms(lambda batch: module.forward(batch).float().log_softmax(-1))

@@ -33,6 +33,7 @@ class RunInfo:
         data: {column: {split: what became of its rows and tokens}}.
         stages: What each stage does, in words, where one of them has settings of its own.
         growth: {mitigation: bytes by which its state grows with every stage}, of those without a bound.
+        notices: What else somebody who compares this run with another one should know, in sentences.
     """
 
     cell: str
@@ -48,6 +49,7 @@ class RunInfo:
     data: Mapping[str, Mapping[str, TokenCounts]] = field(default_factory=dict)
     stages: Sequence[str] = ()
     growth: Mapping[str, int] = field(default_factory=dict)
+    notices: Sequence[str] = ()
 
 
 class View:

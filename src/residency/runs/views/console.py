@@ -62,6 +62,8 @@ class ConsoleView(View):
                 f"  [yellow]{escape(printable(name))}[/yellow] keeps {size / 1e6:,.2f} MB more after every stage, "
                 f"{size * len(info.domains) / 1e6:,.2f} MB in the end; the file of every stage holds all of it so far"
             )
+        for line in info.notices:
+            self.console.print(f"  [yellow]Note:[/yellow] {escape(printable(line, 300))}", highlight=False)
         if info.resumed:
             self.console.print(f"  going on after stage {info.resumed} of {len(info.domains)}")
 

@@ -245,7 +245,9 @@ MITIGATIONS: dict[str, MitigationRow] = {
     "intruder_reduction": MitigationRow(
         make=lambda: IntruderReduction(scale=0.2, threshold=0.9, first=False), off=lambda: IntruderReduction(scale=1.0)
     ),
-    "magmax": MitigationRow(make=lambda: MagMax(strength=0.6), off=lambda: MagMax(strength=1.0, past=0.0)),
+    "magmax": MitigationRow(
+        make=lambda: MagMax(strength=0.6, into="train"), off=lambda: MagMax(strength=1.0, past=0.0)
+    ),
     "slerp": MitigationRow(make=lambda: SLERP(alpha=0.6), off=lambda: SLERP(alpha=1.0)),
     "soup": MitigationRow(make=lambda: Soup(), off=lambda: Soup(last=1)),
     "task_arithmetic": MitigationRow(

@@ -328,3 +328,13 @@ def test_a_prompt_alone_is_read_and_has_no_target(llama: Path) -> None:
         assert batch.tokens == make_batch([PLAIN[0], PLAIN[1]], layout=layout).tokens + 3
         expected = backbone.logits(model, make_batch([PLAIN[0], PLAIN[1]], layout="padded"))
         torch.testing.assert_close(backbone.logits(model, batch), expected, atol=1e-5, rtol=0)
+
+
+def test_a_batch_is_moved_whole() -> None:
+    examples = [Example.of(domain="a", row="0", prompt=(1, 2), completion=(3,))]
+    batch = make_batch(examples, layout="padded")
+    moved = batch.to("meta")
+    for name in ("input_ids", "position_ids", "attention_mask", "target_at", "targets"):
+        assert getattr(moved, name).device.type == "meta", name
+        assert getattr(batch, name).device.type == "cpu", name
+    assert moved.examples is batch.examples

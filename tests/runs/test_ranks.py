@@ -183,6 +183,24 @@ def test_a_killed_rank_ends_all_and_another_number_goes_on(victim: str, config: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (1, 4), (4, 1)])
+def test_another_number_of_ranks_goes_on(first: int, then: int, config: Path, tmp_path: Path) -> None:
+    """Killed as a whole in the middle of the second stage."""
+    run, long = tmp_path / "run", ["--trainer.max_steps=60"]
+    process = _start(_command(config, run, first, *long))
+    _wait_for(run / "stages" / "2-b" / "checkpoint.safetensors", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert not (run / "results.json").exists()
+    resumed = _start(_command(config, run, then, *long))
+    _, told = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, told
+    whole = tmp_path / "whole"
+    assert call("fit", "--config", config, "--run_dir", whole, *long).code == 0
+    assert max(apart(whole, run).values()) <= EQUAL
+
+
+@pytest.mark.slow
 def test_the_command_starts_its_ranks(config: Path, tmp_path: Path) -> None:
     store = ["--store", str(tmp_path / "store")]
     process = _start(_command(config, tmp_path / "two", 2, *store))

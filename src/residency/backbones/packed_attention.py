@@ -1,14 +1,17 @@
 """Attention per segment of a packed row, through transformers' attention interface.
 
 Works for every architecture that calls the interface: the segments arrive as a keyword of the model's forward, and so
-does the memory of `residency.backbones.generation`. Without these keywords (padded batches) it is transformers' own
-scaled-dot-product attention. Soft caps (Gemma 2) and sinks (gpt-oss) are part of it; any other keyword that is not
-known is refused, so that a model that needs it is left to its own attention (`residency.backbones.exactness`).
+does the memory of `residency.backbones.generation`. On CUDA one kernel (FlexAttention) attends to a whole row, where it
+is found exact on the shape at hand; elsewhere each segment is attended to by itself. Without these keywords (padded
+batches) it is transformers' own scaled-dot-product attention. Soft caps (Gemma 2) and sinks (gpt-oss) are part of it;
+any other keyword that is not known is refused, so that a model that needs it is left to its own attention
+(`residency.backbones.exactness`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from residency.backbones.kernels.flex import attend_row
 from residency.backbones.kernels.segments import segment_mask
 from residency.backbones.kernels.softmax import How, softmax_attention
 from residency.core.types import Segment, segment_tokens
@@ -27,6 +31,10 @@ __all__ = ["NAME", "How", "Memory", "attend_segments", "register", "segment_mask
 NAME = "residency_packed"
 
 Segments = tuple[Segment, ...]
+
+# A tree of branches and a plain text, 160 tokens: what one kernel for a row is tried on.
+_TRIED: Segments = ((60, (30, 10, 12), 8), (40,))
+_TOLERANCE, _LOOSE = {torch.float32: 5e-3, torch.float64: 1e-6}, 3e-2  # TF32 has 10 bits, bfloat16 7
 
 # What transformers hands on to attention and what changes nothing in it: the model has used it already, or it tells
 # flash attention what `segments` tells here.
@@ -147,8 +155,36 @@ def _attention(
         assert segments is not None
         if memory is not None:
             memory.store(layer, key, value)
-        out = attend_segments(query, key, value, segments, how)
+        one = _runs_flex(how, query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+        if one:
+            out = attend_row(query, key, value, segments, window=how.window, scale=how.scale)
+        else:
+            out = attend_segments(query, key, value, segments, how)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _runs_flex(how: How, device: torch.device, dtype: torch.dtype, heads: int, keys: int, width: int) -> bool:
+    """Whether one kernel attends to all segments: on CUDA, where a try gives what the segments give one by one."""
+    return device.type == "cuda" and how.is_plain and not how.dropout and _tried_flex(device, dtype, heads, keys, width)
+
+
+@lru_cache(maxsize=64)
+def _tried_flex(device: torch.device, dtype: torch.dtype, heads: int, keys: int, width: int) -> bool:
+    """Once per shape and process: a small tree over the border of two blocks, with a window and without."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(0)
+        shapes = ((1, n, 160, width) for n in (heads, keys, keys))
+        query, key, value = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+        try:
+            return all(_agrees(query, key, value, window) for window in (None, 20))
+        except Exception:  # no compiler, or a shape that it has no kernel for: many unrelated types
+            return False
+
+
+def _agrees(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
+    found = attend_row(query, key, value, _TRIED, window=window, scale=None)
+    wanted = attend_segments(query, key, value, _TRIED, How(window=window))
+    return bool((found - wanted).abs().max() <= _TOLERANCE.get(query.dtype, _LOOSE) * wanted.abs().max())
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:

@@ -20,7 +20,9 @@ _HEAD_ROWS = 32
 def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
     """(M, V) logits of a batch of either layout."""
     if batch.layout == "packed":
-        with only_at(batch.target_at):
+        # One branch per example: its targets are one after another.
+        plain = batch.target_at.is_cuda and all(len(example.branches) <= 1 for example in batch.examples)
+        with only_at(batch.target_at, distinct=plain):
             out = model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,

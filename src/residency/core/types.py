@@ -170,13 +170,19 @@ class Batch:
         return torch.tensor([weights[e][b] for e, b in pairs], device=self.targets.device)
 
     def to(self, device: Any, **kwargs: Any) -> Batch:
-        """A copy with every tensor on `device` (Lightning calls this)."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, **kwargs)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        """A copy with every tensor on `device` (Lightning calls this); pinned memory is not waited for."""
+        if torch.device(device).type == "cuda":
+            kwargs.setdefault("non_blocking", True)
+        return self._with(lambda tensor: tensor.to(device, **kwargs))
+
+    def pin_memory(self) -> Batch:
+        """A copy in memory from which a GPU reads by itself (torch's `DataLoader` calls this)."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def _with(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

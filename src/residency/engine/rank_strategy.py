@@ -20,7 +20,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.ranks import mean_gradients
 
-__all__ = ["RankStrategy", "ended_children", "stage_strategy"]
+__all__ = ["RankStrategy", "end_in_place", "ended_children", "stage_strategy"]
 
 _PATIENCE = 20  # seconds for the other processes to end by themselves
 
@@ -78,6 +78,22 @@ def stage_strategy(chosen: Strategy) -> RankStrategy | None:
         why=why,
         fix="set trainer.strategy to ddp (or auto), or use one device per cell",
     )
+
+
+def end_in_place(strategy: Strategy) -> None:
+    """What a strategy does at the end of a stage, but for carrying the model to the CPU: the next stage, or whoever
+    scores this one, wants it where it is.
+    """
+    module: Any = strategy.lightning_module
+    teardown = type(strategy).teardown
+    if module is None:
+        teardown(strategy)
+        return
+    module.cpu = lambda: module
+    try:
+        teardown(strategy)
+    finally:
+        del module.cpu
 
 
 @contextmanager

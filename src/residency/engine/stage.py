@@ -247,6 +247,7 @@ def _fit(
         batch_sampler=StageBatches(stage=stage, micro_batch=micro, start=done, rank=rank(), ranks=ranks()),
         collate_fn=partial(_lay_out, module.objective.collate, module.layout),
         num_workers=data.num_workers,
+        pin_memory=trainers.root_device.type == "cuda",
     )
     module.model.train()
     with quiet_lightning():

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from residency.core.environment import keep_threads
 from residency.core.errors import UserError
 from residency.engine.checkpointing import SafetensorsIO
-from residency.engine.rank_strategy import RankStrategy, ended_children, stage_strategy
+from residency.engine.rank_strategy import RankStrategy, end_in_place, ended_children, stage_strategy
 from residency.engine.trainer_options import refuse_overwritten, refuse_senseless
 
 __all__ = ["Trainers"]
@@ -170,6 +170,8 @@ class Trainers:
             trainer = Trainer(**options)
             if (strategy := stage_strategy(trainer.strategy)) is not None:
                 trainer = Trainer(**options | {"strategy": strategy})
+        if trainer.strategy.root_device.type == "cuda":
+            trainer.strategy.teardown = partial(end_in_place, trainer.strategy)  # type: ignore[method-assign]
         # A batch holds token ids, positions and counts, which no precision converts; Lightning would look into it and
         # refuse a frozen dataclass.
         trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]

@@ -6,8 +6,10 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
-from residency.backbones.kernels.flex import attend_flex, block_mask, follows_until, places
+from residency.backbones import packed_attention
+from residency.backbones.kernels.flex import attend_flex, attend_row, block_mask, filled, follows_until, places
 from residency.backbones.kernels.segments import segment_mask
 from residency.backbones.packed_attention import How, attend_segments
 from residency.core.types import Segment, segment_tokens
@@ -69,3 +71,59 @@ def test_the_forward_is_that_of_the_segment_kernel(
     wanted = attend_segments(query, key, value, row, how)
     found = attend_flex(query, key, value, block_mask(row, window=window, device="cpu"), scale=0.3)
     assert (found - wanted).abs().max() <= 1e-5
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+LONG: tuple[Segment, ...] = ((300,), (90, (40, 20, 150), 25), (260,), (7,))
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("length", [None, 1024])
+def test_no_block_is_left_out_and_none_is_taken_as_a_whole_that_is_not(window: int | None, length: int | None) -> None:
+    mask = block_mask(LONG, window=window, device="cpu", length=length)
+    tokens = mask.seq_lengths[0]
+    # torch's own way: evaluate all pairs.
+    dense = create_block_mask(mask.mask_mod, None, None, tokens, tokens, device="cpu")
+
+    def kinds(of: object, counts: str, columns: str) -> list[list[int]]:
+        found = getattr(of, counts)[0, 0].tolist(), getattr(of, columns)[0, 0].tolist()
+        return [sorted(row[:count]) for count, row in zip(*found, strict=True)]
+
+    whole, some = (("full_kv_num_blocks", "full_kv_indices"), ("kv_num_blocks", "kv_indices"))
+    seen = [sorted(a + b) for a, b in zip(kinds(mask, *whole), kinds(mask, *some), strict=True)]
+    wanted = [sorted(a + b) for a, b in zip(kinds(dense, *whole), kinds(dense, *some), strict=True)]
+    for row, (ours, theirs) in enumerate(zip(seen, wanted, strict=True)):
+        assert {*theirs} <= {*ours}, row
+        assert {*kinds(mask, *whole)[row]} <= {*kinds(dense, *whole)[row]}, row
+    assert sum(map(len, kinds(mask, *whole))) > 0 or window is not None
+    assert sum(map(len, seen)) < len(seen) * (len(seen) + 1) // 2, "no block was left out"
+
+
+def test_rows_are_filled_to_few_lengths() -> None:
+    lengths = {filled(n) for n in range(1, 16385)}
+    assert all(n <= filled(n) and filled(n) % 128 == 0 for n in range(1, 16385))
+    assert max(filled(n) / n for n in range(257, 16385)) <= 1.5
+    assert len(lengths) == 14
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_filled_row_is_attended_to_like_its_segments(window: int | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, h, 892, 16) for h in (6, 2, 2))
+    assert filled(892) == 1024
+    found = attend_row(query, key, value, LONG, window=window, scale=None)
+    wanted = attend_segments(query, key, value, LONG, How(window=window))
+    assert (found - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_kernel_is_tried_before_it_is_used_and_never_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, shape = torch.device("cpu"), (torch.float32, 4, 2, 16)
+    assert packed_attention._tried_flex(cpu, *shape)
+    assert not packed_attention._runs_flex(How(), cpu, *shape)
+    packed_attention._tried_flex.cache_clear()
+    monkeypatch.setattr(packed_attention, "attend_row", lambda query, *args, **options: query)
+    assert not packed_attention._tried_flex(cpu, *shape), "a kernel that gives something else is not used"
+    packed_attention._tried_flex.cache_clear()

@@ -30,13 +30,14 @@ _LOOSE = 2e-2
 
 
 @contextmanager
-def only_at(positions: Tensor) -> Iterator[None]:
+def only_at(positions: Tensor, *, distinct: bool = False) -> Iterator[None]:
     """Nothing but these positions of the packed row is read behind the last layer.
 
     Args:
         positions: (M,), in any order; may repeat.
+        distinct: Whether they are known to be in order and not to repeat. A GPU is then not waited for.
     """
-    token = _read.set(positions.unique())
+    token = _read.set(positions if distinct else positions.unique())
     try:
         yield
     finally:

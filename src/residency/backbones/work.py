@@ -28,7 +28,7 @@ __all__ = ["Products", "Work", "is_checkpointed", "products_of"]
 T = TypeVar("T")
 
 # Maps that read what enters a block; of the lowest block that trains, this has no gradient.
-_READS_INPUT = re.compile(r"\.(q_proj|k_proj|v_proj|query|key|value|qkv_proj|query_key_value|c_attn|Wqkv)\.(?!.*lora_B)")
+_READS_INPUT = re.compile(r"\.([qkv]_proj|query|key|value|qkv_proj|query_key_value|c_attn|Wqkv)\.(?!.*lora_B)")
 # What may train outside of the blocks without a gradient that passes through them.
 _ABOVE = re.compile(r"norm|ln_f|lm_head|embed_out|\b(score|classifier|pre_classifier|pooler)\.")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,17 +100,23 @@ def test_files_and_functions_have_a_readable_size() -> None:
     assert not long
 
 
-def test_a_wheel_holds_every_room_and_every_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`testing` is for authors of plug-ins, who have the wheel alone; presets are found without the repository."""
-    from setuptools.dist import Distribution
+_FILES_OF_THE_WHEEL = """
+from setuptools.dist import Distribution
+project = Distribution({"script_name": "setup.py"})
+project.parse_config_files()
+build = project.get_command_obj("build_py")
+build.ensure_finalized()
+print(build.build_lib, *build.get_outputs(include_bytecode=False), sep="\\n")
+"""
 
+
+def test_a_wheel_holds_every_room_and_every_preset() -> None:
+    """`testing` is for authors of plug-ins, who have the wheel alone; presets are found without the repository."""
     root = Path(__file__).parents[1]
-    monkeypatch.chdir(root)
-    project = Distribution({"script_name": "setup.py"})
-    project.parse_config_files()
-    build = project.get_command_obj("build_py")
-    build.ensure_finalized()
-    held = {Path(path).relative_to(build.build_lib) for path in build.get_outputs(include_bytecode=False)}
+    # In a process of its own: setuptools puts a module of its own in the place of distutils.
+    words = [sys.executable, "-c", _FILES_OF_THE_WHEEL]
+    base, *paths = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    held = {Path(path).relative_to(base) for path in paths}
     files = {Path("residency") / path.relative_to(SOURCE) for path in SOURCE.rglob("*.py")}
     presets = {
         Path("residency/configs") / path.relative_to(root / "configs") for path in root.glob("configs/**/*.yaml")

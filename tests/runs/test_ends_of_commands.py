@@ -79,7 +79,8 @@ def test_a_closed_terminal_ends_a_command_and_nohup_does_not(tmp_path: Path) -> 
         "    with stop_on_signals():\n        print('ready', flush=True); time.sleep(30)\n"
         "except Stopped as stopped:\n    print(stopped); sys.exit(75)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    heard = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n{program}"  # whoever started the tests
+    process = subprocess.Popen([sys.executable, "-c", heard], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)

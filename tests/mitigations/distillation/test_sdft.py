@@ -202,7 +202,7 @@ def test_a_share_of_the_rows(llama: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_stored_stage_is_not_written_again(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data set is a view of the state: what is loaded later counts."""
+    """What was written is in the state, which is there before the objective looks at the rows."""
     module = build(llama, SDFT(template=TEMPLATE))
     own = rows(module, [" yes", " no"])
     monkeypatch.setattr(module.backbone, "generate", scripted(module, {"q0": "si", "q1": "nix"}, []))
@@ -210,9 +210,7 @@ def test_a_stored_stage_is_not_written_again(llama: Path, monkeypatch: pytest.Mo
     written, state = list(module.dataset), module.mitigations["sdft"].state_dict()
     later = build(llama, SDFT(template=TEMPLATE))
     monkeypatch.setattr(later.backbone, "generate", None)
-    later.begin_stage(stage(), own, stored=("sdft",))
-    assert list(later.dataset) == own
-    later.mitigations["sdft"].load_state_dict(state)
+    later.begin_stage(stage(), own, stored={"sdft": state})
     assert list(later.dataset) == written != own
 
 

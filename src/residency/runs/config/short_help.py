@@ -56,12 +56,7 @@ trainer
                  gradient_clip_val, accumulate_grad_batches, logger, ...
                  (https://lightning.ai/docs/pytorch/stable/common/trainer.html)
 """
-_DRY_RUN = """\
-estimate
-  --dry-run      train nothing: tell memory by part, tokens and FLOPs of each device (docs/devices.md)
-  --memory GIB   of one device: which micro-batch fits into it
-  --measure      try a few steps for the time; --watts, --kwh-price, --hour-price tell energy and money
-"""
+_DRY_RUN = "  --dry-run            memory by part, tokens, FLOPs; --memory GIB, --measure: docs/devices.md\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +83,11 @@ def short_help(verb: str, *, width: int | None = None) -> str:
     """
     columns = width or max(80, min(110, shutil.get_terminal_size().columns))
     parts = [_HEAD.format(verb=verb, description=textwrap.fill(DESCRIPTIONS[verb], columns))]
+    parts[0] += _DRY_RUN if verb == "fit" else ""
     for title, options in verb_options(verb).items():
         lines = [line for option in options for line in _lines(option, columns)]
         parts.append("\n".join([title, *lines]) + "\n")
-    return "\n".join([*parts, *([_DRY_RUN] if verb == "fit" else []), _TAIL])
+    return "\n".join([*parts, _TAIL])
 
 
 @cache

@@ -59,9 +59,9 @@ class Rows:
         """No rows are held out."""
         return []
 
-    def micro_batch(self, *, devices: int) -> int:
+    def micro_batch(self, *, devices: int, batch: int | None = None) -> int:
         """Examples per forward pass."""
-        return self.batch_size
+        return batch or self.batch_size
 
 
 def _example(domain: str, row: str, encoded: tuple[list[int], int]) -> Example:

@@ -81,3 +81,9 @@ def test_the_trainers_defaults_are_no_request() -> None:
     """A resolved config names every option."""
     defaults = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items() if name != "self"}
     assert Trainers(lambda: {**defaults, "accelerator": "cpu", "devices": 1}).world_size == 1
+
+
+@pytest.mark.parametrize("options", [{"accelerator": "\u2028"}, {"accelerator": "cpu", "devices": -3}])
+def test_what_lightning_refuses_is_told_whoever_asks_first(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"(?s)trainer.*fix: correct trainer\.accelerator"):
+        _ = Trainers(lambda: options).world_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,16 @@ def test_a_crossed_limit_is_exit_code_4_with_a_line_and_json(study: Path, tmp_pa
     assert {one["method"]: one["state"] for one in found["limits"]} == {"none": "crossed", "kept": "ok"}
     forgot = found["limits"][0]["value"]
     assert forgot == pytest.approx((3.8 - 1.5 + 4.4 - 0.8) / 2, rel=0.05), "printed as a cost: above 0 is bad"
+
+
+def test_a_record_that_names_no_cell_is_told(study: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(study / "cells" / "kept-s0", run)
+    record = json.loads((run / "results.json").read_text())
+    del record["cell"]
+    (run / "results.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"damaged: results\.json names no cell|no .*finished"):
+        gate_command([str(run), "--max", "forgetting=0.1"])
 
 
 def test_against_a_baseline_the_limit_is_on_the_paired_difference(

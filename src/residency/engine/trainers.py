@@ -69,8 +69,15 @@ class Trainers:
 
     @cached_property
     def _probe(self) -> Trainer:
-        # Never fitted: tells devices and ranks before the first stage needs them.
-        return self.make(steps=1, folder=Path("."), observers=[])
+        # Never fitted: tells devices and ranks before the first stage needs them, and whether there can be a Trainer.
+        try:
+            return self.make(steps=1, folder=Path("."), observers=[])
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+            raise UserError(
+                f"trainer: {' '.join(str(error).split())}",
+                why="Lightning's Trainer refuses these options on this machine",
+                fix="correct trainer.accelerator, trainer.devices, trainer.strategy or trainer.precision",
+            ) from error
 
     def check(self) -> None:
         """Make a Trainer now, so that a device that is not there stops a command before a model is loaded.
@@ -78,14 +85,7 @@ class Trainers:
         Raises:
             UserError: Lightning refuses the options on this machine.
         """
-        try:
-            _ = self.root_device
-        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
-            raise UserError(
-                f"trainer: {' '.join(str(error).split())}",
-                why="Lightning's Trainer refuses these options on this machine",
-                fix="correct trainer.accelerator, trainer.devices, trainer.strategy or trainer.precision",
-            ) from error
+        _ = self.root_device
 
     @property
     def root_device(self) -> torch.device:

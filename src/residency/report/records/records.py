@@ -190,6 +190,8 @@ def _entry(folder: Path, cell: Mapping[str, Any], more: Mapping[str, str] | None
     axes = {str(k): v for k, v in (cell.get("axes") or {}).items()} | dict(more or {})
     if (folder / "results.json").is_file():
         record = _json(folder / "results.json")
+        if "cell" not in record:
+            record = {"cell": cell["id"], "status": "damaged: results.json names no cell"}
         record["axes"] = {**(record.get("axes") or {}), **axes}
         for part in ("domains", "probes"):
             # Names become fields of charts, whose renderer a NUL ends; names of other versions may hold one.

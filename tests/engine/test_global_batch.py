@@ -84,6 +84,6 @@ def test_the_trainers_defaults_are_no_request() -> None:
 
 
 @pytest.mark.parametrize("options", [{"accelerator": "\u2028"}, {"accelerator": "cpu", "devices": -3}])
-def test_what_lightning_refuses_is_told_whoever_asks_first(options: dict[str, Any]) -> None:
+def test_what_lightning_refuses_is_told_whoever_asks_first(options: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"(?s)trainer.*fix: correct trainer\.accelerator"):
-        _ = Trainers(lambda: options).world_size
+        _ = Trainers(lambda: dict(options)).world_size

@@ -156,7 +156,8 @@ def rows(folder: Path, rounds: int) -> Mapping[str, Any]:
     from residency.domains import Jsonl
     from residency.domains.stream_data import StreamData
     from residency.engine.module import ContinualModule
-    from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
+    from residency.engine.scoring.evaluation import evaluate
+    from residency.engine.scoring.settings import EvaluationSettings
     from residency.objectives import SFT
 
     path = str(small_model(folder / "model2", layers=2))

@@ -19,7 +19,8 @@ from residency.core.signals import Stopped
 from residency.core.tensors import snapshot
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
-from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.settings import EvaluationSettings
 from residency.engine.trainers import Trainers
 from residency.objectives import SFT
 from residency.runs.folder import RunFolder

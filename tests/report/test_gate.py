@@ -49,7 +49,7 @@ def test_a_record_that_names_no_cell_is_told(study: Path, tmp_path: Path) -> Non
     record = json.loads((run / "results.json").read_text())
     del record["cell"]
     (run / "results.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"damaged: results\.json names no cell|no .*finished"):
+    with pytest.raises(UserError, match="names no cell"):
         gate_command([str(run), "--max", "forgetting=0.1"])
 
 

@@ -155,7 +155,7 @@ def test_more_threads_are_another_environment(lineage: Any, monkeypatch: pytest.
 
 
 def test_scores_know_state_column_and_settings(lineage: Any) -> None:
-    from residency.engine.scoring.evaluation import EvaluationSettings
+    from residency.engine.scoring.settings import EvaluationSettings
 
     options: dict[str, Any] = {"split": "test", "settings": EvaluationSettings(), "layout": "packed"}
     plain, other = lineage({}), lineage(EWC(10.0))

@@ -17,7 +17,8 @@ from residency.core.types import Stage
 from residency.domains import Table
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
-from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.settings import EvaluationSettings
 from residency.objectives import SFT
 
 MODEL = cache_folder() / "models" / "smollm2-135m-instruct"

@@ -98,12 +98,12 @@ def train_stage(
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
     resumed = checkpoint if from_first(checkpoint.is_file()) else None
-    stored = _mitigation_states(module, resumed) if resumed else {}
+    steps, stored = _done(module, resumed) if resumed else (0, {})
     module.backbone.work.take()
     module.backbone.work.renew()
     begin_stage(module, data, stage, stored=stored)
     keeper = StageCheckpoint(path=checkpoint, every_n_steps=checkpoint_every_n_steps)
-    _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed)
+    _fit(module, data, trainers, stage, folder, [history, *observers, keeper], resumed, steps=steps)
     history.close(module)
     check_finite(module.adapter, module.model, stage)
     spent = gather_facts([history.totals["prepare_seconds"], history.totals["seconds"], peak_memory_bytes()])
@@ -218,10 +218,11 @@ def begin_stage(
     module.begin_stage(stage, data.examples(stage, tokenizer), validation, stored=stored)
 
 
-def _mitigation_states(module: ContinualModule, checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """What an in-stage checkpoint holds of each mitigation: the objective begins on the rows that they made."""
-    states = load_for_all(checkpoint)["callbacks"]
-    return {name: states.get(mitigation.state_key, {}) for name, mitigation in module.mitigations.items()}
+def _done(module: ContinualModule, checkpoint: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The steps behind an in-stage checkpoint, and what it holds of each mitigation, by name."""
+    tree = load_for_all(checkpoint)
+    states = {name: tree["callbacks"].get(m.state_key, {}) for name, m in module.mitigations.items()}
+    return int(tree["global_step"]), states
 
 
 def _lay_out(collate: Callable[..., Batch], layout: Layout, part: GlobalBatch) -> Batch:
@@ -237,11 +238,13 @@ def _fit(
     folder: Path,
     callbacks: list[Callback],
     checkpoint: Path | None,
+    *,
+    steps: int,
 ) -> None:
     micro = data.micro_batch(devices=ranks(), batch=stage.batch_size)
     accumulate = stage.batch_size // (micro * ranks())
     trainer = trainers.make(steps=stage.steps, accumulate=accumulate, folder=folder, observers=callbacks)
-    done = 0 if checkpoint is None else int(load_for_all(checkpoint)["global_step"]) * accumulate
+    done = steps * accumulate
     loader: DataLoader[Any] = DataLoader(
         StepParts(dataset=module.dataset, stage=stage, parts=accumulate * ranks()),  # type: ignore[arg-type]
         batch_sampler=StageBatches(stage=stage, micro_batch=micro, start=done, rank=rank(), ranks=ranks()),

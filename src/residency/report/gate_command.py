@@ -151,8 +151,9 @@ def _read(folder: Path, scorer: str | None) -> _Found:
     arms = arms_of(records)
     done = [entry for entry in records.done if entry.reference is None]
     if not done:
+        states = ", ".join(dict.fromkeys(str(entry.record["status"]) for entry in records.entries))
         raise UserError(
-            f"{folder} has no finished run",
+            f"{folder} has no finished run ({states or 'no cells'})",
             why="limits are judged on complete records",
             fix="finish it first: the command that began it goes on where it stopped",
         )

@@ -21,7 +21,7 @@ from residency.inspection import Inspection
 from residency.runs.config.class_names import part_names
 from residency.runs.config.explain import ParseFailure, explain
 from residency.runs.config.imports import tell_outside
-from residency.runs.config.instantiate import TRAINER_DEFAULTS, Verbs, build_trainer_options, building
+from residency.runs.config.instantiate import TRAINER_DEFAULTS, Verbs, build_classes, build_trainer_options
 from residency.runs.config.jsonargparse_patch import install
 from residency.runs.config.options import (
     add_export_options,
@@ -164,8 +164,8 @@ class ResidencyCLI(LightningCLI):
         """Build module and data; Trainers are made stage by stage."""
         if not self._build:
             return
-        with building():
-            self.config_init = self.parser.instantiate_classes(self.config)
+        own = self.config.get(self.subcommand, self.config) if self.subcommand else self.config
+        self.config_init = build_classes(self.parser, self.config, of=own)
         tell_outside()
         self.model = self._get(self.config_init, "model")
         self.datamodule = self._get(self.config_init, "data")

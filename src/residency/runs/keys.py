@@ -28,7 +28,7 @@ from residency.runs.kept_config import ONE_RANK
 if TYPE_CHECKING:
     from residency.domains.stream_data import StreamData
     from residency.engine.module import ContinualModule
-    from residency.engine.scoring.evaluation import EvaluationSettings
+    from residency.engine.scoring.settings import EvaluationSettings
 
 __all__ = ["RunKeys", "StageKeys", "digest"]
 

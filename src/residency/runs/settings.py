@@ -13,7 +13,7 @@ from residency.core.errors import UserError
 from residency.core.types import Split
 from residency.domains.base import Domain
 from residency.domains.stream_data import StreamData
-from residency.engine.scoring.evaluation import EvaluationSettings
+from residency.engine.scoring.settings import EvaluationSettings
 from residency.engine.stage_overrides import StageOverrides
 from residency.scorers.base import ScoreInfo
 

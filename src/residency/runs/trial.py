@@ -12,7 +12,8 @@ from typing import Any, cast
 from residency.core.types import Example
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
-from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.settings import EvaluationSettings
 from residency.engine.stage import train_stage
 from residency.runs.stage_runner import StageRunner
 

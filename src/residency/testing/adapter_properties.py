@@ -20,7 +20,8 @@ from residency.core.signals import Stopped
 from residency.core.tensor_files import load_tree
 from residency.core.types import Batch, Stage
 from residency.domains.stream_data import StreamData
-from residency.engine.scoring.evaluation import EvaluationSettings, evaluate
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.settings import EvaluationSettings
 from residency.runs.export.hub_base import name_base
 from residency.testing.cases import Case, made
 from residency.testing.comparisons import differing

@@ -63,6 +63,10 @@ def _mitigation(name: str, **arguments: Any) -> Change:
 
 FILE: dict[str, tuple[Change, tuple[str, ...]]] = {
     "key at the top": (lambda c: c.update(modle={"x": 1}), ("modle.x: 1", "there is no key", "'model'")),
+    "an empty trainer": (lambda c: c.update(trainer=None), ("trainer: None", "leave it out", "trainer.KEY")),
+    "a list for a section": (lambda c: c.update(trainer=[1]), ("trainer: [1]", "it is a section")),
+    "an empty evaluation": (lambda c: c.update(evaluation=None), ("evaluation: None", "evaluation.KEY")),
+    "an empty W&B": (lambda c: c.update(wandb=None), ("wandb: None", "wandb.KEY")),
     "key of the Trainer": (lambda c: c["trainer"].update(max_step=3), ("trainer.max_step", "'trainer.max_steps'")),
     "key of a domain": (
         lambda c: _domain(c).update(trian="x"),

@@ -26,33 +26,14 @@ from residency.engine.scoring.likelihoods import (
     prompt_nll,
     text_nll,
 )
+from residency.engine.scoring.settings import EvaluationSettings
 from residency.scorers.base import Answer, LabelScore, Scorer
 
-__all__ = ["Evaluation", "EvaluationSettings", "RowScore", "evaluate", "means"]
+__all__ = ["Evaluation", "RowScore", "evaluate", "means"]
 
 MERGE_FROM_TOKENS = 256  # of one column's rows; below, folding an adapter in costs more than it saves
 
 Advance = Callable[[str, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """How states are scored.
-
-    Args:
-        batch_tokens: Tokens per forward pass; changes speed and memory, not scores (beyond rounding).
-        accuracy_rows: Rows per domain whose labels all compete for accuracy; `null` = every row. The price of a row
-            is that of its labels: 22 long ones cost up to seven plain rows.
-        generation_rows: Rows per domain that are generated for scorers of texts; `null` = every row.
-        generation_batch: Prompts that are continued together.
-        generation_tokens: Most tokens that are written where no row has a completion; else its longest completion's.
-    """
-
-    batch_tokens: int = 1024
-    accuracy_rows: int | None = None
-    generation_rows: int | None = None
-    generation_batch: int = 48
-    generation_tokens: int = 64
 
 
 @dataclass(frozen=True, slots=True)

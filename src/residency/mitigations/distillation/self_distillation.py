@@ -205,6 +205,12 @@ class SelfDistillation(Mitigation):
         """(M, k) log-probabilities and their tokens for a batch, whatever the objective supervises of its rows."""
         cached = self.state["cached"]
         assert isinstance(cached, dict)
+        if "rows" not in cached:
+            raise UserError(
+                f"a checkpoint whose cache of {self.name} does not say which rows it holds",
+                why="an earlier version wrote it, and the teacher cannot be asked any more",
+                fix="delete checkpoint.safetensors in the run's folder: the stage is trained anew",
+            )
         if self._places[0] is not cached["rows"]:
             table = {key: (first, place) for key, first, place in cached["rows"].tolist()}
             self._places = (cached["rows"], table)

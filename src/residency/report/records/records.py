@@ -188,16 +188,16 @@ def _cells(folder: Path, plan: Mapping[str, Any], more: Mapping[str, str]) -> It
 
 def _entry(folder: Path, cell: Mapping[str, Any], more: Mapping[str, str] | None = None) -> Entry:
     axes = {str(k): v for k, v in (cell.get("axes") or {}).items()} | dict(more or {})
-    if (folder / "results.json").is_file():
-        record = _json(folder / "results.json")
-        if "cell" not in record:
-            record = {"cell": cell["id"], "status": "damaged: results.json names no cell"}
+    found = _json(folder / "results.json") if (folder / "results.json").is_file() else None
+    if found and "cell" in found:
+        record = found
         record["axes"] = {**(record.get("axes") or {}), **axes}
         for part in ("domains", "probes"):
             # Names become fields of charts, whose renderer a NUL ends; names of other versions may hold one.
             record[part] = [for_terminal(name) for name in record.get(part) or []]
     else:
-        status = printable(cell.get("status") or _failure(folder))
+        damage = None if found is None else "damaged: results.json names no cell"
+        status = printable(damage or cell.get("status") or _failure(folder))
         record = {"cell": cell["id"], "status": status, "axes": axes, "seed": cell.get("seed")}
     # The axis says which domain as well ("independent medical"); the kind is its first word.
     told = str(record["axes"].pop("reference", None) or "").partition(" ")[0]

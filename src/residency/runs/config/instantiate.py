@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from residency.core.errors import UserError
 from residency.runs.config.explain import UNION
 
-__all__ = ["TRAINER_DEFAULTS", "Verbs", "build_trainer_options", "building"]
+__all__ = ["TRAINER_DEFAULTS", "Verbs", "build_classes", "build_trainer_options", "building"]
 
 TRAINER_DEFAULTS = {
     "logger": False,
@@ -59,6 +59,28 @@ def building() -> Iterator[None]:
             why="the class refuses the values that the config gives it",
             fix="correct them; `--print_config` shows what it is given",
         ) from root
+
+
+def build_classes(parser: LightningArgumentParser, config: Namespace, *, of: Namespace) -> Any:
+    """The objects of a command.
+
+    Args:
+        parser: Of the whole command line.
+        config: As it was parsed.
+        of: The part of it that belongs to the verb.
+
+    Raises:
+        UserError: A section is no mapping, or a class refuses its values.
+    """
+    for section in ("trainer", "evaluation", "wandb"):
+        if section in of and not isinstance(of[section], Namespace):
+            raise UserError(
+                f"{section}: {of[section]!r}",
+                why="it is a section, with a key for each of its settings",
+                fix=f"leave it out, or write its keys below it; `residency fit --help` lists {section}.KEY",
+            )
+    with building():
+        return parser.instantiate_classes(config)
 
 
 def build_trainer_options(config: Namespace) -> dict[str, Any]:

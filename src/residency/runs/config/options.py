@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from residency.core.errors import UserError
 from residency.core.text import for_terminal
-from residency.engine.scoring.evaluation import EvaluationSettings
+from residency.engine.scoring.settings import EvaluationSettings
 from residency.engine.stage_overrides import StageOverrides
 from residency.inspection import Observer
 from residency.runs.folder import RunFolder

@@ -35,7 +35,7 @@ _LISTS = {  # verb: functions that add its options
 _CLASSES = (  # title, file, class, prefix of its keys
     ("model", "engine/module.py", "ContinualModule", "model."),
     ("data", "domains/stream_data.py", "StreamData", "data."),
-    ("evaluation", "engine/scoring/evaluation.py", "EvaluationSettings", "evaluation."),
+    ("evaluation", "engine/scoring/settings.py", "EvaluationSettings", "evaluation."),
     ("W&B", "runs/views/wandb_settings.py", "WandbSettings", "wandb."),
 )
 _NAMED = {"mitigations": ".NAME", "domains": ".NAME", "probes": ".NAME"}

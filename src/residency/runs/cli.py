@@ -32,6 +32,7 @@ from residency.runs.config.options import (
     run_settings,
     wandb_settings,
 )
+from residency.runs.config.parse_once import one_parse
 from residency.runs.config.parser import ResidencyParser, plain_values
 from residency.runs.config.preset_words import expand_presets
 from residency.runs.config.short_help import DESCRIPTIONS
@@ -52,6 +53,8 @@ __all__ = ["ResidencyCLI", "parse"]
 
 # Words of one call: where the run lies, and what may be written over.
 _NOT_THE_RUN = ("config", "run_dir", "subcommand", "overwrite")
+_made: dict[str, dict[str, Any]] = {}  # verb -> what making its parser leaves behind in a LightningCLI
+_OF_A_PARSER = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
 
 
 class ResidencyCLI(LightningCLI):
@@ -61,7 +64,6 @@ class ResidencyCLI(LightningCLI):
         args: Command line without the program's name: the verb, then its options.
         run: Whether the verb is carried out, or only parsed and instantiated.
         build: Whether objects are built; if not, only `config` and `resolved` exist.
-        like: Another of the same verb, whose parser is used again.
         launches: Whether this process was started by these very words, so that other ranks can be.
         estimate: What to tell of the run instead of training it.
     """
@@ -72,12 +74,11 @@ class ResidencyCLI(LightningCLI):
         *,
         run: bool = True,
         build: bool = True,
-        like: ResidencyCLI | None = None,
         launches: bool = False,
         estimate: Asked | None = None,
     ) -> None:
         install()
-        self._verb, self._carry_out, self._build, self._like = args[0], run, build, like
+        self._verb, self._carry_out, self._build = args[0], run, build
         self._launches, self._estimate = launches, estimate
         super().__init__(
             ContinualModule,
@@ -91,8 +92,6 @@ class ResidencyCLI(LightningCLI):
             parser_class=ResidencyParser,
             args=args,
         )
-
-    # -- options ------------------------------------------------------------------------------------------------
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -115,11 +114,11 @@ class ResidencyCLI(LightningCLI):
         add_run_options(parser)
 
     def setup_parser(self, *args: Any) -> None:
-        """Make the parser, unless there is one."""
-        if self._like is None:
+        """Make the parser, which all command lines of a verb share."""
+        if self._verb not in _made:
             super().setup_parser(*args)
-        else:
-            self.parser = self._like.parser
+            _made[self._verb] = {name: vars(self)[name] for name in _OF_A_PARSER}
+        vars(self).update(_made[self._verb])
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Only the parser that is needed: each takes a tenth of a second to make.
@@ -145,7 +144,8 @@ class ResidencyCLI(LightningCLI):
         words = expand_presets(args)
         check_configs(words)
         try:
-            self.config = parser.parse_args(words)
+            with one_parse(parser):
+                self.config = parser.parse_args(words)
         except ParseFailure as refusal:
             raise explain(refusal, words, part_names()) from refusal
         except SystemExit:

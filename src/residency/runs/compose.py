@@ -73,9 +73,9 @@ class Composer:
         """What the words of one group make of its section: (parsed, plain)."""
         if (name, part) not in self._sections:
             assert self._first is not None
-            first, base, groups = self._first
+            _, base, groups = self._first
             rest = [word for other, others in groups.items() if other != name for word in others]
-            cli = ResidencyCLI(["fit", *base, *rest, *part, *self._fixed], run=False, build=False, like=first)
+            cli = ResidencyCLI(["fit", *base, *rest, *part, *self._fixed], run=False, build=False)
             self._sections[name, part] = (cli.config[f"fit.{name}"], _at(cli.resolved, name.split(".")))
         return copy.deepcopy(self._sections[name, part])
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionSubCommands, ArgumentError, DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from residency.core.yaml_files import YamlRefused, parse_yaml
 from residency.runs.config.explain import ParseFailure
+from residency.runs.config.parse_once import in_one_parse, kept_or_parsed
 from residency.runs.config.preset_words import insert_presets
 
 __all__ = ["ResidencyParser", "plain_values"]
@@ -53,6 +54,24 @@ class ResidencyParser(LightningArgumentParser):
         if plain != config:
             content = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         return super()._load_config_parser_mode(content, path, ext_vars, prev_cfg)
+
+    def parse_object(self, *args: Any, **kwargs: Any) -> Any:
+        """Values of a part, or of a whole study; those of a part once per command line (`parse_once`)."""
+        if getattr(self, "_inner_parser", False):
+            return kept_or_parsed(super().parse_object, self, *args, **kwargs)
+        return super().parse_object(*args, **kwargs)
+
+    def _apply_actions(self, cfg: Any, parent_key: str = "", prev_cfg: Any = None, skip_fn: Any = None) -> Any:
+        # With `skip_fn` jsonargparse adds defaults of parts; the verb's own parser has done so.
+        if skip_fn is not None and self._subcommands_action and in_one_parse():
+            return cfg
+        return super()._apply_actions(cfg, parent_key, prev_cfg, skip_fn)
+
+    def _check_value_key(self, action: Action, value: Any, key: str, cfg: Any, append: bool = False) -> Any:
+        # Validation begins with the longest keys; when it comes to the verb, all of its values are done.
+        if isinstance(action, ActionSubCommands) and in_one_parse():
+            return value
+        return super()._check_value_key(action, value, key, cfg, append)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called by jsonargparse for everything that does not parse.

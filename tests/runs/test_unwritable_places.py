@@ -1,11 +1,13 @@
 """What is finished and lies where nothing can be written is used as far as nothing has to be written; the rest is told.
 
-Folders without write permission, or of another user. Root would be let through: the commands run without that right.
+Folders of another user, without write permission, or on a read-only file system; and single files with mode 000.
+Root would be let through: the commands run without that right.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -100,9 +102,24 @@ def of_another_user(home: Path) -> Iterator[None]:
             os.chown(path, 0, 0)
 
 
+@contextmanager
+def on_read_only_file_system(home: Path) -> Iterator[None]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    bound = subprocess.run(["mount", "--bind", home, home], capture_output=True, text=True, check=False)
+    if bound.returncode:
+        pytest.skip(f"cannot mount: {bound.stderr.strip()}")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", home], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", home], check=True)
+
+
 PLACES = [
     no_write_permission,
     pytest.param(of_another_user, marks=pytest.mark.slow),
+    pytest.param(on_read_only_file_system, marks=pytest.mark.slow),
 ]
 
 
@@ -139,6 +156,53 @@ def test_what_is_finished_needs_nothing_to_be_written(
             assert code == 0 or is_told(text), (name, text)
             assert "Traceback" not in text, (name, text)
         assert listing(finished.home) == before
+
+
+# What each file is read by; `fit` and `sweep` may need no more than the digest of what is complete.
+FILES = {
+    "run": ["results.json", "config.yaml", "history.jsonl", "run.json", "stages/2-b/stage.json"],
+    "study": ["plan.json", "finished.json", "cells/none-s0/results.json", "store/store.json"],
+}
+FILES["run"] += ["stages/2-b/state.safetensors", "stages/2-b/scores.parquet"]
+FILES["study"] += ["cells/none-s0/stages/1-a/scores.parquet", "logs", "store", "cells/none-s0"]
+CASES = [
+    pytest.param(what, file, marks=() if (what, file) == ("run", "results.json") else pytest.mark.slow)
+    for what, files in FILES.items()
+    for file in files
+]
+
+
+@pytest.mark.parametrize(("what", "file"), CASES)
+def test_what_cannot_be_read_is_told_and_left_as_it_is(
+    what: str, file: str, finished: Finished, tmp_path: Path
+) -> None:
+    chosen = finished.home / what / file
+    names = {"run": ["fit", "test", "report", "ls"], "study": ["sweep", "report", "verify", "ls"]}[what]
+    lines = commands(finished, tmp_path)
+    if what == "run":
+        lines["report"] = (0, ["report", finished.run, "--output", tmp_path / "of the run"])
+    before, mode = listing(finished.home), chosen.stat().st_mode
+    chosen.chmod(0)
+    codes = {}
+    try:
+        for name in names:
+            log = tmp_path / f"{name}.txt"
+            codes[name] = run(lines[name][1], tmp_path, log=log)
+            text = log.read_text()
+            assert "Traceback" not in text, (name, text)
+            # What is not checked, or not shown, is named: `ls` and `verify` go on with what they can read.
+            assert codes[name] in (0, 2, 3), (name, text)
+            assert codes[name] != 2 or (is_told(text) and chosen.name in text), (name, text)
+    finally:
+        chosen.chmod(mode)
+    # `test` leaves its scores beside what is there; a sweep that cannot see that it is finished draws its report anew.
+    after = listing(finished.home)
+    assert {name for name in before if after.get(name) != before[name]} <= {
+        name for name in before if file == "finished.json" and name.startswith("study/report/")
+    }
+    if file.endswith("results.json"):
+        # States are enough to score; what was scored is needed by the others.
+        assert {name for name, code in codes.items() if code == 2} >= {"fit", "sweep", "report"} & codes.keys()
 
 
 def is_told(text: str) -> bool:

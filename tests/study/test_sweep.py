@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import residency
@@ -135,6 +136,13 @@ def test_a_dry_run_checks_and_writes_nothing(folder: Path, ran: list[str]) -> No
     assert "time and disk: unknown" in result.out
     assert not (folder / "dry").exists()
     assert ran == []
+
+
+def test_workers_take_their_threads_and_the_process_keeps_its_own(folder: Path, ran: list[str]) -> None:
+    before = torch.get_num_threads()
+    result = sweep(folder, "study.yaml", "--dry-run", f"--threads={before + 1}", into="dry")
+    assert f"threads of each: {before + 1}" in result.out
+    assert torch.get_num_threads() == before
 
 
 def test_a_plan_can_measure_what_it_will_take(folder: Path, ran: list[str]) -> None:

@@ -105,28 +105,28 @@ def sweep(
         return _emit(study, source, emit_wandb, place, console, overwrite=overwrite)
     check_place(place, STORE)
     cores = _cores(study, folder, kind, workers, threads)
-    _set_threads(cores.threads)
     console.print(f"stages at once: {cores.workers}, threads of each: {cores.threads} ({cores.why})", highlight=False)
+    with _threads(cores.threads):
 
-    def runner() -> StudyRunner:
-        # Imported late: `--emit-wandb` and mistakes in the study cost no import of torch.
-        from residency.study.runner import StudyRunner
+        def runner() -> StudyRunner:
+            # Imported late: `--emit-wandb` and mistakes in the study cost no import of torch.
+            from residency.study.runner import StudyRunner
 
-        return StudyRunner(study, folder=folder, store=place, console=console, workers=cores.workers)
+            return StudyRunner(study, folder=folder, store=place, console=console, workers=cores.workers)
 
-    if dry_run:
-        runner().check(question or Asked())
-        return EXIT_DONE
-    make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, cores.workers, cores.threads))
-    # A new study has something to run: its workers import what they need while this process does.
-    early = executor is None and kind == "local" and not (folder / "plan.json").exists()
-    with _only_sweep(folder, overwrite=overwrite), _started(make, folder / "logs", early=early) as start:
-        keep_cores(folder, cores)
-        made = runner()
-        code = made.sweep(start, watchers if watchers is not None else [_view(path, study_dir, console)])
-        if made.finished is not None:
-            keep_finished(source, folder, **made.finished, store=str(place), threads=cores.threads)
-        return code
+        if dry_run:
+            runner().check(question or Asked())
+            return EXIT_DONE
+        make = executor or (lambda logs: (_ray if kind == "ray" else _local)(logs, cores.workers, cores.threads))
+        # A new study has something to run: its workers import what they need while this process does.
+        early = executor is None and kind == "local" and not (folder / "plan.json").exists()
+        with _only_sweep(folder, overwrite=overwrite), _started(make, folder / "logs", early=early) as start:
+            keep_cores(folder, cores)
+            made = runner()
+            code = made.sweep(start, watchers if watchers is not None else [_view(path, study_dir, console)])
+            if made.finished is not None:
+                keep_finished(source, folder, **made.finished, store=str(place), threads=cores.threads)
+            return code
 
 
 def _show_again(path: Path, study_dir: Path | None, store: Path | None, threads: int | None, console: Console) -> bool:
@@ -170,11 +170,17 @@ def _view(path: Path, study_dir: Path | None, console: Console) -> Watcher:
     return StudyView(command=shlex.join(words), console=console)
 
 
-def _set_threads(threads: int) -> None:
-    """Keys hold the number of threads with which the workers compute, not that of this process."""
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """Keys hold the number of threads with which the workers compute; this process keeps its own."""
     import torch
 
+    usual = torch.get_num_threads()
     torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,27 @@ def test_kl_to_the_base(adapter: str, request: pytest.FixtureRequest) -> None:
     assert set(found["columns"]) == {"a", "b"}
     assert 0 < found["mean"] <= exact["mean"] + 1e-9
     assert "kl" not in record["inside"][0]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_kl_since_the_stage_began(adapter: str, request: pytest.FixtureRequest) -> None:
+    folder, _, module = request.getfixturevalue(f"{adapter}_run")
+    earlier = copy.deepcopy(module.model)
+    module.adapter.load_state(earlier, stored(folder, "1-a"))
+    kept = {name: tensor.clone() for name, tensor in module.adapter.state(module.model).items()}
+    look = StageSnapshot(module=module, data=stream(folder), k=2, seed=0, states=lambda _: stored(folder, "1-a"))  # type: ignore[arg-type]
+    with torch.no_grad():
+        found = KLToBase(tokens=200, top=1000, since="stage").after(look)
+        expected: dict[str, list[Tensor]] = {}
+        for column, batch in look.batches(tokens=200):
+            kl = kl_tokens(module.backbone.logits(earlier, batch), module.backbone.logits(module.model, batch))
+            expected.setdefault(column, []).append(kl)
+        first = replace(look, k=1)
+        start = [KLToBase(tokens=200, since=since).after(first) for since in ("stage", "pretrained")]
+    for column, values in expected.items():
+        assert found["columns"][column] == pytest.approx(float(torch.cat(values).mean()), rel=1e-6)
+    assert start[0] == start[1], "the first stage begins with the pretrained model"
+    assert all(torch.equal(kept[name], tensor) for name, tensor in module.adapter.state(module.model).items())
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

@@ -59,6 +59,21 @@ class StageSnapshot:
         else:
             yield self.pristine()
 
+    @contextmanager
+    def before_stage(self) -> Iterator[nn.Module]:
+        """What the stage began with: this model as it was after the stage before; of the first stage `pretrained`."""
+        if self.k <= 1:
+            with self.pretrained() as model:
+                yield model
+            return
+        adapter, model = self.module.adapter, self.module.model
+        now = {name: tensor.detach().clone() for name, tensor in adapter.state(model).items()}
+        adapter.load_state(model, self.states(self.k - 1))
+        try:
+            yield model
+        finally:
+            adapter.load_state(model, now)
+
     def batches(self, *, tokens: int) -> Iterator[tuple[str, Batch]]:
         """(column, batch) of fixed rows of every domain and probe, the same at every call.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,29 +26,47 @@ class KLToBase(Observer):
     Args:
         tokens: Of all columns together, prompts included.
         top: Tokens per position that are kept of the base.
+        since: What π_0 is: the `pretrained` model, or what the `stage` began with (RL's Razor, arXiv 2509.04259,
+            compares a new task's policy with where its learning started).
     """
 
-    def __init__(self, *, tokens: int = 2048, top: int = 256) -> None:
+    def __init__(
+        self, *, tokens: int = 2048, top: int = 256, since: Literal["pretrained", "stage"] = "pretrained"
+    ) -> None:
         self.tokens = tokens
         self.top = top
+        self.since = since
         self._base: list[tuple[Tensor, Tensor]] = []
 
     def after(self, snapshot: StageSnapshot) -> Mapping[str, Any]:
         """Drift of the state after stage k; nothing before training, where it is 0."""
         if snapshot.k == 0:
             return {}
-        if not self._base:
+        if self.since == "stage":
+            with snapshot.before_stage() as model:
+                self._base = self._read(
+                    snapshot,
+                    lambda column, batch: (
+                        snapshot.logits(model, batch)
+                        if snapshot.k == 1
+                        else snapshot.served(column, batch, snapshot.module.forward)
+                    ),
+                )
+        elif not self._base:
             with snapshot.pretrained() as model:
-                self._base = [
-                    top_log_probabilities(snapshot.logits(model, batch), k=self.top)
-                    for _, batch in snapshot.batches(tokens=self.tokens)
-                ]
+                self._base = self._read(snapshot, lambda _, batch: snapshot.logits(model, batch))
         parts: dict[str, list[Tensor]] = {}
         for (column, batch), (ids, log_p) in zip(snapshot.batches(tokens=self.tokens), self._base, strict=True):
             logits = snapshot.served(column, batch, snapshot.module.forward)
             parts.setdefault(column, []).append(kl_from_top(ids, log_p, logits))
         columns = {name: float(torch.cat(values).mean()) for name, values in parts.items()}
         return {"columns": columns, "mean": sum(columns.values()) / len(columns)}
+
+    def _read(self, snapshot: StageSnapshot, logits: Callable[[str, Batch], Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [
+            top_log_probabilities(logits(column, batch), k=self.top)
+            for column, batch in snapshot.batches(tokens=self.tokens)
+        ]
 
 
 class AnswerCalibration(Observer):

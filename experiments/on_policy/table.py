@@ -99,7 +99,7 @@ def _reached(seeds: Mapping[int, Sequence[Point]], level: float) -> dict[int, Po
 
 
 def judged(matched: Mapping[tuple[float, str], Mapping[int, Point]]) -> dict[tuple[float, str], Evidence]:
-    """Nats forgotten against SFT at every level, paired by seed and corrected for all of them: the report's decision."""
+    """Nats forgotten against SFT at every level, paired by seed, all corrected: the report's decision."""
     claims = {}
     for (level, name), points in matched.items():
         plain = matched[level, BASELINE]
@@ -150,7 +150,8 @@ def main() -> None:
             columns = zip(*(astuple(path[k]) for path in seeds.values()), strict=True)
             print(f"| {objective} | {rate} | " + " | ".join(spread(column) for column in columns) + " |")
     print(
-        "\n| new accuracy | objective | old accuracy lost | old nats forgotten | KL | against sft |\n|---|---|---|---|---|---|"
+        "\n| new accuracy | objective | old accuracy lost | old nats forgotten | KL | against sft |\n"
+        "|---|---|---|---|---|---|"
     )
     matched = {(level, name): _reached(seeds, level) for level in given.levels for name, seeds in paths.items()}
     verdicts = judged(matched)

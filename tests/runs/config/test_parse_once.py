@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def test_a_parser_that_has_refused_or_printed_parses_as_a_new_one(monkeypatch: p
     assert _parsed("--data.batch_size=3") != first
     assert _parsed("") == first
     assert cli._made["fit"]["parser"] is kept
+
+
+def test_a_version_that_is_not_known_parses_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert version("jsonargparse").startswith(parse_once.KNOWN), "read the new version, then name it"
+    line = LINES["parts in parts"]
+    found = _parsed(line)
+    monkeypatch.setattr(parse_once, "_CONTEXT", ())
+    with one_parse(Namespace()):
+        assert not parse_once.in_one_parse()
+    assert _parsed(line) == found
 
 
 def test_what_is_kept_is_a_copy_and_ends_with_the_command_line() -> None:

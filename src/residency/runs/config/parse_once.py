@@ -7,6 +7,9 @@ times; and all of that happens for the verb and again for the program, whose one
 the verb's parser alone, and (3) the values of a verb are validated key by key, not as one value as well.
 
 Nothing is kept beyond one command line: what a part means may depend on files, and on classes that are defined anew.
+
+All of this follows jsonargparse's own inner ways, so it is done for versions whose ways were read (`KNOWN`) and no
+others: with another one a command line means the same and takes two to three times as long to parse.
 """
 
 from __future__ import annotations
@@ -14,25 +17,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.metadata import version
 from typing import Any
 
-from jsonargparse import Namespace, _common, _link_arguments, _paths, _required, _subcommands, _typehints, _util
+from jsonargparse import Namespace
 
-__all__ = ["in_one_parse", "kept_or_parsed", "one_parse"]
+__all__ = ["KNOWN", "in_one_parse", "kept_or_parsed", "one_parse"]
 
-# What the same values are parsed to depends on these as well.
-_CONTEXT: tuple[ContextVar[Any], ...] = (
-    _common.lenient_check,
-    _common.load_value_mode,
-    _common.parsing_defaults,
-    _common.validating_defaults,
-    _link_arguments.apply_config_skip,
-    _paths._current_path_dir,
-    _required._suppressed_required_actions,
-    _subcommands.parse_kwargs,
-    _typehints.sub_defaults,
-    _util.config_load_stack,
-)
+KNOWN = "4.53."
+"""How the versions of jsonargparse begin that this was read from."""
+
+
+def _context() -> tuple[ContextVar[Any], ...]:
+    """What the same values are parsed to depends on these as well."""
+    from jsonargparse import _common, _link_arguments, _paths, _required, _subcommands, _typehints, _util
+
+    return (
+        _common.lenient_check,
+        _common.load_value_mode,
+        _common.parsing_defaults,
+        _common.validating_defaults,
+        _link_arguments.apply_config_skip,
+        _paths._current_path_dir,
+        _required._suppressed_required_actions,
+        _subcommands.parse_kwargs,
+        _typehints.sub_defaults,
+        _util.config_load_stack,
+    )
+
+
+_CONTEXT = _context() if version("jsonargparse").startswith(KNOWN) else ()
 # Key -> (what was made of it; what the key names by identity, which must live as long).
 _kept: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("_kept", default=None)
 
@@ -40,7 +54,7 @@ _kept: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("_kept", defau
 @contextmanager
 def one_parse(parser: Any) -> Iterator[None]:
     """Within, `parser` parses a command line that begins with its verb; it is left as it was, whatever comes."""
-    token = _kept.set({})
+    token = _kept.set({} if _CONTEXT else None)
     try:
         yield
     finally:
@@ -50,7 +64,7 @@ def one_parse(parser: Any) -> Iterator[None]:
 
 
 def in_one_parse() -> bool:
-    """Whether `one_parse` has begun."""
+    """Whether `one_parse` has begun, with a version of jsonargparse that is known."""
     return _kept.get() is not None
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.cli import read_json
-from support.forked_commands import descendants, kill, start
+from residency.core.yaml_files import read_yaml
+from support.cli import read_json, write_yaml
+from support.forked_commands import descendants, kill, stacks, standing_in, start
 from support.tiny_sweeps import EWC, REPLAY, write_study
 
 KILLS = int(os.environ.get("KILLS", "40"))
-AXES = {"mitigation": {"none": {}, "replay": REPLAY, "ewc": EWC(1.0)}}
-PATIENCE = float(os.environ.get("PATIENCE", "300"))
+# States of two mitigations in one cell; a stage of the other cell is shared by nobody but the other sweep.
+AXES = {"mitigation": {"none": {}, "both": {**REPLAY, **EWC(1.0)}}}
+PATIENCE = float(os.environ.get("PATIENCE", "600"))
+"""Seconds after which a command that has not ended is taken to hang: twenty times what it takes on a busy machine."""
 KINDS = ("fit", "sweep", "two sweeps, one store", "gc beside a sweep")
 
 
@@ -44,7 +48,7 @@ class Rounds:
         self.log = folder / "log.txt"
         self.took = 0.0
         self.hits = 0
-        self.start(["--version"]).join(PATIENCE)  # what is imported once is no part of a run
+        self.join([self.start(["--version"])], (0,))  # What is imported once is no part of a run.
         begin = time.monotonic()
         self.expected = self.whole(self.commands("whole")[:1])["whole"]
         self.took = time.monotonic() - begin
@@ -53,8 +57,7 @@ class Rounds:
     def commands(self, name: str) -> list[list[object]]:
         """Command lines that run side by side in one round."""
         if self.kind == "fit":
-            base = self.folder / "base.yaml"
-            return [["fit", "--config", base, "--checkpoint_every_n_steps=1", "--run_dir", self.folder / name]]
+            return [["fit", "--config", self.folder / "base.yaml", "--run_dir", self.folder / name]]
         store = self.folder / f"store-{name}"
         options = ["--store", store, "--workers", 2, "--threads", 1]
         sweep: list[object] = ["sweep", self.study, "--study_dir"]
@@ -66,44 +69,65 @@ class Rounds:
     def start(self, words: Sequence[object]) -> BaseProcess:
         return start(words, cwd=self.folder, log=self.log)
 
+    def join(self, processes: Sequence[BaseProcess], codes: Collection[int]) -> None:
+        """Wait for their ends; what hangs tells where."""
+        end = time.monotonic() + PATIENCE
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+            if process.exitcode is None:
+                told = stacks(self.folder, [self.log, *self.folder.glob("*/logs/*.log")])
+                kill(standing_in(self.folder))
+                pytest.fail(f"{process.pid} has not ended within {PATIENCE:.0f} s\n{told}")
+            assert process.exitcode in codes, self.log.read_text()[-3000:]
+
     def whole(self, commands: Sequence[Sequence[object]]) -> dict[str, dict[str, Any]]:
         """Run to the end; {folder: what it holds}."""
-        for process in [self.start(words) for words in commands]:
-            process.join(PATIENCE)
-            assert process.exitcode == 0, self.log.read_text()[-3000:]
-        return {path.name: results(path) for path in self.folder.iterdir() if path.name.startswith(("whole", "round"))}
+        self.join([self.start(words) for words in commands], (0,))
+        option = "--run_dir" if self.kind == "fit" else "--study_dir"
+        return {path.name: results(path) for words in commands for path in [Path(str(words[words.index(option) + 1]))]}
 
-    def attempt(self, commands: Sequence[Sequence[object]]) -> None:
-        """Start all together, and kill at a random moment: everything, or one process of them and then everything."""
-        processes = [self.start(words) for words in commands]
+    def attempt(self, commands: Sequence[Sequence[object]]) -> bool:
+        """Start all together and kill at random moments; whether anything was killed.
+
+        Up to two times one process dies alone (a worker, the server of workers, a sweep), then all that are left.
+        """
+        before, processes = self.hits, [self.start(words) for words in commands]
         if self.kind.startswith("gc"):
-            self.wait(processes)
+            self.wait(processes, self.took / 2)
             store = commands[0][commands[0].index("--store") + 1]
             processes.append(self.start(["store", "gc", store, "--unused", "0", "--yes"]))
-        if self.draw.random() < 0.3:
-            self.wait(processes)
-            self.hit([self.draw.choice(found)] if (found := tree(processes)) else [])
-        self.wait(processes)
-        self.hit(tree(processes))
-        for process in processes:
-            process.join(PATIENCE)
-            assert process.exitcode in (0, -9), self.log.read_text()[-3000:]
+            self.wait(processes, 1.0)
+            self.hit(processes, alone=self.draw.random() < 0.5)
+        for _ in range(self.draw.choice((0, 0, 1, 2)) if self.kind != "fit" else 0):
+            self.wait(processes, self.took)
+            self.hit(processes, alone=True)
+        self.wait(processes, self.took)
+        self.hit(processes, alone=False)
+        self.join(processes, (0, -signal.SIGKILL))
+        return self.hits > before
 
-    def wait(self, processes: Sequence[BaseProcess]) -> None:
-        """Until a random moment, or until all have ended."""
-        end = time.monotonic() + self.draw.uniform(0, 0.8) * self.took
+    def wait(self, processes: Sequence[BaseProcess], seconds: float) -> None:
+        """Until a random moment within so many seconds, or until all have ended.
+
+        Early ones are drawn more often: what is left of the work becomes less from attempt to attempt.
+        """
+        end = time.monotonic() + self.draw.random() * self.draw.random() * seconds
         while time.monotonic() < end and any(process.is_alive() for process in processes):
             time.sleep(0.01)
 
-    def hit(self, pids: Sequence[int]) -> None:
-        kill(pids)
-        self.hits += bool(pids)
-
-
-def tree(processes: Sequence[BaseProcess]) -> list[int]:
-    """Living processes and their descendants."""
-    living = [process.pid for process in processes if process.is_alive() and process.pid]
-    return [found for pid in living for found in (pid, *descendants(pid))]
+    def hit(self, processes: Sequence[BaseProcess], *, alone: bool) -> None:
+        """Kill one process of the commands, or all of them and what earlier ones have left."""
+        living = [process.pid for process in processes if process.is_alive() and process.pid]
+        if not living:
+            return
+        self.hits += 1
+        if alone:
+            kill([self.draw.choice([found for pid in living for found in (pid, *descendants(pid))])])
+            return
+        while found := {*living, *standing_in(self.folder)}:
+            kill([*found])
+            living = []
+            time.sleep(0.01)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -134,13 +158,16 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_bits_after_random_kills(kind: str, llama: Path, tmp_path: Path) -> None:
     study = write_study(tmp_path, llama, domains="ab", steps=3, axes=AXES, seeds=[0])
-    rounds = Rounds(tmp_path, kind, study, seed=kind)
-    begun = 0
-    while rounds.hits < KILLS // len(KINDS):
+    base = read_yaml(tmp_path / "base.yaml", what="the config")
+    write_yaml(tmp_path / "base.yaml", {**base, "checkpoint_every_n_steps": 1})
+    rounds = Rounds(tmp_path.resolve(), kind, study, seed=kind)
+    begun, wanted = 0, KILLS // len(KINDS)
+    while rounds.hits < wanted:
         begun += 1
         commands, before = rounds.commands(f"round{begun}"), rounds.hits
-        for _ in range(4):
-            rounds.attempt(commands)
+        # Until it comes to its end by itself: moments are drawn over the whole length of what is left.
+        while rounds.attempt(commands) and rounds.hits < wanted:
+            pass
         found = rounds.whole(commands)
         others = {name: differences(held, rounds.expected) for name, held in found.items() if held != rounds.expected}
         assert not others, f"round {begun}, kills {before} to {rounds.hits}"

@@ -1,15 +1,19 @@
 """Commands in processes of their own, forked from one that has imported everything: a kill costs one second, not ten.
 
-What a sweep starts by itself (its server of workers) is forked likewise; below that everything is the product's.
+What a sweep starts by itself (its server of workers) is forked likewise; below that everything is the product's. On
+SIGUSR1 each of these processes writes the stacks of its threads into its log.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +28,7 @@ from residency.__main__ import main
 from residency.study.executors import forkserver, local
 from support.killed_runs import PRELOAD
 
-__all__ = ["descendants", "kill", "start"]
+__all__ = ["descendants", "kill", "stacks", "standing_in", "start"]
 
 _PRELOAD = (*PRELOAD, *forkserver.PRELOAD, "residency.study.runner", "residency.report.page.build", __name__)
 
@@ -51,12 +55,13 @@ def _child(words: list[str], cwd: Path, log: Path, obey_modes: bool) -> None:
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
+    faulthandler.register(signal.SIGUSR1, file=2)
     if obey_modes:
         _give_up_overrides()
     os.environ["WANDB_MODE"] = "disabled"
     torch.set_num_threads(1)
     local.subprocess = SimpleNamespace(  # type: ignore[assignment]
-        Popen=_ForkedServer, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
+        Popen=_server, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
     )
     os._exit(main(words))
 
@@ -74,6 +79,23 @@ def _give_up_overrides() -> None:
         data[place] &= ~0b1110
     if libc.capset(header, data):
         raise OSError(ctypes.get_errno(), "capset")
+
+
+def _server(command: Sequence[str], **options: Any) -> _ForkedServer | subprocess.Popen[bytes]:
+    """The server of a sweep's workers."""
+    # A lock that another thread holds at a fork (of an import, say) is never released in the child.
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            thread.join(20)
+    if threading.active_count() == 1:
+        return _ForkedServer(command, **options)
+    return subprocess.Popen([sys.executable, "-P", "-c", _PROGRAM, command[-1]], **options)
+
+
+_PROGRAM = (
+    "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1, file=2)\n"
+    "from residency.study.executors import forkserver; sys.exit(forkserver.main(sys.argv[1]))"
+)
 
 
 class _ForkedServer:
@@ -135,3 +157,32 @@ def descendants(pid: int) -> list[int]:
             for child in map(int, (task / "children").read_text().split()):
                 found += [child, *descendants(child)]
     return found
+
+
+def standing_in(folder: Path) -> list[int]:
+    """Living processes whose working directory it is: commands that were started there, and what they have left."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+    return found
+
+
+def stacks(folder: Path, logs: Sequence[Path], *, wait: float = 3.0) -> str:
+    """What every thread of the processes that stand in a folder does.
+
+    Args:
+        folder: The folder.
+        logs: Where they write.
+        wait: Seconds for writing.
+    """
+    sizes = {log: log.stat().st_size for log in logs}
+    pids = standing_in(folder)
+    kill(pids, signal.SIGUSR1)
+    time.sleep(wait)
+    texts = [f"processes: {pids}"]
+    for log, size in sizes.items():
+        if added := log.read_bytes()[size:].decode(errors="replace"):
+            texts.append(f"== {log}\n{added}")
+    return "\n".join(texts)

@@ -18,6 +18,8 @@ import pytest
 
 from residency.core.errors import UserError
 from residency.report import build
+from residency.report.page.build import Report
+from residency.report.records.records import read_records
 from support.cli import call
 from support.synthetic_studies import QUICKSTART, write_cell, write_study
 
@@ -211,3 +213,18 @@ def test_no_torch_for_a_report() -> None:
 def test_two_reports_of_the_same_records_are_the_same(hostile: Path, page: Path, tmp_path: Path) -> None:
     again = build(hostile, output=tmp_path, references=["olora-standard"])
     assert again.read_bytes() == page.read_bytes()
+
+
+def test_a_folder_whose_name_reads_as_a_pattern(tmp_path: Path) -> None:
+    """Its own rows with their intervals, not those of a neighbour whose name fits."""
+    plain = write_study(tmp_path / "plain" / "study", rows=8)
+    turned = dict.fromkeys(QUICKSTART, QUICKSTART["none"])
+    for neighbour in ("r1", "aXb"):
+        write_study(tmp_path / neighbour / "study", turned, rows=8)
+    expected = dict(Report.of(read_records([plain])).frames.items())
+    assert not expected["comparisons"]["low"].null_count()
+    for name in ("r*", "r[12]", "[", "a?b"):
+        shutil.copytree(plain, tmp_path / name / "study")
+        found = dict(Report.of(read_records([tmp_path / name / "study"])).frames.items())
+        assert found.keys() == expected.keys()
+        assert all(found[table].equals(frame) for table, frame in expected.items()), name

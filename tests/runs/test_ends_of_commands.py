@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from residency.core.yaml_files import read_yaml
 from residency.testing.tiny_models import write_domain
 from support.cli import Result, call, tiny_config, write_yaml
+from support.synthetic_studies import QUICKSTART, write_cell
+from support.tiny_sweeps import write_study
 
 
 @pytest.mark.parametrize("path", ["~nouser/x", "x" * 5000, "a/" * 3000, "/dev/null/x", "/proc/self/mem/x"])
@@ -62,6 +65,31 @@ def test_no_text_of_data_reaches_the_terminal_raw(llama: Path, tmp_path: Path) -
     for result in told:
         assert not {*"\x07\x7f\x85\x9b\x9c\x9d\u202e"} & {*result.out, *result.err}
         assert not re.search(r"\x1b\]0|\x1b\[2J", result.out + result.err)
+
+
+def test_no_name_of_a_record_reaches_the_terminal_raw(llama: Path, tmp_path: Path) -> None:
+    """Records and studies of others: names of cells, axes, mitigations, domains, scorers and of the study."""
+    attack = "a\x1b[2J\x1b]0;owned\x07\x9b31m\u2028\u202e"
+    runs = [tmp_path / f"run{n}" for n in (0, 1)]
+    for run in runs:
+        write_cell(run, attack, QUICKSTART["none"], {"mitigation": attack}, 0, (attack, "b", "c"), rows=4)
+    study = write_study(tmp_path, llama, axes={"m": {attack: {}}}, domains="ab", seeds=[0])
+    named = write_yaml(tmp_path / "named.yaml", {**read_yaml(study, what="the study"), "name": attack})
+    for words in (
+        ("ls", tmp_path),
+        ("show", runs[0]),
+        ("compare", *runs),
+        ("ab", *runs),
+        ("gate", runs[0], "--max", "forgetting=0"),
+        ("gate", runs[0], "--against", runs[1], "--max", "forgetting=1"),
+        ("report", *runs, "--output", tmp_path / "report"),
+        ("sweep", named, "--study_dir", tmp_path / "study", "--dry-run"),
+        ("rm", runs[0]),
+    ):
+        result = call(*words)
+        assert result.code in (0, 4), (words, result.err)
+        assert not {*"\x07\x9b\u2028\u202e"} & {*result.out, *result.err}, words
+        assert not re.search(r"\x1b\]0|\x1b\[2J", result.out + result.err), words
 
 
 def test_a_reader_that_goes_away_ends_a_command(tmp_path: Path) -> None:

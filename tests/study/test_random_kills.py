@@ -94,7 +94,9 @@ class Rounds:
         before, processes = self.hits, [self.start(words) for words in commands]
         if self.kind.startswith("gc"):
             self.wait(processes, self.took / 2)
-            store = commands[0][commands[0].index("--store") + 1]
+            store = Path(str(commands[0][commands[0].index("--store") + 1]))
+            while not (store / "store.json").is_file() and processes[0].is_alive():
+                time.sleep(0.01)
             processes.append(self.start(["store", "gc", store, "--unused", "0", "--yes"]))
             self.wait(processes, 1.0)
             self.hit(processes, alone=self.draw.random() < 0.5)

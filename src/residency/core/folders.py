@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def _check_free(path: Path, *, overwrite: bool, marker: str) -> None:
 def _remove_stale(path: Path) -> None:
     """What processes that are gone left half written."""
     for kind in ("partial", "old"):
-        for left in path.parent.glob(f".{path.name}.*.{kind}"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.{kind}"):
             process = left.name.removesuffix(f".{kind}").rpartition(".")[2]
             if not (process.isdigit() and _alive(int(process))):
                 shutil.rmtree(left, ignore_errors=True)

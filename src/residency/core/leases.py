@@ -169,22 +169,24 @@ def lease(
     pid = os.getpid()
     owner = {"place": _place(), "pid": pid, "started": _started(pid), "token": secrets.token_hex(8)}
     text = json.dumps(owner)
-    while not _take(path, text):
-        if already_done():
-            yield False
-            return
-        _break(path, expires)
-        if os.path.lexists(path):
-            waiting()
-            time.sleep(poll)
     done = threading.Event()
     thread = threading.Thread(target=_keep, args=(path, done, beat), daemon=True, name="residency-lease")
-    thread.start()
+    # A signal may arrive between taking and holding: this process would wait for itself when it asks again.
     try:
+        while not _take(path, text):
+            if already_done():
+                yield False
+                return
+            _break(path, expires)
+            if os.path.lexists(path):
+                waiting()
+                time.sleep(poll)
+        thread.start()
         yield True
     finally:
         done.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
         if _read(path) == text:
             path.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residency.core.errors import EXIT_CROSSED, EXIT_DONE, UserError
-from residency.core.text import printable
+from residency.core.text import for_terminal, printable
 
 if TYPE_CHECKING:
     from residency.report.evidence.samples import RowScores
@@ -48,7 +48,7 @@ def gate_command(words: list[str]) -> int:
     for one in judged:
         print(one.line())
     if (damaged := rows.told()) is not None:
-        print(f"mind     {damaged}")
+        print(f"mind     {for_terminal(damaged)}")
     content = _content(judged, rows)
     if options.json is not None:
         options.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

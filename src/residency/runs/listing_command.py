@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from residency.core.errors import EXIT_DONE
-from residency.core.text import printable
+from residency.core.text import for_terminal, printable
 from residency.runs.listing import RunSummary, find_runs, read_run, remove_run
 
 __all__ = ["compare_command", "comparison", "describe", "ls_command", "rm_command", "show_command"]
@@ -31,10 +31,9 @@ def ls_command(words: list[str]) -> int:
         stages = f"{run.stages}/{len(run.domains)}"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.modified))
         what = "+".join([run.adapter, *run.mitigations])
-        print(
-            f"{stages:>5} {run.status:<10} {when}  {run.size / 2**20:>8.1f} MiB  {printable(what)[:30]:<30} {run.path}"
-        )
-    print(f"{len(runs)} runs in {', '.join(map(str, folders))}")
+        size = f"{run.size / 2**20:>8.1f} MiB"
+        print(f"{stages:>5} {run.status:<10} {when}  {size}  {printable(what)[:30]:<30} {for_terminal(run.path)}")
+    print(for_terminal(f"{len(runs)} runs in {', '.join(map(str, folders))}"))
     return EXIT_DONE
 
 
@@ -46,7 +45,7 @@ def show_command(words: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="residency show", description="Show a run as far as it is.")
     parser.add_argument("run", type=Path, help="its folder, for example runs/quickstart")
-    print(describe(read_run(parser.parse_args(words).run)))
+    print(for_terminal(describe(read_run(parser.parse_args(words).run))))
     return EXIT_DONE
 
 
@@ -60,7 +59,7 @@ def compare_command(words: list[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders above them")
     parser.add_argument("--scorer", default="nll", help="which score; default nll")
     options = parser.parse_args(words)
-    print(comparison(find_runs(options.runs), options.scorer))
+    print(for_terminal(comparison(find_runs(options.runs), options.scorer)))
     return EXIT_DONE
 
 
@@ -79,7 +78,7 @@ def rm_command(words: list[str]) -> int:
     runs = [read_run(path) for path in options.runs]  # all are runs, or none is deleted
     for run in runs:
         freed = run.size if options.dry_run else remove_run(run.path)
-        print(f"{freed / 2**20:>8.1f} MiB {'would be ' if options.dry_run else ''}freed: {run.path}")
+        print(f"{freed / 2**20:>8.1f} MiB {'would be ' if options.dry_run else ''}freed: {for_terminal(run.path)}")
     return EXIT_DONE
 
 

@@ -8,6 +8,7 @@ import textwrap
 
 from residency.core.errors import EXIT_DONE
 from residency.core.presets import KINDS, list_presets, preset_folders
+from residency.core.text import for_terminal
 
 __all__ = ["presets_command"]
 
@@ -41,6 +42,7 @@ def presets_command(words: list[str]) -> int:
         if preset.kind != shown:
             shown = preset.kind
             print(f"{shown}  ({_USE.get(shown, '--config NAME')})")
-        print(f"  {preset.name:<28} {textwrap.shorten(preset.summary, width - 31, placeholder='...')}".rstrip())
-    print(f"from {', '.join(map(str, preset_folders()))}")
+        line = f"  {preset.name:<28} {textwrap.shorten(preset.summary, width - 31, placeholder='...')}"
+        print(for_terminal(line.rstrip()))
+    print(for_terminal(f"from {', '.join(map(str, preset_folders()))}"))
     return EXIT_DONE

@@ -18,6 +18,7 @@ from residency.core.errors import EXIT_DONE, UserError
 from residency.core.markers import FolderKind, check_place, claim
 from residency.core.presets import named_file
 from residency.core.tensor_files import read_json
+from residency.core.text import for_terminal
 from residency.core.yaml_files import read_yaml
 from residency.runs.estimate_words import Asked
 from residency.runs.store.store import STORE
@@ -159,7 +160,8 @@ def _emit(study: Study, source: Path, path: Path, store: Path, console: Console,
     from residency.study.wandb_sweep import write_wandb_sweep
 
     write_wandb_sweep(study, cells_of(study, Resolver(study, store)), source=source, path=path, overwrite=overwrite)
-    console.print(f"W&B sweep: {escape(str(path))}; start it with `wandb sweep {escape(str(path))}`", highlight=False)
+    written = escape(for_terminal(path))
+    console.print(f"W&B sweep: {written}; start it with `wandb sweep {written}`", highlight=False)
     return EXIT_DONE
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER, UserError
+from residency.core.text import for_terminal
 from residency.engine.stage_overrides import describe_stages
 from residency.runs.estimate import describe_costs
 from residency.runs.estimate_words import Asked
@@ -133,13 +134,13 @@ class StudyRunner:
         return record
 
     def _say(self, text: str) -> None:
-        self.console.print(escape(text), highlight=False)
+        self.console.print(escape(for_terminal(text)), highlight=False)
 
     def _show(self, prepared: Prepared, question: Asked | None = None) -> Estimate:
         cells, missing = prepared.cells, {resolved.cell.id for resolved in prepared.missing}
         self.console.print(
-            f"[bold]{escape(prepared.study.name)}[/bold]: {len(cells)} cells, {len(missing)} to run, "
-            f"{len(cells) - len(missing)} complete in {escape(str(prepared.folder))}"
+            f"[bold]{escape(for_terminal(prepared.study.name))}[/bold]: {len(cells)} cells, {len(missing)} to run, "
+            f"{len(cells) - len(missing)} complete in {escape(for_terminal(prepared.folder))}"
         )
         for cell in cells:
             self.console.print(
@@ -155,7 +156,7 @@ class StudyRunner:
             worked = None if found.seconds is None else sum(found.tasks.values())
             lines += describe_costs(worked, 1, question)[1:]
         for line in lines:
-            self.console.print(f"  {escape(line)}", highlight=False)
+            self._say(f"  {line}")
         return found
 
     def _report(self, prepared: Prepared, failures: Mapping[str, Failure]) -> int:
@@ -169,9 +170,11 @@ class StudyRunner:
             names = {"cells": [cell.id for cell in prepared.cells], "compared": [cell.id for cell in compared]}
             self.finished = None if made is None else {**made, **names, "name": self.study.name}
             return EXIT_DONE
-        self.console.print(f"{len(failures)} of {len(prepared.cells)} cells failed: {escape(', '.join(failures))}")
+        self.console.print(
+            f"{len(failures)} of {len(prepared.cells)} cells failed: {escape(for_terminal(', '.join(failures)))}"
+        )
         for message in dict.fromkeys(map(told_failure, failures.values())):
-            self.console.print(f"  {escape(message)}", highlight=False)
+            self._say(f"  {message}")
         mendable = {failure.code for failure in failures.values()} == {EXIT_USER}
         return EXIT_USER if len(failures) == len(prepared.cells) and mendable else EXIT_SOME_FAILED
 

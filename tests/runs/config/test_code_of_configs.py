@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from residency.core.errors import UserError
+from residency.core.yaml_files import read_yaml
 from residency.runs.config.imports import imported_outside, take_allow
 from support.cli import call, read_json, tiny_config, write_yaml
 
@@ -74,6 +75,24 @@ def test_no_code_of_the_standard_library_is_imported(
     assert not (tmp_path / "PWNED").exists()
     assert not (tmp_path / "run").exists()
     assert "antigravity" not in sys.modules
+
+
+def test_the_run_of_somebody_else_runs_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test`, `predict` and `export` read the config that lies in the folder."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path / "data", llama)
+    config["trainer"]["max_steps"] = 1
+    run = tmp_path / "run"
+    assert call("fit", "--config", write_yaml(tmp_path / "c.yaml", config), "--run_dir", run).code == 0
+    kept = read_yaml(run / "config.yaml", what="the run")
+    for key in ("axes.x", "trainer.callbacks"):
+        changed = with_value({**kept, "axes": {}}, key, runs("touch", "PWNED") if key == "axes.x" else TYPED[key])
+        write_yaml(run / "config.yaml", changed)
+        for verb in ("test", "predict", "export"):
+            result = call(verb, run, *(["--output", tmp_path / key] if verb == "export" else []))
+            assert result.code in (0, 2), result.err
+            assert key == "axes.x" or "standard library" in result.err
+        assert not (tmp_path / "PWNED").exists()
 
 
 @pytest.mark.parametrize("path", ["../adapter/lora", "..", "a..b", ".", "lora/", "\u2028.x"])

@@ -264,6 +264,24 @@ def test_a_lease_has_one_owner_and_survives_its_death(tmp_path: Path) -> None:
     assert not list(path.parent.iterdir())
 
 
+def test_a_lease_that_a_signal_interrupts_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else this process, which lives, would wait for itself."""
+    path = tmp_path / "lease"
+    real = os.link
+
+    def link(source: Path, target: Path) -> None:
+        real(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", link)
+        with pytest.raises(KeyboardInterrupt), lease(path):
+            pass
+    with lease(path, waiting=lambda: pytest.fail("nobody holds it")) as held:
+        assert held
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_owner_elsewhere_is_dead_without_heartbeat(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text(json.dumps({"place": "another machine", "pid": os.getpid(), "started": "1", "token": "t"}))

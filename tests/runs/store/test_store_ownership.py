@@ -120,6 +120,28 @@ def test_bytes_that_runs_share_are_not_called_freed(tmp_path: Path) -> None:
     assert (tmp_path / "state").stat().st_size == 2**20
 
 
+def test_bytes_that_cannot_be_removed_are_not_called_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    entries = [
+        store.put("trained", key(name), lambda folder: (folder / "x").write_bytes(bytes(2**20)) and None, meta={})
+        for name in ("a", "b")
+    ]
+    real = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source == entries[0].path:
+            raise PermissionError(13, "Permission denied", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    result = call("store", "gc", store.path, "--max-size", "0", "--yes")
+    assert result.code == 3
+    assert f"not removed: {entries[0].path}: Permission denied" in result.out.replace("\n", "")
+    assert "1.0 MiB freed" in result.out
+    assert "1.0 MiB stay" in result.out
+    assert [entry.path.exists() for entry in entries] == [True, False]
+
+
 def test_what_cannot_be_read_is_left_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store")
     entry = store.put("trained", key("a"), lambda folder: (folder / "x").write_bytes(b"1") and None, meta={})

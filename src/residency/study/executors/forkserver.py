@@ -83,9 +83,10 @@ class _Server:
             if self.cold:
                 self.cold = False
                 warm_up(order["spec"])
+            server = os.getpid()
             pid = os.fork()
             if pid == 0:
-                _child(self.call, order, [self.answers, self.wake, self._wake])
+                _child(self.call, order, server, [self.answers, self.wake, self._wake])
             self.children[pid] = order["run"]
             self.tell({"started": order["run"], "pid": pid})
             return
@@ -121,16 +122,15 @@ def _signal(pid: int, number: int) -> None:
             return
 
 
-def _child(call: str, order: dict[str, Any], inherited: list[int]) -> NoReturn:
+def _child(call: str, order: dict[str, Any], server: int, inherited: list[int]) -> NoReturn:
     code = 1
     module, _, name = call.rpartition(".")
     try:
-        parent = os.getppid()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         os.setpgid(0, 0)
-        _die_with_parent(parent)
+        _die_with_parent(server)
         for handle in inherited:
             os.close(handle)
         null, log = (

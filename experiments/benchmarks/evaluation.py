@@ -44,7 +44,8 @@ from residency.core.types import Example
 from residency.domains.packaged import IcdChapters, LicenceClauses, StdlibSignatures
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
-from residency.engine.scoring.evaluation import evaluate, means
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.row_scores import means
 from residency.engine.scoring.settings import EvaluationSettings
 from residency.objectives import SFT
 from residency.scorers.exact import exact_match

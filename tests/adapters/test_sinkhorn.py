@@ -28,7 +28,8 @@ from residency.adapters.sinkhorn import mixers
 from residency.backbones import CausalLM, Quantisation
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
-from residency.engine.scoring.evaluation import evaluate, means
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.row_scores import means
 from residency.engine.scoring.settings import EvaluationSettings
 from residency.testing.tiny_runs import domains, train
 

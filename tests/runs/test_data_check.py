@@ -76,7 +76,7 @@ def test_what_is_left_out_is_told_on_the_console_in_the_record_and_on_the_page(l
     assert (carved["rows"], counts["test"]["cut_prompts"], counts["test"]["rows"]) == (5, 4, 14)
     said = " ".join(found.out.split())
     assert f"own, train: {left} of {counts['train']['given']} rows left out (too long)" in said
-    assert f"own/validation: 5 rows; {carved['given'] - 5} rows not used" in said
+    assert f"own, validation: {carved['given'] - 5} of {carved['given']} rows not used (max_validation)" in said
     assert f"own, test: 4 of 14 prompts cut by {counts['test']['cut_prompt_tokens']} tokens" in said
     page = build(tmp_path / "run", output=tmp_path / "report").read_text(encoding="utf-8")
     table = page[page.index("Rows and tokens that were used and left out") :].split("</table>")[0]

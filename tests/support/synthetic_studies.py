@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from residency.engine.scoring.evaluation import RowScore
+from residency.engine.scoring.row_scores import RowScore
 from residency.metrics.matrix import summary
 from residency.runs.folder import RunFolder
 

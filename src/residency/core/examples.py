@@ -110,6 +110,7 @@ class Example:
             nothing about the tokens and takes no part in comparisons.
         cut_prompt: How many tokens of the prompt a limit has cost.
         cut_completion: How many tokens of the longest branch; with them its end token is gone.
+        fewer_shots: How many of the examples that were to stand before it (`data.shots`) found no room.
         extra: `Row.extra`: what a reward needs beside the answer.
     """
 
@@ -120,6 +121,7 @@ class Example:
     split: Split = field(default="train", compare=False)
     cut_prompt: int = field(default=0, compare=False)
     cut_completion: int = field(default=0, compare=False)
+    fewer_shots: int = field(default=0, compare=False)
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod

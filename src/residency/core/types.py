@@ -240,6 +240,11 @@ class ExampleView(Sequence[Example]):
     def __getitem__(self, position: Any) -> Any:
         return self.at(position)
 
+    def name_at(self, position: int) -> tuple[str, str]:
+        """(domain, row) of the example at a position; a view that need not make the example for it does not."""
+        example = self.at(position)
+        return example.domain, example.row
+
     def own(self) -> Sequence[Example]:
         """The same examples with no place given to those of an earlier stage."""
         return self

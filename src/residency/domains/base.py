@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 from residency.core.errors import UserError
 from residency.core.types import Example, Kind, Row, RowKind, Split
 from residency.domains.chat import Chat
+from residency.domains.left_out import LeftOut
 from residency.domains.lengths import TooLong
+from residency.domains.row_values import row_of, row_values
 from residency.domains.template import Template
 from residency.scorers.base import Scorer
 from residency.scorers.find import scorers_by_name
@@ -90,6 +92,8 @@ class Domain(ABC):
         self._template = template
         self.given: dict[Split, int] = {}
         """Rows that were read, before the limits; empty until then, and where another process has read them."""
+        self.unread: list[LeftOut] = []
+        """What the files hold that makes no row, found when they are read."""
         self.limits: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
         self._asked = None if scorers is None else list(scorers)
         for split in (split for split, limit in self.limits.items() if limit is not None and limit < 0):
@@ -161,18 +165,22 @@ class Domain(ABC):
         digest = hashlib.sha256(_line({"kind": self.kind, "template": asdict(template)}))
         for split, rows in self._rows.items():
             for row in rows:
-                digest.update(_line([split, *_values(row)]))
+                digest.update(_line([split, *row_values(row)]))
         return digest.hexdigest()
 
     def give_rows(self) -> dict[Split, list[list[Any]]]:
         """The rows of every split as JSON values, for another process."""
-        return {split: [_values(row) for row in rows] for split, rows in self._rows.items()}
+        return {split: [row_values(row) for row in rows] for split, rows in self._rows.items()}
 
     def take_rows(self, given: Mapping[Split, Sequence[Sequence[Any]]]) -> None:
         """Use the rows that `give_rows` gave, instead of reading them again."""
-        rows = {split: tuple(map(_row_of, part)) for split, part in given.items()}
+        rows = {split: tuple(map(row_of, part)) for split, part in given.items()}
         self.__dict__.update(_unchecked=rows, _rows=rows)
         self.__dict__.pop("_fingerprint", None)
+
+    def count_given(self, splits: Mapping[Split, Sequence[Row]]) -> dict[Split, int]:
+        """Rows there are before the limits."""
+        return {split: len(rows) for split, rows in splits.items()}
 
     @cached_property
     def _rows(self) -> dict[Split, tuple[Row, ...]]:
@@ -183,7 +191,7 @@ class Domain(ABC):
     def _unchecked(self) -> dict[Split, tuple[Row, ...]]:
         read = self.read()
         splits: dict[Split, Sequence[Row]] = {split: read.get(split, ()) for split in get_args(Split)}
-        self.given = {split: len(rows) for split, rows in splits.items()}
+        self.given = self.count_given(splits)
         return {split: tuple(rows[: self.limits[split]]) for split, rows in splits.items()}
 
 
@@ -269,27 +277,6 @@ def _check_leak(domain: Domain, splits: Mapping[Split, Sequence[Row]], what: str
             why="the test would measure what was memorised, not what was learnt",
             fix=f"keep all rows of one {what} in one split",
         )
-
-
-_NAMES = ("id", "prompt", "completion", "group")
-
-
-def _values(row: Row) -> list[Any]:
-    """A row as JSON values: what every row has, then by name what this one has besides."""
-    more = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in _NAMES}
-    kept = {name: value for name, value in more.items() if value != _PLAIN[name]}
-    return [getattr(row, name) for name in _NAMES] + ([kept] if kept else [])
-
-
-def _row_of(values: Sequence[Any]) -> Row:
-    """The inverse of `_values`, also after its lists and tuples have become one in JSON."""
-    more: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in (values[4] if len(values) > 4 else {}).items()
-    }
-    return Row(id=values[0], prompt=values[1], completion=values[2], group=values[3], **more)
-
-
-_PLAIN = {f.name: getattr(Row(id="", prompt="", completion=""), f.name) for f in fields(Row)}
 
 
 def _normal(prompt: str) -> str:

@@ -50,6 +50,14 @@ class Joint(Domain):
         unseen = [row for row in tests if " ".join(row.prompt.casefold().split()) not in prompts]
         return {"train": hash_order(rows), "validation": (), "test": [replace(row, group="") for row in unseen[:1]]}
 
+    def count_given(self, splits: Mapping[Split, Sequence[Row]]) -> dict[Split, int]:
+        """Training rows of the parts before their own limits."""
+        given = super().count_given(splits)
+        return {
+            **given,
+            "train": sum(part.given.get("train", len(part.rows("train"))) for part in self.domains.values()),
+        }
+
 
 @dataclass(frozen=True)
 class _PartTemplates:

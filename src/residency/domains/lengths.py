@@ -54,7 +54,7 @@ def fit_length(example: Example, cuttable: tuple[int, int], limits: Limits) -> E
         nothing of a training row: `cut_*` then says how many tokens are too many.
 
     Raises:
-        UserError: Cutting the prompt alone cannot make it fit.
+        UserError: Cutting the prompt alone cannot make it fit, or cutting answers makes two of them equal.
     """
     longest = max((len(branch.tokens) for branch in example.branches), default=0)
     allowed = limits.tokens if limits.prompt is None else min(limits.prompt, limits.tokens)
@@ -79,7 +79,14 @@ def fit_length(example: Example, cuttable: tuple[int, int], limits: Limits) -> E
         )
     gone = max(0, longest - left)
     branches = tuple(_cut_right(branch, left) for branch in example.branches) if gone else example.branches
-    return replace(example, prompt=prompt, branches=branches, cut_prompt=lost, cut_completion=gone)
+    found = replace(example, prompt=prompt, branches=branches, cut_prompt=lost, cut_completion=gone)
+    if gone and found.completion in found.alternatives and example.completion not in example.alternatives:
+        raise UserError(
+            f"row {example.row!r} of {example.domain}: two of its answers have the same first {left} tokens",
+            why="behind the limit nothing tells them apart, neither in training nor when they are scored",
+            fix="raise template.max_tokens, or shorten the answers",
+        )
+    return found
 
 
 def _cut_left(prompt: tuple[int, ...], cuttable: tuple[int, int], many: int) -> tuple[tuple[int, ...], int]:

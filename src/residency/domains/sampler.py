@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 from residency.core.randomness import permutation
 from residency.core.types import Example, ExampleView, GlobalBatch, Stage
 
-__all__ = ["StageBatches", "StageExamples", "StepParts", "learned_examples"]
+__all__ = ["StageBatches", "StageExamples", "StepParts", "count_learned", "learned_examples", "name_at"]
 
 
 class StageExamples(ExampleView):
@@ -19,22 +19,34 @@ class StageExamples(ExampleView):
         rows: Number of training rows.
         encode: Row index -> example; called when a position is read.
         stage: Seed, place in the stream, steps and batch size.
+        names: Row index -> `Row.id`; `None` = the example is made to know it.
     """
 
-    def __init__(self, *, rows: int, encode: Callable[[int], Example], stage: Stage) -> None:
+    def __init__(
+        self, *, rows: int, encode: Callable[[int], Example], stage: Stage, names: Callable[[int], str] | None = None
+    ) -> None:
         self.rows = rows
         self.encode = encode
         self.stage = stage
+        self.names = names
 
     def __len__(self) -> int:
         return self.stage.steps * self.stage.batch_size
 
     def at(self, position: int) -> Example:
+        return self.encode(self._index(position))
+
+    def name_at(self, position: int) -> tuple[str, str]:
+        if self.names is None:
+            return super().name_at(position)
+        return self.stage.domain, self.names(self._index(position))
+
+    def _index(self, position: int) -> int:
         if not 0 <= position < len(self):
             raise IndexError(position)
         epoch, at = divmod(position, self.rows)
         # The domain's name, not its place, orders its rows: "A then B" and "B then A" see A's rows in the same order.
-        return self.encode(permutation(self.rows, self.stage.seed, "order", self.stage.domain, epoch)[at])
+        return permutation(self.rows, self.stage.seed, "order", self.stage.domain, epoch)[at]
 
 
 class StageBatches(Sampler[list[int]]):
@@ -99,6 +111,20 @@ class StepParts:
             self._step = (step, whole)
         slots = tuple(p - step * size for p in positions)
         return GlobalBatch(examples=self._step[1], slots=slots, parts=self.parts)
+
+
+def name_at(dataset: Sequence[Example], position: int) -> tuple[str, str]:
+    """(domain, row) of the example at a position."""
+    if isinstance(dataset, ExampleView):
+        return dataset.name_at(position)
+    example = dataset[position]
+    return example.domain, example.row
+
+
+def count_learned(dataset: Sequence[Example], domain: str, *, positions: int) -> int:
+    """How many distinct rows of a domain are among the first positions: those that some batch had."""
+    names = {name_at(dataset, position) for position in range(positions)}
+    return sum(of == domain for of, _ in names)
 
 
 def learned_examples(dataset: Sequence[Example], domain: str) -> list[Example]:

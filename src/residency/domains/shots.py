@@ -36,7 +36,7 @@ def pick_shots(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
 def encode_with_shots(
     encode: Callable[..., Example], template: Any, shots: Sequence[Row], *, row: Row, labels: Sequence[str] = ()
 ) -> Example:
-    """A row with examples before it: as many as fit without anything being cut.
+    """A row with examples before it: as many as fit without anything being cut; `fewer_shots` counts the others.
 
     Args:
         encode: Of the template, for one domain and split.
@@ -58,8 +58,8 @@ def encode_with_shots(
         texts = [_told(template, shot) for shot in shots[:count]]
         found = encode(row=replace(row, prompt=_BETWEEN.join([*texts, row.prompt])), labels=labels)
         if not (found.cut_prompt or found.cut_completion):
-            return found
-    return encode(row=row, labels=labels)
+            return replace(found, fewer_shots=len(shots) - count)
+    return replace(encode(row=row, labels=labels), fewer_shots=len(shots))
 
 
 def _told(template: Template, shot: Row) -> str:

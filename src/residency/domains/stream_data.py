@@ -137,7 +137,7 @@ class StreamData(LightningDataModule):
         def encode(index: int) -> Example:
             return domain.template.encode(tokenizer, domain=stage.domain, row=rows[kept[index]])
 
-        return StageExamples(rows=len(kept), encode=encode, stage=stage)
+        return StageExamples(rows=len(kept), encode=encode, stage=stage, names=lambda index: rows[kept[index]].id)
 
     def _training_rows(self, name: str, tokenizer: Any) -> tuple[tuple[int, ...], TokenCounts]:
         """Which training rows of a domain are used, and their counts; looked at once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 from residency.core.errors import UserError
 from residency.core.types import Row, Split
 from residency.domains.base import Domain, Kind, hash_order, split_by_group
+from residency.domains.left_out import LeftOut
 from residency.domains.readers.arrow_tables import is_saved_dataset, read_hub, read_saved_dataset
 from residency.domains.readers.columns import infer_format, rename
 from residency.domains.readers.containers import FileOptions, Records, read_file, split_files
 from residency.domains.readers.formats import LABELS, Format, RowMaker
 from residency.domains.readers.published import olora_records, superni_records
 from residency.domains.readers.turns import split_into_turns
+from residency.domains.readers.unread import UnreadColumns, of_blanks, of_files, of_task, of_twin
 from residency.domains.template import Template
 
 __all__ = ["Table"]
@@ -114,7 +116,9 @@ class Table(Domain):
 
     def read(self) -> Mapping[Split, Sequence[Row]]:
         """Rows of the files, in hash order."""
-        rows = {split: self._rows_of(split, records) for split, records in self._records().items()}
+        self.unread, columns = [], UnreadColumns()
+        rows = {split: self._rows_of(split, records, columns) for split, records in self._records().items()}
+        self._leave([columns.left_out()])
         validation, test = (0.0 if split in rows else 0.1 for split in ("validation", "test"))
         carved = split_by_group(rows.pop("train"), validation=validation, test=test)
         return {**carved, **{split: hash_order(part) for split, part in rows.items()}}
@@ -134,14 +138,27 @@ class Table(Domain):
                 why="a path is a folder with a file per split, or a hub id",
                 fix="give the file as train: (a tenth of it each becomes validation and test)",
             )
-        found = {split: read_file(name, split, self.files) for split, name in split_files(folder).items()}
-        if (test := found.get("test")) is not None and test.document is not None:
+        names = split_files(folder)
+        self._leave(of_files(folder, names.values()))
+        found = {split: read_file(name, split, self.files) for split, name in names.items()}
+        documents = [found[split].document for split in ("validation", "test") if split in found]
+        if len(documents) == 2 and documents[0] is not None and documents[0] == documents[1]:
             # As SAPT publishes them: dev.json is test.json, and choosing on it would be choosing on the test.
-            found = {split: r for split, r in found.items() if split != "validation" or r.document != test.document}
-        return olora_records(folder, found) if (folder / "labels.json").is_file() else found
+            instances = (found.pop("validation").document or {}).get("Instances")
+            self._leave([of_twin("validation", len(instances) if isinstance(instances, list) else 1)])
+        if not (folder / "labels.json").is_file():
+            return found
+        if "validation" in found:
+            self._leave([of_twin("validation", len(found["validation"].rows))])
+        return olora_records(folder, found)
 
-    def _rows_of(self, split: Split, records: Records) -> list[Row]:
+    def _leave(self, found: Iterable[LeftOut]) -> None:
+        """Keep what is left out of the files."""
+        self.unread += [one for one in found if one.count]
+
+    def _rows_of(self, split: Split, records: Records, columns: UnreadColumns) -> list[Row]:
         if records.document is not None:
+            self._leave(of_task(split, records.document))
             records = superni_records(records.document, f"{split} of {self.source}")
         rows = rename(records.rows, self.columns)
         chosen = self.format or infer_format(rows, f"{split} of {self.source}")
@@ -150,4 +167,6 @@ class Table(Domain):
         names = self.class_names or next((named[column] for column in LABELS if column in named), [])
         maker = RowMaker(format=chosen, prefix=split, strip=self.strip, class_names=names)
         made = [maker.row(record) for record in rows]
+        columns.look(chosen, rows)
+        self._leave([of_blanks(split, len(maker.stripped), len(made))])
         return split_into_turns(made) if self.split_turns else made

@@ -112,15 +112,7 @@ class Template:
         example = Example(
             domain=domain, row=row.id, prompt=prompt, branches=weighted, split=split, extra=dict(row.extra)
         )
-        found = fit_length(example, self._cuttable(before, row, len(front), len(prompt)), limits)
-        if found.cut_completion and found.completion in found.alternatives:
-            tokens = len(found.completion)
-            raise UserError(
-                f"label {row.completion!r} of {domain} has the same first {tokens} tokens as another label",
-                why="the two cannot be told apart when they are scored",
-                fix="raise template.max_tokens, or shorten the labels",
-            )
-        return found
+        return fit_length(example, self._cuttable(before, row, len(front), len(prompt)), limits)
 
     def _variant(
         self, tokenizer: Any, front: tuple[int, ...], said: str, before: TokenText, text: str, role: Role

@@ -10,7 +10,7 @@ from residency.core.errors import UserError
 from residency.core.types import Example, Row
 from residency.domains.lengths import TooLong
 
-__all__ = ["TokenCounts", "TrainingRows", "check_readable", "count_tokens", "losses"]
+__all__ = ["TokenCounts", "TrainingRows", "check_readable", "count_tokens"]
 
 ALLOWED_SHARE = 0.01  # of a split's training rows, that are left out without being asked for
 UNREADABLE_SHARE = 0.5  # of a split's rows, whose answers the tokenizer cannot write
@@ -31,6 +31,8 @@ class TokenCounts:
         supervised_tokens: Of all rows and branches.
         longest: Tokens of the longest row.
         highest_id: The largest token id.
+        same_answers: Rows whose own answer is, token by token, another of their answers too.
+        shots_left_out: Rows with fewer examples before them than were asked for, and how many fewer.
     """
 
     rows: int
@@ -43,6 +45,8 @@ class TokenCounts:
     supervised_tokens: int
     longest: int
     highest_id: int
+    same_answers: int = 0
+    shots_left_out: tuple[int, int] = (0, 0)
 
 
 class TrainingRows:
@@ -93,12 +97,14 @@ def count_tokens(pairs: Iterable[tuple[Example, Row]], tokenizer: Any) -> TokenC
         pairs: (example, row).
         tokenizer: That encoded them.
     """
-    n = unwritable = unknown = prompt_tokens = supervised = longest = highest = 0
-    prompts, completions = [0, 0], [0, 0]
+    n = unwritable = unknown = prompt_tokens = supervised = longest = highest = same = 0
+    prompts, completions, shots = [0, 0], [0, 0], [0, 0]
     for example, row in pairs:
         n += 1
         prompts = [prompts[0] + (example.cut_prompt > 0), prompts[1] + example.cut_prompt]
         completions = [completions[0] + (example.cut_completion > 0), completions[1] + example.cut_completion]
+        shots = [shots[0] + (example.fewer_shots > 0), shots[1] + example.fewer_shots]
+        same += example.completion in example.alternatives
         unwritable += not example.cut_completion and not _survives(example, row, tokenizer)
         # A classifier's label is the number of a row, not a token of the vocabulary.
         written = () if hasattr(tokenizer, "label_token") else example.branches
@@ -119,6 +125,8 @@ def count_tokens(pairs: Iterable[tuple[Example, Row]], tokenizer: Any) -> TokenC
         supervised_tokens=supervised,
         longest=longest,
         highest_id=highest,
+        same_answers=same,
+        shots_left_out=(shots[0], shots[1]),
     )
 
 
@@ -165,23 +173,3 @@ def check_readable(counts: TokenCounts, tokenizer: Any, *, where: str) -> None:
             why="it is replaced by the unknown token, which would be all that is learnt",
             fix="use a model whose tokenizer was made for this language or notation",
         )
-
-
-def losses(counts: TokenCounts) -> list[str]:
-    """What a split lost, in words; empty if nothing."""
-    rows = counts.rows + counts.left_out
-    found = []
-    if counts.left_out:
-        found.append(f"{counts.left_out} of {rows} rows left out (too long)")
-    if counts.prompts_cut[0]:
-        found.append(f"{counts.prompts_cut[0]} of {rows} prompts cut by {counts.prompts_cut[1]} tokens")
-    if counts.completions_cut[0]:
-        found.append(
-            f"{counts.completions_cut[0]} of {rows} completions cut by {counts.completions_cut[1]} tokens, "
-            "their end tokens with them"
-        )
-    if counts.unwritable:
-        found.append(f"{counts.unwritable} of {rows} completions cannot be written exactly with this tokenizer")
-    if counts.unknown:
-        found.append(f"{counts.unknown} unknown tokens")
-    return found

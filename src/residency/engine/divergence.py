@@ -9,7 +9,7 @@ from torch import nn
 from residency.adapters.base import Adapter
 from residency.core.errors import UserError
 from residency.core.types import Stage
-from residency.engine.scoring.evaluation import Evaluation
+from residency.engine.scoring.row_scores import Evaluation
 
 __all__ = ["check_finite", "check_scores"]
 

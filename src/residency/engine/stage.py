@@ -18,7 +18,7 @@ from residency.core.environment import peak_memory_bytes
 from residency.core.errors import UserError
 from residency.core.ranks import from_first, gather_facts, rank, ranks
 from residency.core.types import NOTHING, Batch, Example, GlobalBatch, Layout, Stage
-from residency.domains.sampler import StageBatches, StepParts
+from residency.domains.sampler import StageBatches, StepParts, count_learned
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History, StageCheckpoint, load_for_all
 from residency.engine.compatibility import check_steps
@@ -93,7 +93,8 @@ def train_stage(
     Returns:
         The facts: what the training cost. `prepare_seconds` are those before the first step (rewriting targets,
         generating a rehearsal, asking a teacher), `train_seconds` those of the steps. `train_tokens` and `train_flops`
-        are of every pass up to here, `batch_tokens` those of the batches alone.
+        are of every pass up to here, `batch_tokens` those of the batches alone. `rows_learned` are the domain's
+        distinct rows that some batch had.
     """
     checkpoint = folder / "checkpoint.safetensors"
     module.to(trainers.root_device)
@@ -117,6 +118,9 @@ def train_stage(
         "batch_tokens": history.totals["tokens"],
         "train_flops": history.totals["flops"],
         "steps": history.totals["steps"],
+        "rows_learned": count_learned(
+            module.dataset, stage.domain, positions=int(history.totals["steps"]) * stage.batch_size
+        ),
         "optimizer_state_bytes": history.optimizer_state_bytes,
         "peak_memory_bytes": memory,
         "ranks": ranks(),
@@ -177,6 +181,7 @@ def finish_stage(
         # Some drop at the end what they held during the stage, others take it in only then.
         "mitigation_state_bytes": {n: max(held[n], m.state_bytes()) for n, m in taking_part.items()},
         "weights": module.weights_log,
+        "kept_rows": {n: dict(m.kept_rows()) for n, m in taking_part.items() if m.keeps_examples and remember},
     }
     served = {"served": dict(module.served)} if module.served else {}
     return {**training_state(module, taking_part), **served, "facts": {**facts, **more}}

@@ -209,10 +209,8 @@ class Mitigation(Callback):
         return self.transform_weights(module, before, served) if self.into == "serve" else served
 
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
-        """What is worth a line beside a logged step: the norm of what a penalty acts on, how many gradients were
-        projected, how much of a teacher was kept. Logged as `<mitigation>/<name>`, beside `loss/<mitigation>/<term>`.
-
-        Called in the forward pass of logged steps only, after `loss_terms`; changes nothing.
+        """What is worth a line beside a logged step, as `<mitigation>/<name>`: the norm of what a penalty acts on, how
+        many gradients were projected. Called in the forward pass of logged steps, after `loss_terms`; changes nothing.
         """
         return {}
 
@@ -238,8 +236,7 @@ class Mitigation(Callback):
         return index >= self.first_domain and any(overrides(self, hook) for hook in hooks)
 
     def changes_weights(self, index: int) -> bool:
-        """Whether `transform_weights` can return anything but `after` once the stage with this index is trained;
-        where that goes is another question (`into`)."""
+        """Whether `transform_weights` can return anything but `after` behind the stage with this index."""
         return overrides(self, "transform_weights")
 
     def fingerprint(self) -> str:
@@ -268,10 +265,12 @@ class Mitigation(Callback):
         self.state.update(state_dict)
 
     def grows_by(self, trainable: int) -> int:
-        """Bytes by which its state grows with every stage, whoever trains so many parameters; 0 = it has a bound. Told
-        before a run: the state is kept in memory and written whole after every stage.
-        """
+        """Bytes by which its state grows with every stage, whoever trains so many parameters; 0 = it has a bound."""
         return 0
+
+    def kept_rows(self) -> Mapping[str, int]:
+        """{domain: rows of it} that it keeps as they were, to learn from them again."""
+        return {}
 
     def remembers(self, trainable: int, index: int) -> int:
         """Bytes of its state in the stage with this index, told before a run; by default what has grown until then."""

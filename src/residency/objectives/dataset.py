@@ -9,6 +9,7 @@ from torch import Tensor
 
 from residency.core.batching import by_token_budget
 from residency.core.types import Batch, Example, ExampleView
+from residency.domains.sampler import name_at
 from residency.objectives.base import Learner, Objective, Was
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
 PASS_TOKENS = 2048  # without gradients memory is no question
 
 
-class Mapped(Sequence[Example]):
+class Mapped(ExampleView):
     """Every example replaced by what a function makes of it.
 
     Args:
@@ -41,14 +42,17 @@ class Mapped(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, position: int) -> Example:  # type: ignore[override]
+    def at(self, position: int) -> Example:
         example = self.dataset[position]
         if example not in self._made:
             self._made[example] = self.function(example)
         return self._made[example]
 
+    def name_at(self, position: int) -> tuple[str, str]:
+        return name_at(self.dataset, position)
 
-class Repeated(Sequence[Example]):
+
+class Repeated(ExampleView):
     """Every global batch several times in a row, in place of those that would have followed it.
 
     Args:
@@ -65,11 +69,17 @@ class Repeated(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, position: int) -> Example:  # type: ignore[override]
+    def at(self, position: int) -> Example:
+        return self.dataset[self._of(position)]
+
+    def name_at(self, position: int) -> tuple[str, str]:
+        return name_at(self.dataset, self._of(position))
+
+    def _of(self, position: int) -> int:
         if not 0 <= position < len(self):
             raise IndexError(position)
         step, slot = divmod(position, self.batch_size)
-        return self.dataset[step // self.times * self.batch_size + slot]
+        return step // self.times * self.batch_size + slot
 
 
 def distinct(dataset: Sequence[Example]) -> list[Example]:

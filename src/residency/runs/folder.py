@@ -24,7 +24,7 @@ from residency.core.tensor_files import (
     write_lines,
 )
 from residency.core.text import safe_name
-from residency.engine.scoring.evaluation import Evaluation, means
+from residency.engine.scoring.row_scores import Evaluation, count_rows, means
 from residency.runs.kept_config import RUN, config_digest, differences_today, kept_config
 from residency.runs.run_history import HISTORY, RunHistory
 from residency.runs.run_lock import claim_run, lock_run
@@ -167,7 +167,7 @@ class RunFolder:
         """
         write_scores(folder / _SCORES, scores)
         write_lines(folder / HISTORY, [line for line in self.history() if line["stage"] == facts["stage"]])
-        record = {**facts, "means": means(scores)}
+        record = {**facts, "means": means(scores), **count_rows(scores)}
         record |= {} if config is None else {"config": config_digest(config)}
         files = digest_files(folder, (_STATE, _SCORES, HISTORY))
         write_json(folder / _RECORD, seal({**record, "files": files}))

@@ -10,10 +10,11 @@ from typing import Any
 
 from residency.core.environment import peak_memory_bytes
 from residency.core.tensor_files import append_line, load_whole_tree
-from residency.engine.scoring.evaluation import Evaluation, means
+from residency.engine.scoring.row_scores import Evaluation, count_rows, means
 from residency.engine.serving import served_of, serving
 from residency.runs.data_check import check_data
 from residency.runs.folder import RunFolder
+from residency.runs.left_out import after_run, before_run
 from residency.runs.results import build_record
 from residency.runs.shown_views import finish_views
 from residency.runs.stage_cache import StageCache
@@ -56,6 +57,8 @@ class RunStages:
         self.records = list(takewhile(lambda record: record is not None, found))  # type: ignore[arg-type]
         checked = check_data(self.runner.data, self.runner.module.backbone)
         info = self.info
+        before = before_run(self.runner, info.data, checked["domains"])
+        checked = {**checked, "left_out": before}
         history = self._start_history([folder for folder, record in zip(self.folders, found, strict=True) if record])
         for view in self.views:
             view.start(info, history, [record["means"] for record in self.records])
@@ -67,7 +70,7 @@ class RunStages:
                 self._make(k)
         self.folder.log.order()
         record = build_record(module=self.runner.module, data=self.runner.data, info=info, stages=self.records)
-        record["data"] = checked
+        record["data"] = {**checked, "left_out": after_run(self.runner, info.data, before, self.records)}
         finish_views(self.folder, self.views, self.folder.complete(record))
         return record
 
@@ -172,7 +175,7 @@ class RunStages:
 
     def _complete(self, k: int, scores: Evaluation, facts: Mapping[str, Any]) -> None:
         self.folder.complete_stage(self.folders[k], scores, facts, config=self.config)
-        self.records.append({**facts, "means": means(scores)})
+        self.records.append({**facts, "means": means(scores), **count_rows(scores)})
         for view in self.views:
             view.row(k, self.records[-1]["means"])
 

@@ -13,7 +13,8 @@ import torch
 from residency.core.errors import UserError
 from residency.core.tensor_files import write_json
 from residency.core.types import Row, Split
-from residency.engine.scoring.evaluation import Evaluation, evaluate, means
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.row_scores import Evaluation, means
 from residency.engine.serving import served_of
 from residency.runs.folder import RunFolder
 from residency.runs.stream import check_stream

@@ -9,7 +9,7 @@ import polars as pl
 from residency.core.errors import UserError
 from residency.core.parquet_files import ParquetRefused, read_parquet
 from residency.core.tensor_files import replace_file
-from residency.engine.scoring.evaluation import Evaluation, RowScore
+from residency.engine.scoring.row_scores import Evaluation, RowScore
 
 __all__ = ["SCORE_FIELDS", "read_scores", "write_scores"]
 
@@ -20,6 +20,7 @@ SCORE_FIELDS = {
     "value": pl.Float64,
     "tokens": pl.Int64,
     "weight": pl.Int64,
+    "ended": pl.Boolean,
 }
 """The columns of the file: those of `RowScore`."""
 
@@ -44,6 +45,8 @@ def read_scores(path: Path) -> Evaluation:
         if "weight" not in frame.columns:
             weighed = pl.col("scorer").is_in(_WEIGHED_BY_TOKENS)
             frame = frame.with_columns(weight=pl.when(weighed).then(pl.col("tokens")).otherwise(1))
+        if "ended" not in frame.columns:
+            frame = frame.with_columns(ended=pl.lit(True))
         return [RowScore(**row) for row in frame.iter_rows(named=True)]
     except (OSError, ParquetRefused, pl.exceptions.PolarsError, TypeError) as error:
         raise UserError(

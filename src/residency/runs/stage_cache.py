@@ -11,7 +11,7 @@ from typing import Any
 
 from residency.core.environment import peak_memory_bytes
 from residency.core.tensor_files import append_line, load_tree, load_whole_tree, read_lines, save_tree, write_lines
-from residency.engine.scoring.evaluation import Evaluation
+from residency.engine.scoring.row_scores import Evaluation
 from residency.engine.stage import training_state
 from residency.runs.keys import RunKeys
 from residency.runs.score_files import read_scores, write_scores

@@ -15,7 +15,8 @@ from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
 from residency.engine.divergence import check_scores
 from residency.engine.module import ContinualModule
-from residency.engine.scoring.evaluation import Evaluation, evaluate
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.row_scores import Evaluation
 from residency.engine.serving import serving
 from residency.engine.stage import finish_stage, restore_stage, take_trained_stage, train_stage
 from residency.engine.stage_overrides import (

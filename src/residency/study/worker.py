@@ -17,8 +17,9 @@ import torch
 from residency.core.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
 from residency.core.signals import Stopped, stop_on_signals
 from residency.core.tensor_files import explained, read_json
+from residency.domains.left_out import LeftOut
 from residency.domains.stream_data import StreamData
-from residency.engine.scoring.evaluation import means
+from residency.engine.scoring.row_scores import means
 from residency.inspection import Inspection
 from residency.runs.stage_cache import StageCache
 from residency.runs.store.store import Store
@@ -153,15 +154,17 @@ def take_rows(data: StreamData, config: Mapping[str, Any], rows: Mapping[str, An
     Args:
         data: Its domains.
         config: Its section of the config.
-        rows: {key of a domain's config: [fingerprint of its rows, {split: rows there were before the limits}]}.
+        rows: {key of a domain's config: [fingerprint of its rows, {split: rows there were before the limits}, what its
+            files hold that makes no row]}.
         store: Where the rows lie.
     """
     for key, domain in rows_of(data, config):
-        fingerprint, given = rows.get(key, (None, {}))
+        fingerprint, given, unread = rows.get(key, (None, {}, []))
         entry = store.find("data", fingerprint) if fingerprint else None
         if entry is not None:
             domain.take_rows(read_json(entry.path / "rows.json"))
             domain.given = dict(given)
+            domain.unread = [LeftOut(**one) for one in unread]
 
 
 class _Status(View):

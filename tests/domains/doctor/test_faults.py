@@ -326,6 +326,11 @@ FAULTS: dict[str, Fault] = {
 }
 
 
+FAULTS["marks of this program's own"] = Fault(
+    plant=put("train", 5, prompt=lambda text: f"{text} \U000f0000"), check="marks", severity="warning", count=1
+)
+
+
 def passage(number: int) -> str:
     """Fifteen words."""
     draw = random.Random(number)

@@ -24,8 +24,9 @@ from residency.domains.base import Domain, Kind
 from residency.domains.stream_data import StreamData
 from residency.domains.template import Template
 from residency.engine.module import ContinualModule
-from residency.engine.scoring.evaluation import Evaluation, RowScore, evaluate, means
+from residency.engine.scoring.evaluation import evaluate
 from residency.engine.scoring.likelihoods import branch_nll, completions_and_labels
+from residency.engine.scoring.row_scores import Evaluation, RowScore, means
 from residency.engine.scoring.settings import EvaluationSettings
 from residency.objectives import SFT
 from residency.scorers.exact import exact_match

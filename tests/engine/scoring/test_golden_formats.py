@@ -18,7 +18,8 @@ from residency.backbones import CausalLM
 from residency.domains import Chat, Table
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
-from residency.engine.scoring.evaluation import Evaluation, evaluate
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.row_scores import Evaluation
 from residency.engine.scoring.settings import EvaluationSettings
 from residency.objectives import SFT
 from residency.testing.tiny_models import write_tokenizer

@@ -37,6 +37,7 @@ _SIGNS: tuple[tuple[str, str, re.Pattern[str], str], ...] = (
     ("html_rests", "warning", re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d+);|#\d{2,3};|<br ?/?>"), "rests of HTML"),
     ("line_ends", "warning", re.compile(r"\r"), "carriage returns"),
     ("invisible", "warning", re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060\ufeff]"), "invisible characters"),
+    ("marks", "warning", re.compile("[\U000f0000\U000f0001]"), "the marks U+F0000 or U+F0001, which are left out"),
     ("surrogates", "error", re.compile(r"[\ud800-\udfff]"), "lone surrogates, which no tokenizer takes"),
 )
 _EMPTY_WORDS = {"nan", "none", "null", "n/a", "undefined"}

@@ -117,12 +117,12 @@ def examine(columns: Sequence[Column], reader: Reader, *, near: bool | None = No
     for column in columns:
         counts[column.name] = {}
         for split, rows in column.splits.items():
-            if rows and (split != "train" or not column.probe):
+            if (rows or column.given.get(split)) and (split != "train" or not column.probe):
                 found, prompts, cut = row_lengths.count_lengths(column, split, reader)
                 counts[column.name][split] = found
                 findings += row_lengths.length_findings(column, split, found, prompts, cut)
                 findings += tokens.check_tokens(column, split, reader)
-                if figures:
+                if figures and rows:
                     numbers.setdefault(column.name, {})[split] = _figures(column, rows, reader)
         findings += _alone(column)
     findings += tokens.check_vocabulary(columns, reader)
@@ -142,6 +142,12 @@ def _alone(column: Column) -> Iterator[Finding]:
     yield from answers.check_forms(column)
     yield from leaks.check_duplicates(column)
     yield from leaks.check_ids(column)
+    for one in column.domain.unread:
+        yield make_finding(
+            "not_read", "info", (column.name, one.split), (), of=one.of, count=one.count,
+            got=f"{{n}} of {one.of} {one.unit} {one.how}", why="no row is made of them",
+            fix="nothing has to be done; `columns` renames what was meant",
+        )  # fmt: skip
     if not column.probe:
         yield from leaks.check_splits(column)
         yield from leaks.check_groups(column)

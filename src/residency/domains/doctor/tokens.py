@@ -67,6 +67,12 @@ def check_tokens(column: Column, split: Split, reader: Reader) -> Iterator[Findi
     """Unknown tokens, texts that change, control tokens, among the first rows of a split (they are a fair sample)."""
     rows = column.splits[split][:_SAMPLE]
     where, of = (column.name, split), len(rows)
+    if (left := len(column.splits[split]) - of) > 0:
+        yield make_finding(
+            "texts_sampled", "info", where, (), of=of + left, count=left,
+            got=f"{{n}} rows are not looked through for texts that the tokenizer changes, of {of + left}",
+            why="the first rows are a fair sample of them", fix="nothing has to be done; a run counts all it reads",
+        )  # fmt: skip
     yield from _control(column, rows, where, reader)
     if hasattr(reader.tokenizer, "label_token"):
         # A classifier chooses its labels by number: their texts never meet the tokenizer.

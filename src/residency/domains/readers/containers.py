@@ -19,7 +19,7 @@ from residency.core.errors import UserError
 from residency.core.types import Split
 from residency.domains.readers.strict_json import check_text, parse_json, refuse
 
-__all__ = ["FileOptions", "Record", "Records", "read_file", "split_files"]
+__all__ = ["SUFFIXES", "FileOptions", "Record", "Records", "read_file", "split_files"]
 
 MAX_LINE = 16 * 2**20  # characters; a longer line is a file without line ends
 MAX_UNPACKED = 64 * 2**20
@@ -274,3 +274,6 @@ _READERS: Mapping[str, Callable[[str, str, FileOptions], Records]] = {
     ".csv": _csv,
     ".tsv": _tsv,
 }
+
+SUFFIXES = frozenset({*_READERS, ".parquet", ".arrow"})
+"""Of files that hold rows."""

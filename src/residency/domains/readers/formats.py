@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from residency.core.types import Row
@@ -50,12 +50,14 @@ class RowMaker:
         prefix: Of the ids of rows without one.
         strip: Whether blanks around completions are removed.
         class_names: Names of integer labels, in order; empty = labels are texts.
+        stripped: Completions whose blanks were removed, so far.
     """
 
     format: Format
     prefix: str
     strip: bool = True
     class_names: Sequence[str] = ()
+    stripped: list[str] = field(default_factory=list)
 
     def row(self, record: Record) -> Row:
         """The row of a record.
@@ -223,7 +225,10 @@ class RowMaker:
 
     def _answer(self, value: Mapping[str, Any], key: str, where: str) -> str:
         text = self._text(value, key, where)
-        return text.strip() if self.strip else text
+        if self.strip and (bare := text.strip()) != text:
+            self.stripped.append(where)
+            return bare
+        return text
 
     def _word(self, value: Mapping[str, Any], key: str, where: str) -> str:
         found = value.get(key)

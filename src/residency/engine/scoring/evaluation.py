@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from residency.adapters.base import changes
 from residency.core.ranks import spread
-from residency.core.types import Example, Split
+from residency.core.types import Example, Row, Split
 from residency.domains.base import Domain
 from residency.domains.stream_data import StreamData
 from residency.domains.written_form import as_written
@@ -26,38 +25,15 @@ from residency.engine.scoring.likelihoods import (
     prompt_nll,
     text_nll,
 )
+from residency.engine.scoring.row_scores import Evaluation, RowScore
 from residency.engine.scoring.settings import EvaluationSettings
 from residency.scorers.base import Answer, LabelScore, Scorer
 
-__all__ = ["Evaluation", "RowScore", "evaluate", "means"]
+__all__ = ["evaluate"]
 
 MERGE_FROM_TOKENS = 256  # of one column's rows; below, folding an adapter in costs more than it saves
 
 Advance = Callable[[str, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class RowScore:
-    """One score of one row.
-
-    Args:
-        column: Domain or probe.
-        row: `Row.id`.
-        scorer: Name.
-        value: The score; `nll` is the mean over the row's tokens.
-        tokens: Completion tokens.
-        weight: Of the row in the column's mean: tokens for `nll`, bytes for `bits_per_byte`, else 1.
-    """
-
-    column: str
-    row: str
-    scorer: str
-    value: float
-    tokens: int
-    weight: int = 1
-
-
-Evaluation = list[RowScore]
 
 
 def evaluate(
@@ -97,13 +73,15 @@ def evaluate(
                 examples = data.evaluation_examples(name, split, tokenizer, competing=most, learned=learned)
                 labels = data.labels(name, learned)
                 generated = {e.row for e in examples[: settings.generation_rows]}
+                answers: dict[str, Answer] = {}
                 for context, group in module.adapter.route(module.model, name, examples, partial(prompt_nll, module)):
                     with context, folding.of(group):
-                        answers = _likelihoods(module, domain, group, labels, settings, advance)
+                        found = _likelihoods(module, domain, group, labels, settings, advance)
                         if any(s.needs != "likelihood" for s in domain.scorers.values()):
                             written = [e for e in group if e.row in generated]
-                            answers = _with_texts(answers, _generations(module, written, settings))
-                    scores += _judged(domain, group, answers, split, tokenizer)
+                            found = _with_texts(found, _generations(module, written, settings))
+                        answers |= found
+                scores += _judged(domain, examples, answers, split, tokenizer)
                 scores += _extra(module, name, examples)
     finally:
         module.model.train(training)
@@ -147,19 +125,6 @@ class _Folding:
         self._folded = wanted
 
 
-def means(scores: Evaluation) -> dict[str, dict[str, float]]:
-    """{scorer: {column: mean}}: over rows by their weights."""
-    sums: dict[tuple[str, str], float] = defaultdict(float)
-    weights: dict[tuple[str, str], int] = defaultdict(int)
-    for score in scores:
-        sums[score.scorer, score.column] += score.weight * score.value
-        weights[score.scorer, score.column] += score.weight
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for (scorer, column), total in sums.items():
-        found[scorer][column] = total / weights[scorer, column]
-    return dict(found)
-
-
 def _extra(module: ContinualModule, column: str, examples: Sequence[Example]) -> Evaluation:
     """What the adapter scores beside."""
     functions = partial(completion_nll, module), partial(prompt_nll, module)
@@ -188,7 +153,8 @@ def _likelihoods(
     found = completions_and_labels(module, examples, batch_tokens=budget, advance=advance)
     everything = [e for e in examples if e.alternatives] if any(s.labels == "all" for s in scorers) else []
     nll = branch_nll(module, everything, batch_tokens=budget)
-    labels = {e.row: _label_scores(domain, e, names, nll[e.row].tolist()) for e in everything}
+    rows = {row.id: row for row in domain.rows(everything[0].split)} if everything else {}
+    labels = {e.row: _label_scores(rows[e.row], e, names, nll[e.row].tolist()) for e in everything}
     texts = text_nll(module, examples, batch_tokens=budget) if any(s.text_likelihood for s in scorers) else {}
     asked = {getattr(scorer, "token", None) for scorer in scorers if scorer.rewards}
     worth = {token: pair_rewards(module, examples, token=token, batch_tokens=budget) for token in asked}
@@ -205,14 +171,11 @@ def _likelihoods(
     }
 
 
-def _label_scores(
-    domain: Domain, example: Example, names: Sequence[str], nll: Sequence[float]
-) -> dict[str, LabelScore]:
+def _label_scores(row: Row, example: Example, names: Sequence[str], nll: Sequence[float]) -> dict[str, LabelScore]:
     """Of every label, the row's own first, then the others in the order in which the template encoded them; of a pair,
     the chosen answer and the rejected one.
     """
     tokens = [example.completion, *example.alternatives]
-    row = next(row for row in domain.rows(example.split) if row.id == example.row)
     others = (row.rejected,) if row.kind == "pair" else names
     texts = [row.completion, *(label for label in others if label != row.completion)]
     return {
@@ -268,11 +231,16 @@ def _judged(
         asked = writable if scorer.needs == "generation" else rows
         of, own = [asked[e.row] for e in able], [answers[e.row] for e in able]
         judged = zip(able, scorer(of, own), scorer.weights(of, own), strict=True)
-        scores += [RowScore(e.domain, e.row, name, float(v), e.targets, int(w)) for e, v, w in judged]
+        ends = scorer.needs == "likelihood"
+        scores += [
+            RowScore(e.domain, e.row, name, float(v), e.targets, int(w), ends or answers[e.row].ended)
+            for e, v, w in judged
+        ]
     return scores
 
 
 def _judges(scorer: Scorer, answer: Answer) -> bool:
     """Whether all that a scorer reads is there: not every row is generated, and not every row has other labels."""
     written = scorer.needs == "likelihood" or answer.text is not None
-    return written and (scorer.labels == "none" or answer.best is not None)
+    spelt = not scorer.text_likelihood or answer.text_bytes > 0
+    return written and spelt and (scorer.labels == "none" or answer.best is not None)

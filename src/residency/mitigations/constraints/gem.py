@@ -27,7 +27,7 @@ from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Guarantee, Mitigation, State
 from residency.mitigations.constraints.gradient_projection import project_agem, project_gem, reference_gradient
 from residency.mitigations.contract import StageModule
-from residency.mitigations.rehearsal.memory import into_reservoir, pack_examples, unpack_examples
+from residency.mitigations.rehearsal.memory import into_reservoir, kept_rows, pack_examples, unpack_examples
 
 __all__ = ["AGEM", "GEM"]
 
@@ -86,6 +86,10 @@ class AGEM(Mitigation):
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
+
+    def kept_rows(self) -> Mapping[str, int]:
+        """{domain: rows of it in the memory}."""
+        return kept_rows(_unpacked(self.state["buffer"]))
 
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`projected`: share of the steps with a memory so far whose gradient was corrected."""
@@ -163,6 +167,10 @@ class GEM(Mitigation):
     def touches_training(self, index: int) -> bool:
         """Not at strength 0."""
         return self.strength > 0 and super().touches_training(index)
+
+    def kept_rows(self) -> Mapping[str, int]:
+        """{domain: rows of it in the memory}."""
+        return kept_rows(_unpacked(self.state["buffer"]))
 
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """`projected`: share of the steps with a memory so far whose gradient was corrected."""

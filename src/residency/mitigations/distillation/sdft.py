@@ -16,7 +16,7 @@ from residency.backbones.base import Sampling
 from residency.core.errors import UserError
 from residency.core.randomness import seed_of
 from residency.core.types import Example, ExampleView, Stage
-from residency.domains.sampler import learned_examples
+from residency.domains.sampler import learned_examples, name_at
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.distillation.prompting import check_placeholders, fill, without_end
@@ -90,6 +90,9 @@ class Rewritten(ExampleView):
     def at(self, position: int) -> Example:
         example = self.current[position]
         return self.rewrites().get((example.domain, example.row), example)
+
+    def name_at(self, position: int) -> tuple[str, str]:
+        return name_at(self.current, position)
 
     def own(self) -> Sequence[Example]:
         current = self.current.own() if isinstance(self.current, ExampleView) else self.current

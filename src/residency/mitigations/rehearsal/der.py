@@ -23,7 +23,7 @@ from residency.core.types import Batch, Example, Outputs, Stage, supervised_toke
 from residency.domains.sampler import learned_examples
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
-from residency.mitigations.rehearsal.memory import into_reservoir, pack_examples, unpack_examples
+from residency.mitigations.rehearsal.memory import into_reservoir, kept_rows, pack_examples, unpack_examples
 from residency.mitigations.rehearsal.model_views import evaluating, passes
 
 __all__ = ["DER", "stored_kl", "stored_mse", "top_log_probs"]
@@ -209,6 +209,10 @@ class DER(Mitigation):
                 start = own.stop
             self._view = buffer, items
         return list(self._view[1])
+
+    def kept_rows(self) -> Mapping[str, int]:
+        """{domain: rows of it in the memory}."""
+        return kept_rows(example for example, _ in self.items())
 
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """What the reservoir holds: `examples`, and `bytes` of all state."""

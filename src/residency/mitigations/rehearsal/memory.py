@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.randomness import choice
 from residency.core.types import Branch, Example, ExampleView, Stage
+from residency.domains.sampler import name_at
 from residency.mitigations.rehearsal.selection import drawn, fair_quotas, reservoir_slot
 
 __all__ = [
@@ -170,8 +172,16 @@ class Mixture(ExampleView):
         source = self.source(position)
         return self.current[position] if source is None else source.draw(self.stage, position)
 
+    def name_at(self, position: int) -> tuple[str, str]:
+        return name_at(self.current, position) if self.source(position) is None else super().name_at(position)
+
     def own(self) -> Sequence[Example]:
         return self.current.own() if isinstance(self.current, ExampleView) else self.current
+
+
+def kept_rows(examples: Iterable[Example]) -> dict[str, int]:
+    """{domain: how many distinct rows of it} are among some examples."""
+    return dict(Counter(domain for domain, _ in {(e.domain, e.row) for e in examples}))
 
 
 def mixed_in(current: Sequence[Example], source: Source, *, stage: Stage, every: int = 1) -> Mixture:

@@ -20,6 +20,7 @@ from residency.mitigations.rehearsal.memory import (
     Source,
     fair_memory,
     into_reservoir,
+    kept_rows,
     mixed_in,
     pack_examples,
     unpack_examples,
@@ -175,6 +176,10 @@ class Replay(Mitigation):
             return [named[i] for i in herding_order(features, count)]
         seed = seed_of(stage.seed, "clusters", stage.index)
         return [named[i] for i in kmeans_order(features, count, seed=seed)]
+
+    def kept_rows(self) -> Mapping[str, int]:
+        """{domain: rows of it in the memory}."""
+        return kept_rows(self.memory())
 
     def metrics_to_log(self, module: StageModule) -> Mapping[str, float]:
         """What the memory holds: `examples`, and `bytes` of all state."""

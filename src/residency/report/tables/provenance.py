@@ -41,6 +41,8 @@ def provenance(records: Records, arms: Sequence[Arm]) -> list[Grid]:
     ]
     return [
         plain_grid("rows", "Rows and tokens that were used and left out", _rows(records)),
+        plain_grid("left_out", "What takes no part, from the files to the matrix", _left_out(records)),
+        plain_grid("findings", "What the check of the data found", _findings(records)),
         plain_grid("origin", "Data and model", _data(records)),
         plain_grid("versions", "Versions", _varying(records, "versions")),
         plain_grid("apart", "Settings that differ between methods", apart),
@@ -67,6 +69,48 @@ def _rows(records: Records) -> list[dict[str, Any]]:
                     "answers cut, their end lost": c.get("cut_answers"),
                     "tokens of these": c.get("cut_answer_tokens"),
                     "longest row, tokens": c.get("longest"),
+                }
+                found[tuple(row.values())] = row
+    return list(found.values())
+
+
+def _left_out(records: Records) -> list[dict[str, Any]]:
+    """Every number of what is left out; cells that say the same are one line."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in records.done:
+        for one in (entry.record.get("data") or {}).get("left_out") or ():
+            row = {
+                "domain": printable(one.get("column")),
+                "split": printable(one.get("split") or "-"),
+                "left out": one.get("count"),
+                "of": one.get("of"),
+                "what": printable(f"{one.get('unit')} {one.get('how')}", 300),
+                "cell": entry.record["cell"],
+            }
+            known = found.setdefault(tuple(row.values())[:-1], {**row, "cells": []})
+            known["cells"].append(row["cell"])
+    return [_with_cells(row) for row in found.values()]
+
+
+def _with_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the first of its cells, and how many more there are."""
+    cells = row["cells"]
+    more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+    return {**{key: value for key, value in row.items() if key not in ("cell", "cells")}, "cells": cells[0] + more}
+
+
+def _findings(records: Records) -> list[dict[str, Any]]:
+    """What may make scores mean something else than they seem to."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in records.done:
+        for one in (entry.record.get("data") or {}).get("findings") or ():
+            if one.get("severity") != "info":
+                row = {
+                    "domain": printable(one.get("domain")),
+                    "split": printable(one.get("split") or "-"),
+                    "severity": printable(one.get("severity")),
+                    "found": printable(one.get("got"), 300),
+                    "why": printable(one.get("why"), 300),
                 }
                 found[tuple(row.values())] = row
     return list(found.values())

@@ -17,7 +17,8 @@ from residency.core.errors import UserError
 from residency.core.folders import replace_folder
 from residency.core.tensor_files import write_json
 from residency.core.types import untyped
-from residency.engine.scoring.evaluation import evaluate, means
+from residency.engine.scoring.evaluation import evaluate
+from residency.engine.scoring.row_scores import means
 from residency.runs.export.hub_base import HubModel, hub_model, name_base
 from residency.runs.export.model_card import model_card
 from residency.runs.folder import RunFolder

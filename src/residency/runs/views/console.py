@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from residency.core.text import for_terminal
 from residency.core.types import Stage
-from residency.domains.token_counts import losses
+from residency.domains.left_out import told as left_out_lines
 from residency.runs.data_check import told
 from residency.runs.views.base import RunInfo, View
 from residency.runs.views.progress import StageProgress, evaluation_progress
@@ -36,7 +36,7 @@ class ConsoleView(View):
     def __init__(self, *, folder: Path, console: Console | None = None) -> None:
         self.folder = folder
         self.console = console or Console()
-        self._told: frozenset[tuple[str, str]] = frozenset()
+        self._told: set[str] = set()
 
     def is_there(self) -> bool:
         """Whether the heat map is."""
@@ -50,11 +50,6 @@ class ConsoleView(View):
         self.console.print(
             f"  {info.trainable:,} of {info.total:,} parameters move ({share:.2%}); batches {escape(info.layout)}"
         )
-        self._told = frozenset((name, part) for name, parts in info.data.items() for part in parts)
-        for name, parts in info.data.items():
-            for part, counts in parts.items():
-                if lost := losses(counts):
-                    self.console.print(f"  [yellow]{escape(printable(name))}, {part}:[/yellow] {'; '.join(lost)}")
         for line in info.stages:
             self.console.print(f"  {escape(printable(line, 300))}", highlight=False)
         for name, size in info.growth.items():
@@ -69,16 +64,16 @@ class ConsoleView(View):
 
     def data(self, checked: Mapping[str, Any]) -> None:
         """Rows and tokens that are left out, and what is wrong."""
-        for name, splits in checked["domains"].items():
-            for split, c in splits.items():
-                lost = {"rows not used": c["given"] - c["rows"] - c["too_long"]}
-                if (name, split) not in self._told:
-                    lost |= {"prompts cut": c["cut_prompts"], "answers cut, their end lost": c["cut_answers"]}
-                parts = [f"{number:,} {what}" for what, number in lost.items() if number]
-                if parts:
-                    self.console.print(f"  {escape(printable(name))}/{split}: {c['rows']:,} rows; {', '.join(parts)}")
+        self._tell(checked.get("left_out", ()))
         for line in told(checked):
             self.console.print(f"  {escape(printable(line, 300))}", style="yellow", soft_wrap=True)
+
+    def _tell(self, left_out: Iterable[Mapping[str, Any]]) -> None:
+        """What takes no part, each sentence once for all columns of which it is true."""
+        for line in left_out_lines(left_out):
+            if line not in self._told:
+                self._told.add(line)
+                self.console.print(f"  {escape(printable(line, 300))}", highlight=False, soft_wrap=True)
 
     def callbacks(self, info: RunInfo, stage: Stage) -> list[Callback]:
         """The progress line of a stage."""
@@ -91,9 +86,10 @@ class ConsoleView(View):
             yield lambda column, rows: advance(rows)
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Matrix, heat map, pointer."""
+        """What was left out, matrix, heat map, pointer."""
         from residency.runs.views.heatmap import heat_map, save  # charts take a quarter of a second to import
 
+        self._tell((record.get("data") or {}).get("left_out", ()))
         scorer = "nll" if "nll" in record["scores"] else next(iter(record["scores"]), None)
         if scorer is not None:
             self.console.print(score_table(record, scorer))

@@ -119,7 +119,8 @@ class Resolver:
             stage_cache = self._open(cli, settings, config)
             data: StreamData = cli.datamodule
             rows: dict[str, Any] = {
-                key: [domain.fingerprint(), domain.given] for key, domain in _keyed(data, config["data"])
+                key: [domain.fingerprint(), domain.given, [one.plain() for one in domain.unread]]
+                for key, domain in _keyed(data, config["data"])
             }
         self._opened[words] = Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=rows)
         return self._opened[words]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from residency.engine.scoring.evaluation import means
+from residency.engine.scoring.row_scores import means
 from residency.runs.results import score_infos, score_matrices
 from residency.study.planning.resolve import Resolved
 from residency.study.planning.tree import Tree

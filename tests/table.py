@@ -336,6 +336,8 @@ SCORERS: dict[str, ScorerRow] = {
     "rougeL": ScorerRow(make=scorers.Rouge),
     "chrf": ScorerRow(make=scorers.ChrF),
     "bleu": ScorerRow(make=scorers.BLEU),
+    "corpus_chrf": ScorerRow(make=scorers.CorpusChrF),
+    "corpus_bleu": ScorerRow(make=scorers.CorpusBLEU),
     "edit_similarity": ScorerRow(make=scorers.EditSimilarity),
     "sari": ScorerRow(make=scorers.SARI),
     "numeric": _texts(scorers.Numeric, "it is 4", "42"),

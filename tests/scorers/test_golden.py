@@ -78,6 +78,51 @@ def test_rouge_equals_googles_own() -> None:
             )
 
 
+ANSWERS = [
+    ("the cat sat on mat", ("the cat sat on the mat", "a cat sat on a mat")),
+    ("it is guilty", ("it is guilty",)),
+    ("", ("nobody knows .",)),
+    ("there is no one here but the two of us .", ("there is nobody here but the two of us .", "only we are here .")),
+]
+
+
+@pytest.mark.parametrize("name", ["corpus_bleu", "corpus_chrf", "corpus_chrf++"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_corpus_scores_are_sacrebleus(name: str, count: int) -> None:
+    """Equal to `corpus_score`, with one or several references; the mean of the rows' values is it, too."""
+    from sacrebleu import metrics
+
+    options = {
+        "corpus_bleu": metrics.BLEU(),
+        "corpus_chrf": metrics.CHRF(),
+        "corpus_chrf++": metrics.CHRF(word_order=2),
+    }
+    answers, right = zip(*ANSWERS[:count], strict=True)
+    streams = [[own[k] if k < len(own) else None for own in right] for k in range(max(map(len, right)))]
+    wanted = options[name].corpus_score(answers, streams).score
+    rows = [Row(id=str(i), prompt="?", completion=own[0], references=own[1:]) for i, own in enumerate(right)]
+    scorer: Any = find_scorer(name, where="test")
+    texts = [Answer(text=text) for text in answers]
+    assert scorer.corpus(rows, texts) == wanted / 100
+    assert sum(scorer(rows, texts)) / count == pytest.approx(wanted / 100, rel=1e-13)
+    back = scorer(rows[::-1], texts[::-1])
+    assert back[::-1] == pytest.approx(scorer(rows, texts), rel=1e-12)
+
+
+def test_a_corpus_score_is_no_mean_of_sentences_and_varies_as_the_jackknife_says() -> None:
+    rows = [Row(id=str(i), prompt="?", completion=right[0]) for i, (_, right) in enumerate(ANSWERS)]
+    texts = [Answer(text=text) for text, _ in ANSWERS]
+    scorer: Any = find_scorer("corpus_chrf", where="test")
+    whole, n = scorer.corpus(rows, texts), len(rows)
+    sentences = find_scorer("chrf", where="test")(rows, texts)
+    assert abs(whole - sum(sentences) / n) > 0.05
+    without = [scorer.corpus(rows[:i] + rows[i + 1 :], texts[:i] + texts[i + 1 :]) for i in range(n)]
+    jackknife = (n - 1) / n * sum((one - sum(without) / n) ** 2 for one in without)
+    values = scorer(rows, texts)
+    mean = sum(values) / n
+    assert sum((value - mean) ** 2 for value in values) / (n * (n - 1)) == pytest.approx(jackknife)
+
+
 def test_chrf_and_bleu_are_sacrebleus_sentence_scores() -> None:
     import sacrebleu
 

@@ -92,6 +92,8 @@ class Scorer(ABC):
             fraction of the tokens; `all`.
         text_likelihood: Whether it reads `Answer.text_nll` (one more pass over the completions).
         rewards: Whether it reads `Answer.rewards` (one more pass over pairs).
+        whole_column: Whether a column's score is one of all its answers together and no mean of rows' scores (corpus
+            BLEU); what it gives the rows has that score as its mean (`residency.scorers.corpus.linearised`).
         libraries: Packages whose version decides the score; part of the key of an evaluation.
     """
 
@@ -102,6 +104,7 @@ class Scorer(ABC):
     labels: ClassVar[Labels] = "none"
     text_likelihood: ClassVar[bool] = False
     rewards: ClassVar[bool] = False
+    whole_column: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

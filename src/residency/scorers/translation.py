@@ -12,12 +12,12 @@ from residency.core.types import Row
 from residency.scorers.base import Answer, Scorer, references
 from residency.scorers.overlap import needs_blanks
 
-__all__ = ["BLEU", "ChrF"]
+__all__ = ["BLEU", "ChrF", "sacrebleu_metric"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChrF(Scorer):
-    """Sentence chrF of sacrebleu (Popovic 2015), 0 to 1; a column is the mean over rows, not the corpus score.
+    """Sentence chrF of sacrebleu (Popovic 2015), 0 to 1; a column is the mean over rows (`CorpusChrF`: all together).
 
     Args:
         word_order: 0 for chrF, 2 for chrF++.
@@ -36,7 +36,7 @@ class ChrF(Scorer):
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
         """(rows,) 0 to 1."""
-        metric = _sacrebleu("CHRF", word_order=self.word_order, char_order=self.char_order, beta=self.beta)
+        metric = sacrebleu_metric("CHRF", word_order=self.word_order, char_order=self.char_order, beta=self.beta)
         return [
             metric.sentence_score(answer.text or "", [*references(row)]).score / 100
             for row, answer in zip(rows, answers, strict=True)
@@ -44,7 +44,7 @@ class ChrF(Scorer):
 
     def check(self, rows: Sequence[Row]) -> None:
         """The library is there."""
-        _sacrebleu("CHRF")
+        sacrebleu_metric("CHRF")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class BLEU(Scorer):
     """Sentence BLEU of sacrebleu (Post 2018), 0 to 1; a column is the mean over rows, not the corpus score.
 
     Exponential smoothing and effective order, sacrebleu's own for sentences: a text of three words is not judged by
-    4-grams. Published tables are of corpora: never compare these with them.
+    4-grams. Published tables are of corpora: compare `CorpusBLEU` with them, never these.
 
     Args:
         tokenize: sacrebleu's tokenizer; `zh`, `ja-mecab` or `char` for scripts without blanks, which 13a scores 0.
@@ -67,7 +67,7 @@ class BLEU(Scorer):
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
         """(rows,) 0 to 1."""
-        metric = _sacrebleu("BLEU", tokenize=self.tokenize, effective_order=True)
+        metric = sacrebleu_metric("BLEU", tokenize=self.tokenize, effective_order=True)
         return [
             metric.sentence_score(answer.text or "", [*references(row)]).score / 100
             for row, answer in zip(rows, answers, strict=True)
@@ -75,13 +75,22 @@ class BLEU(Scorer):
 
     def check(self, rows: Sequence[Row]) -> None:
         """The library is there, and words are separated by blanks where its tokenizer goes by blanks."""
-        _sacrebleu("BLEU", tokenize=self.tokenize)
+        sacrebleu_metric("BLEU", tokenize=self.tokenize)
         if self.tokenize in ("13a", "intl", "none"):
             needs_blanks(rows, "bleu")
 
 
 @cache
-def _sacrebleu(kind: str, **options: Any) -> Any:
+def sacrebleu_metric(kind: str, **options: Any) -> Any:
+    """A metric of sacrebleu, made once.
+
+    Args:
+        kind: `BLEU` or `CHRF`.
+        options: Of it.
+
+    Raises:
+        UserError: The package is missing.
+    """
     try:
         from sacrebleu import metrics
     except ImportError as error:

@@ -36,12 +36,19 @@ def tells_good_from_bad(case: Case[ScorerRow]) -> None:
     kind: RowKind = "pair" if line.rejected else "completion"
     row = Row(id="1", prompt=line.prompt, completion=line.completion, rejected=line.rejected, kind=kind)
     scorer.check([row])
-    good, bad = scorer([row, row], [line.good, line.bad])
+    if scorer.whole_column:
+        (good,), (bad,) = (scorer([row], [answer]) for answer in (line.good, line.bad))
+        both, turned = (scorer([row, row], pair) for pair in ([line.good, line.bad], [line.bad, line.good]))
+        assert list(both) == list(turned)[::-1], "a column's score depends on the order of its rows"
+        assert min(good, bad) < sum(both) / 2 < max(good, bad), "a column is not between its parts"
+    else:
+        good, bad = scorer([row, row], [line.good, line.bad])
     assert good == pytest.approx(line.best), "the good answer has not the best score that the row names"
     assert good != bad, "both answers have one score"
     assert (good > bad) is scorer.higher_is_better, "`higher_is_better` says the opposite of the scores"
-    alone = [bad, good, bad]
-    assert list(scorer([row, row, row], [line.bad, line.good, line.bad])) == alone, "a score depends on other rows"
+    if not scorer.whole_column:
+        alone = [bad, good, bad]
+        assert list(scorer([row, row, row], [line.bad, line.good, line.bad])) == alone, "a score depends on other rows"
     assert list(scorer([row], [line.good])) == [good], "a score depends on other rows"
     assert list(scorer([], [])) == [], "no rows are no scores"
 

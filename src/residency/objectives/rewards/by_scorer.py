@@ -22,7 +22,7 @@ class ByScorer(Reward):
         column: Of rows that are prompts alone: the column with the right answer; `null` = the completion.
 
     Raises:
-        UserError: The scorer reads likelihoods.
+        UserError: The scorer reads likelihoods, or judges no single answer.
     """
 
     def __init__(self, *, scorer: str | Scorer, column: str | None = None) -> None:
@@ -33,6 +33,12 @@ class ByScorer(Reward):
                 f"the reward ByScorer with the scorer {self.scorer.name}",
                 why="it reads likelihoods, and a reward judges what was written",
                 fix="choose a scorer of texts, such as exact_match, rougeL, numeric or json_valid",
+            )
+        if self.scorer.whole_column:
+            raise UserError(
+                f"the reward ByScorer with the scorer {self.scorer.name}",
+                why="it judges a whole column of answers, and a reward judges one",
+                fix="choose its form for one text, such as bleu or chrf",
             )
         self.needs_reference = self.scorer.compares
         self.lowest, self.highest = (0.0, 1.0) if self.scorer.higher_is_better else (-1.0, 0.0)

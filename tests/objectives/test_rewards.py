@@ -117,6 +117,8 @@ def test_refusals(make: Any, words: str) -> None:
 def test_a_likelihood_is_no_reward() -> None:
     with pytest.raises(UserError, match="reads likelihoods"):
         ByScorer(scorer="nll")
+    with pytest.raises(UserError, match="scorer corpus_bleu"):
+        ByScorer(scorer="corpus_bleu")
 
 
 @pytest.mark.parametrize("reward", [ExactLabel(column="label"), ByScorer(scorer="exact_match", column="label")])

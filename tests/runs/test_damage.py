@@ -16,7 +16,10 @@ import torch
 from residency.adapters.peft import lora
 from residency.core.tensor_files import load_tree
 from residency.mitigations import Replay
+from residency.runs.store.store import Store
+from residency.runs.views.trackers import Tracker
 from residency.testing.tiny_runs import train
+from support import wandb_logs
 from support.cli import call, read_json, tiny_config, write_yaml
 
 KINDS = {"a": "generative", "b": "label"}
@@ -134,6 +137,31 @@ def command(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return file, folder / "run"
 
 
+def test_a_damaged_checkpoint_in_a_store_is_not_gone_on_from(
+    command: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["fit", "--config", command[0], "--checkpoint_every_n_steps=1", "--trainer.max_steps=2"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert call(*words, "--run_dir", whole, "--store", tmp_path / "store-whole").code == 0
+    words += ["--run_dir", run, "--store", tmp_path / "store"]
+    put = Store.put
+
+    def stop(store: Store, kind: Any, *rest: Any, **options: Any) -> Any:
+        if kind == "trained":
+            raise ZeroDivisionError
+        return put(store, kind, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "put", stop)
+        with pytest.raises(ZeroDivisionError):
+            call(*words)
+    (checkpoint,) = (tmp_path / "store" / "work").glob("*/checkpoint.safetensors")
+    flip(checkpoint)
+    result = call(*words)
+    assert result.code == 0, result.err
+    assert_equal_runs(whole, run)
+
+
 @pytest.mark.parametrize("content", ["", "[" * 200, "\x00", "name: x", "- a"])
 def test_a_damaged_config_is_written_again_or_told(content: str, command: tuple[Path, Path], tmp_path: Path) -> None:
     file, whole = command
@@ -189,6 +217,32 @@ def test_views_are_made_again_when_missing(command: tuple[Path, Path], tmp_path:
     for name in ("nll.png", "views.json"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert (run / "results.json").read_bytes() == results
+
+
+@pytest.mark.slow
+def test_what_wandb_was_not_told_is_told_by_the_same_command(
+    command: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ended after results.json, before the summary: it is there once, and the run has ended well."""
+    wandb_logs.temporary_home(monkeypatch, tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = ["fit", "--config", command[0], "--run_dir", tmp_path / "run"]
+
+    def die(tracker: Tracker, record: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tracker, "finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            call(*words)
+    assert read_json(tmp_path / "run" / "results.json")["status"] == "done"
+    for _ in range(2):
+        assert call(*words).code == 0
+    (fragments,) = wandb_logs.runs(tmp_path / "run").values()
+    told = [fragment for fragment in fragments if "final/nll/average" in fragment.summary]
+    assert len(told) == 1
+    assert fragments[-1].exit_code == 0
+    assert (tmp_path / "run" / "nll.svg").is_file()
 
 
 def test_a_finished_run_needs_nothing_to_be_written(command: tuple[Path, Path], tmp_path: Path) -> None:

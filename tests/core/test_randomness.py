@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from residency.core.randomness import choice, generator, permutation, seed_of
+from residency.core.randomness import choice, generator, permutation, seed_devices, seed_of
 from residency.core.types import Example, Stage
 from residency.domains.sampler import StageBatches, StageExamples, learned_examples
 from residency.mitigations import EWC, Mitigation, Replay, WeightMixing
@@ -172,6 +172,22 @@ def test_a_resume_sees_the_tail(micro: int, ranks: int, start: int) -> None:
         assert list(tail) == list(whole)[start:]
         assert len(tail) == len(whole), "Lightning counts what is done against the whole stage"
         assert list(whole) == list(whole), "a sampler is read again by every iterator"
+
+
+# --- global generators ------------------------------------------------------------------------------------------------
+
+
+def test_devices_are_seeded_as_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(3, "step", 1))
+        drawn = torch.rand(5)
+        seed_devices(3, "step", 1)
+        assert torch.equal(torch.rand(5), drawn)
+        seeds: list[int] = []
+        monkeypatch.setattr(torch, "manual_seed", seeds.append)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        seed_devices(3, "step", 1)
+    assert seeds == [seed_of(3, "step", 1)], "an accelerator has generators of its own"
 
 
 # --- mitigations do not change the data -------------------------------------------------------------------------------

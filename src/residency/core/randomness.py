@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["choice", "generator", "permutation", "seed_of"]
+__all__ = ["choice", "generator", "permutation", "seed_devices", "seed_of"]
 
 
 def seed_of(seed: int, *words: str | int) -> int:
@@ -31,6 +31,16 @@ def seed_of(seed: int, *words: str | int) -> int:
 def generator(seed: int, *words: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator that starts at `seed_of(seed, *words)`."""
     return torch.Generator(device=device).manual_seed(seed_of(seed, *words))
+
+
+def seed_devices(seed: int, *words: str | int) -> None:
+    """Let the global generators of all devices start at `seed_of(seed, *words)`, as `torch.manual_seed` does.
+
+    Where there is no accelerator, `torch.manual_seed` takes 0.4 ms all the same: for devices that may be initialised
+    later it notes the whole stack of its caller, three times. A step of a small model takes a few.
+    """
+    seeded = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seeded(seed_of(seed, *words))
 
 
 def choice(n: int, seed: int, *words: str | int) -> int:

@@ -17,7 +17,7 @@ from residency.adapters.base import Adapter, changes
 from residency.backbones.base import Backbone
 from residency.backbones.layout import LayoutChoice, choose_layout
 from residency.backbones.loading import check_tokenizer
-from residency.core.randomness import seed_of
+from residency.core.randomness import seed_devices
 from residency.core.ranks import rank, ranks
 from residency.core.tensors import snapshot
 from residency.core.types import NOTHING, Batch, Example, Layout, Stage, Tensors, untyped
@@ -128,7 +128,7 @@ class ContinualModule(LightningModule):
         self.backbone = self.backbone.seeded(seed)
         check_tokenizer(self.backbone.tokenizer, model := self.backbone.load())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(seed, "adapter"))
+            seed_devices(seed, "adapter")
             self.model = self.adapter.attach(model)
         self.backbone.check_attached(self.model)
         check_checkpointing(self.stage_settings.objectives(self.objective), self.model)
@@ -223,7 +223,7 @@ class ContinualModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Global draws of this micro-batch, dropout too, start from the seed of its place, whatever its rank."""
         micro = batch_idx * ranks() + rank()
-        torch.manual_seed(seed_of(self.stage.seed, "step", self.stage.index, micro, 0))
+        seed_devices(self.stage.seed, "step", self.stage.index, micro, 0)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Fold the gradients: accumulated, reduced over ranks, unscaled, not yet clipped."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from residency.adapters.base import Observe
 from residency.core.batching import by_token_budget, make_batch
-from residency.core.randomness import seed_of
+from residency.core.randomness import seed_devices
 from residency.core.types import Batch, Stage
 from residency.mitigations.contract import StageModule
 
@@ -43,5 +43,5 @@ def observe(module: StageModule) -> Iterator[Batch]:
 def adapter_stage(module: StageModule, call: Callable[[nn.Module, Stage, Observe], None], moment: str) -> None:
     """One of the adapter's stage hooks, with random numbers of its own."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(module.stage.seed, "adapter", moment, module.stage.index))
+        seed_devices(module.stage.seed, "adapter", moment, module.stage.index)
         call(module.model, module.stage, partial(observe, module))

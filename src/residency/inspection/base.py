@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from residency.core.batching import by_token_budget, make_batch
-from residency.core.randomness import seed_of
+from residency.core.randomness import seed_devices
 from residency.core.types import Batch, Example, Split, Stage, Tensors
 from residency.engine.scoring.likelihoods import prompt_nll
 
@@ -47,7 +47,7 @@ class StageSnapshot:
         """A second model, loaded anew, with the adapter attached as at the start of the run."""
         backbone = self.module.backbone.load()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, "adapter"))
+            seed_devices(self.seed, "adapter")
             return copy.deepcopy(self.module.adapter).attach(backbone).to(self.module.device).eval()
 
     @contextmanager

@@ -48,7 +48,7 @@ docs: setup  ## the documentation, strict: a broken link or a missing page fails
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 bench: assets  ## steps, mitigations, scoring side by side with plain loops; how cost grows (30 minutes)
 	$(BIN)/python experiments/benchmarks/lockstep.py --arms fit bare loop

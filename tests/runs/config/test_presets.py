@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from residency.runs.cli import parse
+from residency.backbones import CausalLM
+from residency.runs.cli import ResidencyCLI, parse
 from residency.study import load_study, plan_cells
 from support.cli import printed_config
 
@@ -131,12 +132,18 @@ def _mitigations() -> dict[str, Any]:
 
 
 @cache
+def _with_adapter(path: Path) -> ResidencyCLI:
+    """The quickstart with an adapter that has nothing below it."""
+    return parse(["fit", "--config", QUICKSTART, "--model.adapter=Full", f"--model.adapter={path}"])
+
+
+@cache
 def _alone(path: Path) -> dict[str, Any]:
     if path.parts[1] == "mitigation":
         return {"model": {"mitigations": {"x": _mitigations()[path.stem]}}}
-    key = KEYS[path.parts[1]]
-    nothing_below = ["--model.adapter=Full"] if "adapter" in key else []
-    return printed_config("fit", "--config", QUICKSTART, *nothing_below, f"--{key}={path}")
+    if path.parts[1] == "adapter":
+        return _with_adapter(path).resolved
+    return printed_config("fit", "--config", QUICKSTART, f"--{KEYS[path.parts[1]]}={path}")
 
 
 def _like(path: Path) -> list[Path]:
@@ -171,8 +178,8 @@ def test_a_preset_is_the_same_over_its_siblings(path: Path) -> None:
 
 @pytest.mark.parametrize("path", _in("adapter"), ids=str)
 def test_an_adapter_preset_fits_a_model(path: Path, llama: Path) -> None:
-    words = ["fit", "--config", QUICKSTART, f"--model.adapter={path}", f"--model.backbone.path={llama}"]
-    module = parse(words).model
+    module = _with_adapter(path).model
+    module.backbone = CausalLM(path=str(llama))
     module.build(seed=0)
     assert module.adapter.trainable(module.model)
 

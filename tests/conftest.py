@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from residency.testing.tiny_models import write_backbone
 
 torch.set_num_threads(1)
+# Nearly all that there is was imported and stays; to look at it for garbage was a thirtieth of the time.
+gc.set_threshold(700, 10, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:

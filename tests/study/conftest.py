@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head with one CPU; tests add nodes and remove them. Every task would see an allocation of Slurm."""
+    """A head with one CPU; tests add nodes and remove them. Every task would see an allocation of Slurm.
+
+    Its processes take time as long as it stands, so it goes with the tests that use it.
+    """
     if find_spec("ray") is None:
         pytest.skip("the extra residency[ray] is not installed")
     here = str(Path(__file__).parents[1])

@@ -22,6 +22,7 @@ from residency.mitigations import Mitigation
 from residency.objectives import SFT, Objective
 from residency.testing.comparisons import clone
 from residency.testing.fit_without_trainer import Fits
+from residency.testing.model_copies import CopiedCausalLM, copied
 from residency.testing.objective_rows import ExampleData
 from residency.testing.tiny_runs import domains
 
@@ -75,11 +76,13 @@ class Cuts:
         kind: str = "",
     ) -> None:
         self.parts: dict[str, Any] = {"mitigation": mitigation, "objective": objective, "adapter": adapter}
-        self.backbone, self.double = backbone, double
+        self.loaded, self.double = CausalLM(path=str(backbone)), double
+        self.model = self.loaded.load()
         self.optimizer, self.kind = optimizer, kind
         self.folder = folder
         self.readers = domains(folder / "data", {"a": "generative", "b": "label"})
         module, _ = self.module("packed")
+        self.model = copied(module.model, {})  # to attach the adapter to it again does nothing
         self._fit(module, STAGES[0], BATCH)
         self.between = clone(finish_stage(module, {}, device=CPU))
 
@@ -88,7 +91,7 @@ class Cuts:
         make = self.parts["mitigation"]
         seen = Seen()
         module = ContinualModule(
-            backbone=CausalLM(path=str(self.backbone)),
+            backbone=CopiedCausalLM(path=self.loaded.path).copies(self.model, of=self.loaded),
             adapter=self.parts["adapter"](),
             objective=self.parts["objective"](),
             mitigations={**({"x": make()} if make else {}), "seen": seen},

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from residency.adapters import Adapter, Full
+from residency.adapters import Adapter
 from residency.adapters.export_format import attach_exported
 from residency.adapters.peft_tools.wrapping import expected_remarks
 from residency.core.batching import make_batch
@@ -40,7 +40,7 @@ def identity_at_the_start(case: AdapterCase) -> None:
     made(case.row.make, Adapter, case.name)
     module = case.runs.built(case.name)
     module.layout = "padded"
-    pretrained = _pretrained(case)
+    pretrained = case.runs.pretrained(case.name, "padded")
     if case.row.identity == "exact":
         assert torch.equal(logits(module), pretrained), "attaching changed logits: is it identity='close'?"
     elif case.row.identity == "close":
@@ -146,12 +146,11 @@ def reference_is_the_pretrained_model(case: AdapterCase) -> None:
         with pytest.raises(UserError, match="reference"):
             trained.adapter.reference(trained.model)
         return
-    base = case.runs.built(case.name)
     tuned = logits(trained)
     with trained.adapter.reference(trained.model):
         off = logits(trained)
-    base.model, base.layout = base.backbone.load(), trained.layout
-    assert torch.equal(off, logits(base)), "inside of `reference` the model is not the pretrained one"
+    base = case.runs.pretrained(case.name, trained.layout)
+    assert torch.equal(off, base), "inside of `reference` the model is not the pretrained one"
     assert torch.equal(logits(trained), tuned), "leaving the context restores the adapter"
     assert not torch.equal(tuned, off), "nothing was learnt"
 
@@ -249,14 +248,6 @@ def _begun(case: AdapterCase) -> tuple[Any, list[Tensor], Batch]:
     module.model.train()
     leaves: list[Tensor] = [*module.adapter.trainable(module.model).values()]
     return module, leaves, make_batch(EXAMPLES, layout=module.layout)
-
-
-def _pretrained(case: AdapterCase) -> Tensor:
-    """Logits of the backbone, loaded as the row loads it, without its adapter."""
-    module = make_module(case.runs.backbone, Full(), {}, loading=case.row.loading)
-    module.model = module.backbone.load()
-    module.layout = "padded"
-    return logits(module)
 
 
 def _exported(case: AdapterCase, folder: Path) -> Any:

@@ -1,21 +1,36 @@
-"""A deep copy of an attached model in a fifth of the time of `copy.deepcopy`."""
+"""A deep copy of a model in a fifth of the time of `copy.deepcopy`, and a backbone that loads such copies."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-__all__ = ["copied"]
+from residency.backbones import CausalLM
+
+__all__ = ["CopiedCausalLM", "copied"]
 
 _SHARED = frozenset(
     {int, float, str, bool, type(None), type, torch.dtype, torch.device, FunctionType, BuiltinFunctionType}
 )
 _MAPPINGS = (dict, OrderedDict)
+
+
+class CopiedCausalLM(CausalLM):
+    """Loads copies of a model that was loaded once, with or without an adapter."""
+
+    def copies(self, source: nn.Module, of: CausalLM) -> Self:
+        """Itself, which loads copies of `source` from now on; what `of` found on that model when it loaded it holds."""
+        self._source, self.tokenizer, self.verdict = source, of.tokenizer, of.verdict
+        return self
+
+    def load(self) -> nn.Module:
+        model: nn.Module = copied(self._source, {})
+        return model
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -13,7 +13,7 @@ A pair that cannot work is refused with a sentence, before a model is loaded. Wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback
-from torch import nn
 
 from residency.adapters import Adapter
 from residency.adapters.base import changes
@@ -40,7 +39,7 @@ from residency.mitigations.base import overrides
 from residency.objectives import SFT
 from residency.testing.comparisons import assert_still, clone, differing, generators, live_tensors, undrawn
 from residency.testing.fit_without_trainer import Fits
-from residency.testing.model_copies import copied
+from residency.testing.model_copies import CopiedCausalLM
 from residency.testing.rows import AdapterRow, MitigationRow
 from residency.testing.tiny_runs import domains
 
@@ -66,16 +65,6 @@ class Run:
     final: dict[str, Any]
 
 
-class _Attached(CausalLM):
-    """Loads a copy of a model that was attached once; to attach it again does nothing."""
-
-    source: ContinualModule
-
-    def load(self) -> nn.Module:
-        model: nn.Module = copied(self.source.model, {})
-        return model
-
-
 class Pairs:
     """Trains pairs; what they share (attached models, runs without a mitigation) is made once.
 
@@ -84,6 +73,8 @@ class Pairs:
         folder: For the data and for checkpoints.
         adapters: {name: row}.
         mitigations: {name: row}.
+        marks: Names of the marks of a pair (adapter, mitigation): pairs of an adapter that have the same are one run at
+            strength 0, since whoever runs one of them runs the others as well.
     """
 
     def __init__(
@@ -93,17 +84,19 @@ class Pairs:
         *,
         adapters: Mapping[str, AdapterRow],
         mitigations: Mapping[str, MitigationRow],
+        marks: Callable[[str, str], Sequence[str]] = lambda adapter, mitigation: (),
     ) -> None:
         self.backbone = backbone
         self.folder = folder
         self.adapters = adapters
         self.rows = mitigations
+        self.marks = marks
         self.data = StreamData(domains=domains(folder, {"a": "generative", "b": "label"}), batch_size=4)
         shape: dict[str, Any] = {"stages": len(STEPS), "seed": 0, "batch_size": 4}
         self.stages = [Stage(index=i, domain=d, steps=n, **shape) for i, (d, n) in enumerate(STEPS.items())]
         self._attached: dict[str, ContinualModule] = {}
         self._plain: dict[str, Run] = {}
-        self._all_off: dict[str, str] = {}
+        self._all_off: dict[tuple[str, ...], str] = {}
 
     # -- modules ------------------------------------------------------------------------------------------------
 
@@ -114,15 +107,15 @@ class Pairs:
             UserError: The pair is refused.
         """
         row = self.adapters[adapter]
-        backbone = (CausalLM if fresh else _Attached)(path=str(self.backbone), **row.loading)
+        backbone = (CausalLM if fresh else CopiedCausalLM)(path=str(self.backbone), **row.loading)
         optimizer = partial(torch.optim.AdamW, lr=row.lr, weight_decay=0.1)
         parts: dict[str, Any] = {"objective": SFT(), "optimizer": optimizer, "mitigations": dict(mitigations)}
         module = ContinualModule(backbone=backbone, adapter=row.make(), **parts)
-        if isinstance(backbone, _Attached):
+        if isinstance(backbone, CopiedCausalLM):
             if adapter not in self._attached:
                 self._attached[adapter] = self.module(adapter, {}, fresh=True)
-            source = backbone.source = self._attached[adapter]
-            backbone.tokenizer = source.backbone.tokenizer
+            source = self._attached[adapter]  # to attach it again does nothing
+            backbone.copies(source.model, of=source.backbone)
             with patch("residency.engine.module.choose_layout", lambda *_: (source.layout, source.layout_reason)):
                 module.build(seed=0)
         else:
@@ -236,14 +229,19 @@ class Pairs:
             assert part in text, f"refused: the message does not say {part!r}: {text}"
 
     def _assert_off(self, adapter: str, mitigation: str) -> None:
-        """All mitigations at strength 0 together are one run; each has its own only if that is not the plain one."""
-        if adapter not in self._all_off:
-            compatible = [name for name, row in self.rows.items() if not refusal(self.adapters[adapter].make(), row)]
+        """Mitigations at strength 0 together are one run; each has its own only if that is not the plain one."""
+        marks = self.marks(adapter, mitigation)
+        together = (adapter, *marks)
+        if together not in self._all_off:
+            made = self.adapters[adapter].make()
+            compatible = [
+                name for name, row in self.rows.items() if self.marks(adapter, name) == marks and not refusal(made, row)
+            ]
             try:
-                self._all_off[adapter] = self._difference_off(adapter, compatible)
+                self._all_off[together] = self._difference_off(adapter, compatible)
             except Exception as error:
-                self._all_off[adapter] = repr(error)
-        if self._all_off[adapter]:
+                self._all_off[together] = repr(error)
+        if self._all_off[together]:
             found = self._difference_off(adapter, [mitigation])
             assert not found, f"off: {found} differs from a run without it"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +13,19 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
+from residency.adapters import Full
 from residency.adapters.base import changes
+from residency.backbones import CausalLM
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
 from residency.core.tensors import snapshot
-from residency.core.types import Example
+from residency.core.types import Example, Layout
 from residency.engine.module import ContinualModule
 from residency.mitigations import Mitigation
+from residency.testing.model_copies import CopiedCausalLM
 from residency.testing.pairs import Pairs
 from residency.testing.rows import AdapterRow, MitigationRow
 from residency.testing.tiny_models import write_backbone
@@ -127,12 +130,22 @@ class SharedRuns:
     Args:
         adapters: {name: row} of all adapters that are named.
         mitigations: {name: row} of all mitigations that are named.
+        marks: Names of the marks of a pair, as of `Pairs`.
     """
 
-    def __init__(self, *, adapters: Mapping[str, AdapterRow], mitigations: Mapping[str, MitigationRow]) -> None:
+    def __init__(
+        self,
+        *,
+        adapters: Mapping[str, AdapterRow],
+        mitigations: Mapping[str, MitigationRow],
+        marks: Callable[[str, str], Sequence[str]] = lambda adapter, mitigation: (),
+    ) -> None:
         self.adapters = adapters
         self.mitigations = mitigations
+        self.marks = marks
         self._plain: dict[tuple[str, bool], Trained] = {}
+        self._loaded: dict[str, tuple[CausalLM, nn.Module]] = {}
+        self._pretrained: dict[tuple[str, Layout], Tensor] = {}
 
     @cached_property
     def folder(self) -> Path:
@@ -149,7 +162,8 @@ class SharedRuns:
     @cached_property
     def pairs(self) -> Pairs:
         """Every adapter with every mitigation."""
-        return Pairs(self.backbone, self.folder / "pairs", adapters=self.adapters, mitigations=self.mitigations)
+        rows: dict[str, Any] = {"adapters": self.adapters, "mitigations": self.mitigations}
+        return Pairs(self.backbone, self.folder / "pairs", **rows, marks=self.marks)
 
     def row(self, adapter: str) -> AdapterRow:
         """Of an adapter.
@@ -168,11 +182,36 @@ class SharedRuns:
         return _named(self.mitigations, name, "mitigations", "MitigationRow(make=..., off=...)")
 
     def built(self, adapter: str, *, seed: int = 0) -> ContinualModule:
-        """A fresh module with the adapter of a row attached."""
+        """A fresh module with the adapter of a row attached to a copy of the model."""
         row = self.row(adapter)
-        module = make_module(self.backbone, row.make(), {}, **row.options)
+        loaded, model = self._load(adapter)
+
+        def family(**options: Any) -> CopiedCausalLM:
+            return CopiedCausalLM(**options).copies(model, of=loaded)
+
+        module = make_module(self.backbone, row.make(), {}, family=family, **row.options)
         module.build(seed=seed)
         return module
+
+    def pretrained(self, adapter: str, layout: Layout) -> Tensor:
+        """`logits` of the model as a row loads it, without its adapter."""
+        key = (self._key(adapter), layout)
+        if key not in self._pretrained:
+            module = make_module(self.backbone, Full(), {}, loading=self.row(adapter).loading)
+            module.model, module.layout = module.backbone.load(), layout
+            self._pretrained[key] = logits(module)
+        return self._pretrained[key]
+
+    def _load(self, adapter: str) -> tuple[CausalLM, nn.Module]:
+        """What a row loads; not to be changed."""
+        key = self._key(adapter)
+        if key not in self._loaded:
+            backbone = CausalLM(path=str(self.backbone), **self.row(adapter).loading)
+            self._loaded[key] = (backbone, backbone.load())
+        return self._loaded[key]
+
+    def _key(self, adapter: str) -> str:
+        return adapter if self.row(adapter).loading else ""
 
     def run(
         self, adapter: str, folder: Path, mitigations: Mapping[str, Mitigation] | None = None, **options: Any

@@ -86,8 +86,14 @@ def conformance(
         UserError: There is no row, or a stream names one that does not exist.
     """
     own_adapters, own_mitigations = adapters or {}, mitigations or {}
+
+    def names_of_marks(adapter: str, mitigation: str) -> list[str]:
+        return [mark.name for mark in marks(adapter, mitigation, a_pair_keeps_every_invariant.__name__)]
+
     runs = SharedRuns(
-        adapters={**partners.ADAPTERS, **own_adapters}, mitigations={**partners.MITIGATIONS, **own_mitigations}
+        adapters={**partners.ADAPTERS, **own_adapters},
+        mitigations={**partners.MITIGATIONS, **own_mitigations},
+        marks=names_of_marks,
     )
     if streams is None:
         streams = [(name, "replay") for name in own_adapters]

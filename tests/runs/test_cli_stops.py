@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,15 @@ def test_a_full_disk(config: Path, tmp_path: Path, fitted: Path) -> None:
     assert read_json(run / "results.json")["scores"] == read_json(fitted / "results.json")["scores"]
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT is heard, as where somebody sits before a terminal: what a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal(number: signal.Signals, config: Path, tmp_path: Path, fitted: Path) -> None:
     run = tmp_path / "run"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from residency.domains.doctor.similarity import NearIndex, ngram_overlap, normal_text, shingles, text_key
+from residency.domains.doctor.similarity import NearIndex, ngram_overlap, normal_text, shingles, shingles_of, text_key
 
 
 def jaccard(a: str, b: str) -> float:
@@ -39,6 +39,22 @@ def test_equal_to_all_pairs(words: int, threshold: float) -> None:
         assert index.similar(text) == wanted
         met += len(wanted)
     assert met
+
+
+@pytest.mark.parametrize("pairs", [1, 50, 4_000_000])
+def test_many_texts_at_once(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all lengths, some of them empty, repeated or with shingles that all have; however many pairs are counted."""
+    monkeypatch.setattr("residency.domains.doctor.similarity._PAIRS", pairs)
+    draw = random.Random(3)
+    words = ["".join(draw.choices("abcdef", k=4)) for _ in range(40)]
+    stored = [" ".join(draw.choices(words, k=draw.choice((0, 1, 2, 5, 18, 24, 60, 90, 110)))) for _ in range(60)]
+    stored += ["the same frame of all texts " + words[i] for i in range(20)] + ["abc", "...", stored[7]]
+    asked = [text + " more" * draw.randint(0, 2) for text in stored] + ["\u00fc\u00df \u4f60\u597d", ""]
+    found = NearIndex(stored).similar_to(shingles_of(asked))
+    wanted = {(i, j) for i, a in enumerate(asked) for j, b in enumerate(stored) if jaccard(a, b) >= 0.8}
+    assert found == wanted
+    assert len(wanted) > len(stored)
+    assert NearIndex([]).similar_to(shingles_of(asked)) == NearIndex(stored).similar_to(shingles_of([])) == set()
 
 
 def test_shingles_of_words_and_letters() -> None:

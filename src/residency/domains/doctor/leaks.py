@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from residency.core.types import Row
 from residency.domains.doctor.finding import Column, Finding, Severity, make_finding
-from residency.domains.doctor.similarity import NearIndex, ngram_overlap, shingles, text_key
+from residency.domains.doctor.similarity import NearIndex, ngram_overlap, shingles_of, text_key
 
 __all__ = ["check_across", "check_duplicates", "check_groups", "check_ids", "check_near", "check_splits"]
 
 _SCORED = ("validation", "test")
 _SEVERAL = ("pair", "unpaired")  # kinds of rows that give one prompt several answers
+_BATCH = 2048  # training rows that are looked up at a time
 _MEMORISED = "the score would measure what was memorised, not what was learnt"
 
 
@@ -128,17 +129,24 @@ def check_near(columns: Sequence[Column], *, threshold: float = 0.8, largest: in
     indices = [NearIndex([row.prompt for row in c.rows(split)], threshold=threshold) for c, split in chosen]
     own, other = ([set[int]() for _ in chosen] for _ in range(2))
     for trained in (column for column in columns if not column.probe and chosen):
-        for row, key in zip(trained.rows("train"), trained.keys("train"), strict=True):
-            found = shingles(row.prompt)
+        rows, keys = trained.rows("train"), trained.keys("train")
+        for start in range(0, len(rows), _BATCH):
+            grams = shingles_of([row.prompt for row in rows[start : start + _BATCH]])
             for k, ((column, split), index) in enumerate(zip(chosen, indices, strict=True)):
-                if places := index.similar_to(found):
-                    equal = column.keys(split)
-                    met = (own if column is trained else other)[k]
-                    met.update(place for place in places if equal[place] != key)
-    texts = [row.prompt for column in columns if not column.probe for row in column.rows("train")]
+                equal = column.keys(split)
+                met = index.similar_to(grams)
+                (own if column is trained else other)[k].update(
+                    place for number, place in met if equal[place] != keys[start + number]
+                )
+    texts = (row.prompt for column in columns if not column.probe for row in column.rows("train"))
+    repeated = ngram_overlap([row.prompt for column, split in chosen for row in column.rows(split)], texts)
+    start = 0
     for k, (column, split) in enumerate(chosen):
+        end = start + len(column.rows(split))
+        passages = [place - start for place in repeated if start <= place < end]
         yield from _near(column, split, own[k], other[k], threshold)
-        yield from _passages(column, split, own[k] | other[k], texts)
+        yield from _passages(column, split, own[k] | other[k], passages)
+        start = end
     for column, split in parts:
         if largest is not None and len(column.rows(split)) > largest:
             yield make_finding(
@@ -160,9 +168,9 @@ def _near(column: Column, split: str, own: set[int], other: set[int], threshold:
             )  # fmt: skip
 
 
-def _passages(column: Column, split: str, known: set[int], texts: Sequence[str]) -> Iterator[Finding]:
+def _passages(column: Column, split: str, known: set[int], places: Iterable[int]) -> Iterator[Finding]:
     rows = column.rows(split)
-    repeated = _without_frame(rows, ngram_overlap([row.prompt for row in rows], iter(texts)), known)
+    repeated = _without_frame(rows, places, known)
     if len(repeated) >= 0.1 * len(rows):
         yield make_finding(
             "ngram_overlap", "warning", (column.name, split), _ids(rows, repeated), of=len(rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import pytest
 
@@ -11,12 +12,14 @@ from residency.domains.doctor.similarity import NearIndex, ngram_overlap, normal
 
 def jaccard(a: str, b: str) -> float:
     """Largest over the kinds of shingles that both have."""
-    found = [0.0]
-    left, right = shingles(a), shingles(b)
-    for kind in left.keys() & right.keys():
-        x, y = {*left[kind].tolist()}, {*right[kind].tolist()}
-        found.append(len(x & y) / len(x | y))
-    return max(found)
+    left, right = kinds(a), kinds(b)
+    return max((len(left[k] & right[k]) / len(left[k] | right[k]) for k in left.keys() & right.keys()), default=0.0)
+
+
+@cache
+def kinds(text: str) -> dict[str, set[int]]:
+    """{kind: shingles} of a text."""
+    return {kind: {*hashes.tolist()} for kind, hashes in shingles(text).items()}
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 1.0])
@@ -48,7 +51,9 @@ def test_many_texts_at_once(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None
     draw = random.Random(3)
     words = ["".join(draw.choices("abcdef", k=4)) for _ in range(40)]
     stored = [" ".join(draw.choices(words, k=draw.choice((0, 1, 2, 5, 18, 24, 60, 90, 110)))) for _ in range(60)]
-    stored += ["the same frame of all texts " + words[i] for i in range(20)] + ["abc", "...", stored[7]]
+    stored += [
+        "one frame that all of these texts have in common, whatever else they may say: " + words[i] for i in range(20)
+    ] + ["abc", "...", stored[7]]
     asked = [text + " more" * draw.randint(0, 2) for text in stored] + ["\u00fc\u00df \u4f60\u597d", ""]
     found = NearIndex(stored).similar_to(shingles_of(asked))
     wanted = {(i, j) for i, a in enumerate(asked) for j, b in enumerate(stored) if jaccard(a, b) >= 0.8}

@@ -89,14 +89,35 @@ def test_what_is_left_out_is_told_on_the_console_in_the_record_and_on_the_page(l
 
 def test_cells_of_a_study_count_what_their_files_hold(llama: Path, tmp_path: Path) -> None:
     """Their workers take rows that are read already: the rows beyond a limit are counted all the same."""
+    axes = {"x": {"plain": {"data.domains.a.max_train": 9}}}
     study = write_study(
-        tmp_path, llama, axes={"x": {"plain": {"data.domains.a.max_train": 9}}}, seeds=[0], scorer="nll"
+        tmp_path, llama, axes=axes, references=["joint", "frozen"], domains="ab", seeds=[0], scorer="nll"
     )
     code, out = run_sweep(study, tmp_path / "study")
     assert code == 0, out
-    (path,) = (tmp_path / "study").glob("cells/*/results.json")
-    counts = json.loads(path.read_text())["data"]["domains"]["a"]["train"]
+    found = {
+        p.parent.name: json.loads(p.read_text())["data"] for p in (tmp_path / "study").glob("cells/*/results.json")
+    }
+    counts = found["plain-s0"]["domains"]["a"]["train"]
     assert (counts["given"], counts["rows"]) == (24, 9)
+    left = {
+        cell: {
+            (one["column"], one["what"]): (one["count"], one["of"])
+            for one in data["left_out"]
+            if one["split"] == "train"
+        }
+        for cell, data in found.items()
+    }
+    # Two steps of four rows in each stage; the joint reference has as many steps in its one.
+    assert left == {
+        "plain-s0": {("a", "max_rows"): (15, 24), ("a", "no_batch"): (1, 9), ("b", "no_batch"): (16, 24)},
+        "joint-plain-s0": {("joint", "max_rows"): (15, 48), ("joint", "no_batch"): (17, 33)},
+        "frozen-plain-s0": {
+            ("a", "max_rows"): (15, 24),
+            ("a", "unread_split"): (9, 9),
+            ("b", "unread_split"): (24, 24),
+        },
+    }
 
 
 def test_labels_have_their_majority_line(llama: Path, tmp_path: Path) -> None:

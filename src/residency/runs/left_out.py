@@ -78,7 +78,9 @@ def _of_splits(runner: StageRunner, scored: Split) -> Iterator[LeftOut]:
     for name, domain in data.columns.items():
         probe = name in data.probes
         if frozen or (probe and not joint):
-            yield _whole(name, "train", domain.given, domain.rows("train"), "not trained on" + " (a probe)" * probe)
+            # Of a domain its own limit has been told; nothing is told of a probe's training rows but this.
+            given = domain.given if probe else {}
+            yield _whole(name, "train", given, domain.rows("train"), "not trained on" + " (a probe)" * probe)
         splits: tuple[Split, ...] = ("validation", "test")
         for split in splits:
             read = split == scored or (split == "validation" and validates and not probe)

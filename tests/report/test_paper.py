@@ -50,6 +50,7 @@ def test_numbers_are_mean_and_sd_of_the_summaries(study: Path, tex: str) -> None
     names = {"none": "none", "x": "x", r"y\_\&\%": "y_&%"}
     rows = rows_of(tex)
     assert {*rows} == {*names}
+    assert r"\caption{s\_1. Mean $\pm$ standard deviation over 5 seeds. " in tex
     for name, cells in rows.items():
         summaries = [record["summary"] for record in records(study, names[name])]
         wanted = [

@@ -205,7 +205,7 @@ def _caption(table: PaperTable, records: Records) -> str:
     gaps += r" $\dagger$: told the domain at test time, not compared." if table.told else ""
     meaning = "Forgetting above 0 is bad." if any(c.metric == "forgetting" for c in table.columns) else ""
     spread = r"Mean $\pm$ standard deviation" if seeds * orders > 1 else "One run per row"
-    return tex(f"{records.title}. ") + f"{spread} over {over}. " + " ".join(filter(None, [meaning, bold])) + gaps
+    return tex(f"{records.title}.") + f" {spread} over {over}. " + " ".join(filter(None, [meaning, bold])) + gaps
 
 
 def _digits(cells: Sequence[tuple[float, float | None, int] | None]) -> int:

@@ -139,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--levels", type=float, nargs="+", default=[0.6, 0.7])
+    parser.add_argument("--leave-out", nargs="+", default=[], help="objectives that the last line leaves out")
     given = parser.parse_args()
     paths = read(given.folders)
     print(
@@ -161,7 +162,8 @@ def main() -> None:
             continue
         columns = list(zip(*(astuple(p) for p in points.values()), strict=True))[1:]
         print(f"| {level} | {name} | {' | '.join(map(spread, columns))} | {told(verdicts.get((level, name)))} |")
-    ends = [point for seeds in paths.values() for path in seeds.values() for point in path[1:]]
+    kept = [seeds for name, seeds in paths.items() if name not in given.leave_out]
+    ends = [point for seeds in kept for path in seeds.values() for point in path[1:]]
     print(f"\nR² of forgetting from KL over {len(ends)} states: {fits(ends)}")
 
 

@@ -128,7 +128,7 @@ def test_what_is_broken_is_named(name: str, bench: Pairs) -> None:
 
 def test_one_that_is_not_off_spoils_no_other(bench: Pairs) -> None:
     bench.check("ia3", "scaled")
-    assert bench._all_off["ia3"], "the run of all of them together must have seen it"
+    assert bench._all_off["ia3",], "the run of all of them together must have seen it"
 
 
 def test_a_pair_that_is_not_refused_is_seen(bench: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from residency.core.batching import make_batch
 from residency.core.types import Branch, Example, Row
-from residency.domains.base import _row_of, _values
+from residency.domains.row_values import row_of, row_values
 from residency.mitigations.rehearsal.memory import pack_examples, unpack_examples
 
 TALK = Example(
@@ -91,4 +91,4 @@ def test_rows_of_every_kind_survive_json() -> None:
         Row(id="3", prompt="a", completion="b", kind="pair", rejected="c", references=("d", "e")),
         Row(id="4", prompt="a", completion="b", kind="unpaired", wanted=False, extra={"answer": 4}),
     ]
-    assert [_row_of(json.loads(json.dumps(_values(row)))) for row in rows] == rows
+    assert [row_of(json.loads(json.dumps(row_values(row)))) for row in rows] == rows

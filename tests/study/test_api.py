@@ -56,7 +56,7 @@ def test_run(run: Path) -> None:
     found = residency.load_run(run)
     assert found.history.select("stage", "step").rows() == [(k, n) for k in (1, 2) for n in (1, 2, 3)]
     assert {"loss", "loss/task", "lr", "tokens"} <= set(found.history.columns)
-    assert found.scores.columns == ["stage", "column", "row", "scorer", "value", "tokens", "weight"]
+    assert found.scores.columns == ["stage", "column", "row", "scorer", "value", "tokens", "weight", "ended"]
     nll = found.scores.filter(pl.col("scorer") == "nll")
     means = nll.group_by("stage", "column").agg((pl.col("value") * pl.col("tokens")).sum() / pl.col("tokens").sum())
     matrix = {(stage, column): value for stage, column, value in means.rows()}

@@ -222,6 +222,18 @@ def test_kl_since_the_stage_began(adapter: str, request: pytest.FixtureRequest) 
     assert all(torch.equal(kept[name], tensor) for name, tensor in module.adapter.state(module.model).items())
 
 
+@pytest.mark.parametrize("adapter", ["per_domain", "inc_lora"])
+def test_kl_since_the_stage_began_where_stages_add_parts(adapter: str, tmp_path: Path, llama: Path) -> None:
+    record, _, _ = run(tmp_path / "run", llama, adapter, {"kl": KLToBase(tokens=200, since="stage")})
+    found = record["inside"][2]["kl"]["columns"]
+    assert found["b"] > 0
+    assert (found["a"] == 0) is (adapter == "per_domain"), "a part of its own is not touched by a later stage"
+    plain, _, _ = run(tmp_path / "plain", llama, adapter, None)
+    assert plain["scores"] == record["scores"]
+    first, second = stored(tmp_path / "run", "2-b"), stored(tmp_path / "plain", "2-b")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_representations_and_calibration(adapter: str, request: pytest.FixtureRequest) -> None:
     _, record, module = request.getfixturevalue(f"{adapter}_run")

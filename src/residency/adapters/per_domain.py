@@ -113,6 +113,8 @@ class PerDomain(Adapter):
 
     def _resize(self, model: Any, blocks: int) -> None:
         """As many adapters as asked for, the last one active and trainable."""
+        if blocks < len(model.peft_config):
+            model.set_adapter(_block(blocks - 1))  # PEFT warns when the active adapter is deleted
         for index in range(len(model.peft_config) - 1, blocks - 1, -1):
             model.delete_adapter(_block(index))
         for index in range(len(model.peft_config), blocks):

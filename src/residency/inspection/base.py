@@ -68,11 +68,12 @@ class StageSnapshot:
             return
         adapter, model = self.module.adapter, self.module.model
         now = {name: tensor.detach().clone() for name, tensor in adapter.state(model).items()}
-        adapter.load_state(model, self.states(self.k - 1))
-        try:
-            yield model
-        finally:
-            adapter.load_state(model, now)
+        with torch.random.fork_rng(devices=[]):  # some adapters make parts anew, and draw their first values
+            adapter.load_state(model, self.states(self.k - 1))
+            try:
+                yield model
+            finally:
+                adapter.load_state(model, now)
 
     def batches(self, *, tokens: int) -> Iterator[tuple[str, Batch]]:
         """(column, batch) of fixed rows of every domain and probe, the same at every call.

@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from residency.core.types import Row
 from residency.scorers.base import Answer, Scorer, references
-from residency.scorers.overlap import needs_blanks
-from residency.scorers.translation import sacrebleu_metric
+from residency.scorers.translation import check_words, sacrebleu_metric
 
 __all__ = ["CorpusBLEU", "CorpusChrF", "linearised"]
 
@@ -97,9 +96,7 @@ class CorpusBLEU(_Corpus):
 
     def check(self, rows: Sequence[Row]) -> None:
         """The library is there, and words are separated by blanks where its tokenizer goes by blanks."""
-        self.metric()
-        if self.tokenize in ("13a", "intl", "none"):
-            needs_blanks(rows, self.name)
+        check_words(rows, self.tokenize, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from residency.core.types import Row
 from residency.scorers.base import Answer, Scorer, references
 from residency.scorers.overlap import needs_blanks
 
-__all__ = ["BLEU", "ChrF", "sacrebleu_metric"]
+__all__ = ["BLEU", "ChrF", "check_words", "sacrebleu_metric"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,20 @@ class BLEU(Scorer):
 
     def check(self, rows: Sequence[Row]) -> None:
         """The library is there, and words are separated by blanks where its tokenizer goes by blanks."""
-        sacrebleu_metric("BLEU", tokenize=self.tokenize)
-        if self.tokenize in ("13a", "intl", "none"):
-            needs_blanks(rows, "bleu")
+        check_words(rows, self.tokenize, "bleu")
+
+
+def check_words(rows: Sequence[Row], tokenize: str, name: str) -> None:
+    """Refuse rows in which a tokenizer of BLEU finds no words.
+
+    Args:
+        rows: To be judged.
+        tokenize: Of sacrebleu; the library has to be there for it.
+        name: Of the scorer.
+    """
+    sacrebleu_metric("BLEU", tokenize=tokenize)
+    if tokenize in ("13a", "intl", "none"):
+        needs_blanks(rows, name)
 
 
 @cache

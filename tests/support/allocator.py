@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,12 @@ class Peak:
 
 @contextmanager
 def watched_peak() -> Iterator[Peak]:
-    """Sums up what is allocated and freed inside; read it behind the block."""
+    """Sums up what is allocated and freed inside; read it behind the block.
+
+    What is garbage before is collected first: the profiler knows the sizes of blocks from earlier watches, and would
+    count their release inside as memory that came free.
+    """
+    gc.collect()
     found = Peak()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,36 @@ build = project.get_command_obj("build_py")
 build.ensure_finalized()
 print(build.build_lib, *build.get_outputs(include_bytecode=False), sep="\\n")
 """
+
+
+def test_mypy_reads_every_package_that_is_imported_here() -> None:
+    """What it leaves out as other packages' own would be `Any`, without a word."""
+    settings = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    left_out, read = (
+        {
+            name.removesuffix(".*")
+            for entry in settings["overrides"]
+            if entry["follow_imports"] == kind and not entry.get("ignore_missing_imports")
+            for name in entry["module"]
+        }
+        for kind in ("skip", "normal")
+    )
+    assert "mlflow" in left_out
+    for path in FILES:
+        for module in _everything_imported(path) - read:
+            parts = module.split(".")
+            parents = {".".join(parts[: i + 1]) for i in range(len(parts))}
+            assert not parents & left_out, f"{path.relative_to(SOURCE)} imports {module}: take it off the list"
+
+
+def _everything_imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def test_a_wheel_holds_every_room_and_every_preset() -> None:

@@ -6,7 +6,8 @@ import atexit
 import gc
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
@@ -137,7 +138,9 @@ def _dispatch(words: list[str], *, typed: bool) -> int:
         return _stream_verb(verb, rest, typed=typed)
     if verb in _COMMANDS:
         module, _, function = _COMMANDS[verb].partition(":")
-        code: int = getattr(import_module(f"residency.{module}"), function)(rest)
+        with _uncollected(typed):
+            command = getattr(import_module(f"residency.{module}"), function)
+        code: int = command(rest)
         return code
     verbs = (*_STREAM_VERBS, *_COMMANDS)
     near = get_close_matches(verb, verbs, 1)
@@ -146,6 +149,24 @@ def _dispatch(words: list[str], *, typed: bool) -> int:
         why="there is no such verb; the verb comes first",
         fix=f"did you mean `residency {near[0]}`?" if near else f"use one of {', '.join(verbs)} (residency --help)",
     )
+
+
+@contextmanager
+def _uncollected(own: bool) -> Iterator[None]:
+    """Import without the collector and take what was imported from its sight: a sixth of the time of a short verb.
+
+    Args:
+        own: Whether this process is ours; another program's garbage must not be kept for good.
+    """
+    if not own:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _about(words: list[str]) -> int:
@@ -185,7 +206,8 @@ def _stream_verb(verb: str, rest: list[str], *, typed: bool) -> int:
 
         rest = expand_cell(rest)
     put_off()
-    from residency.runs.cli import ResidencyCLI
+    with _uncollected(typed):
+        from residency.runs.cli import ResidencyCLI
 
     ResidencyCLI([verb, *rest], launches=typed, estimate=estimate)
     return EXIT_DONE

@@ -12,6 +12,7 @@ from torch import nn
 from residency.adapters import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM, Quantisation
+from residency.backbones.work import is_checkpointed
 from residency.core.batching import make_batch
 from residency.core.errors import UserError
 from residency.core.types import Example, untyped
@@ -60,6 +61,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients(llama: Path) -> Non
     for checkpointing in (False, True):
         backbone = CausalLM(path=str(llama), gradient_checkpointing=checkpointing)
         model = Full().attach(backbone.load()).train()
+        assert is_checkpointed(model) == model.is_activation_checkpointing == checkpointing
         backbone.logits(model, make_batch(EXAMPLES, layout="packed")).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():

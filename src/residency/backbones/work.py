@@ -187,6 +187,7 @@ class Work:
         self._last: Callable[..., int] = lambda **place: 0
         self._known: Any = None
         self._trimmed: nn.Module | None = None
+        self._checkpointed = False
 
     def take(self) -> tuple[int, int]:
         """(tokens, FLOPs) since the last time. A token counts once per forward pass that it is in."""
@@ -216,7 +217,7 @@ class Work:
         products = self._look_at(model)
         place = self._place(batch)
         self._add(batch.tokens, products.forward(**place))
-        again = model.training and is_checkpointed(model)
+        again = model.training and self._checkpointed
         self._last = partial(products.backward, **place, checkpointed=again)
         if out.requires_grad:
             out.register_hook(partial(self._back, self._last()))
@@ -277,6 +278,7 @@ class Work:
     def _look_at(self, model: nn.Module) -> Products:
         if self._products is None:
             self._products, self._trimmed = products_of(model), trimmed_part(model)
+            self._checkpointed = is_checkpointed(model)
         return self._products
 
     def _place(self, batch: Batch) -> dict[str, int]:
@@ -293,7 +295,9 @@ class Work:
 
 
 def is_checkpointed(model: nn.Module) -> bool:
-    """Whether training computes the blocks again in its backward pass."""
-    # transformers renamed the property within 5.x.
-    name = "is_activation_checkpointing"
-    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
+    """Whether training computes the blocks again in its backward pass.
+
+    As `is_activation_checkpointing` of transformers says it, which asks every module by its `__getattr__`: 11 ms in a
+    model of 135 million parameters with LoRA, where this takes 1.
+    """
+    return any(vars(part).get("gradient_checkpointing", False) for part in model.modules())

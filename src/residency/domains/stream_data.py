@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningDataModule
 
@@ -24,6 +25,9 @@ Classes = Literal["own", "seen", "all"]
 
 _LARGEST_BATCH = 65_536
 """Examples per optimizer step that are taken for meant even where a domain has fewer rows."""
+
+_TRAINED: WeakKeyDictionary[Domain, tuple[tuple[Any, ...], tuple[tuple[int, ...], TokenCounts]]] = WeakKeyDictionary()
+"""{domain: (what was looked at, (places of the training rows that are used, their counts))}."""
 
 
 class StreamData(LightningDataModule):
@@ -77,7 +81,6 @@ class StreamData(LightningDataModule):
         self.classes: Classes = classes
         self.shots = shots
         self._tokenised: dict[tuple[Any, ...], tuple[tuple[Any, ...], tuple[Example, ...]]] = {}
-        self._trained: dict[str, tuple[tuple[Any, ...], tuple[tuple[int, ...], TokenCounts]]] = {}
         self._check_names()
 
     def _check_names(self) -> None:
@@ -140,17 +143,17 @@ class StreamData(LightningDataModule):
         return StageExamples(rows=len(kept), encode=encode, stage=stage, names=lambda index: rows[kept[index]].id)
 
     def _training_rows(self, name: str, tokenizer: Any) -> tuple[tuple[int, ...], TokenCounts]:
-        """Which training rows of a domain are used, and their counts; looked at once."""
+        """Which training rows of a domain are used, and their counts; looked at once, for all streams that it is in."""
         domain = self.domains[name]
         rows, encode = domain.rows("train"), partial(domain.template.encode, tokenizer, domain=name)
         source = tokenizer, domain.template, rows
-        known, found = self._trained.get(name, ((), None))
+        known, found = _TRAINED.get(domain, ((), None))
         if found is None or any(old is not new for old, new in zip(known, source, strict=True)):
             look = TrainingRows(policy=domain.template.too_long)
             counts = count_tokens(look.used((encode(row=row), row) for row in rows), tokenizer)
             look.check(where=name)
             counts = replace(counts, left_out=len(rows) - len(look.kept))
-            self._trained[name] = source, (found := (tuple(look.kept), counts))
+            _TRAINED[domain] = source, (found := (tuple(look.kept), counts))
         return found
 
     def count_tokens(self, tokenizer: Any, split: Split) -> dict[str, dict[str, TokenCounts]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,10 +239,13 @@ def _optimizer_bytes(adapter: Adapter, model: nn.Module, factory: OptimizerFacto
     leaves = list(adapter.trainable(model).values())
     try:
         optimizer: Any = adapter.optimizer(model, factory)
-        for leaf in leaves:
+        alike = _alike(optimizer, leaves)
+        for leaf, *_ in alike:
             leaf.grad = torch.empty_like(leaf)
         optimizer.step()
-        return optimizer_state_bytes(optimizer)
+        if len(alike) == len(leaves):
+            return optimizer_state_bytes(optimizer)
+        return sum(len(some) * _bytes(optimizer.state[some[0]]) for some in alike)
     except (RuntimeError, NotImplementedError, AttributeError, ValueError):
         # Kernels of others want real memory: two moments per number, of a byte each in the 8-bit kinds.
         name = getattr(getattr(factory, "func", factory), "__name__", str(factory))
@@ -250,6 +253,22 @@ def _optimizer_bytes(adapter: Adapter, model: nn.Module, factory: OptimizerFacto
     finally:
         for leaf in leaves:
             leaf.grad = None
+
+
+def _bytes(state: Mapping[str, Any]) -> int:
+    """Of the tensors that an optimizer keeps for one leaf."""
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _alike(optimizer: Any, leaves: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Leaves of which an optimizer keeps equally much, together: one is stepped for all (else .3 s a stage)."""
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return [[leaf] for leaf in leaves]
+    found: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for place, group in enumerate(optimizer.param_groups):
+        for leaf in group["params"]:
+            found.setdefault((place, leaf.shape, leaf.dtype), []).append(leaf)
+    return list(found.values())
 
 
 def _divisors(batch: int, *, ranks: int) -> list[int]:

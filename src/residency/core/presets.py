@@ -31,13 +31,14 @@ KINDS = {
     "inspection": "inspection",
     "logger": "logger",
     "domain": "domain",
+    "augmentation": "augmentation",
     "config": "",
     "backbone": "backbone",
     "stream": "stream",
     "trainer": "trainer",
     "study": "studies",
 }
-"""{kind: its folder inside a folder of presets}. The first eight are components, the next four go to `--config`."""
+"""{kind: its folder inside a folder of presets}. The first nine are components, the next four go to `--config`."""
 
 CONFIGS = ("config", "backbone", "stream", "trainer")
 """Kinds of files that `--config` takes, in the order in which a name is looked for."""

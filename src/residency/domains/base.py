@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from residency.core.errors import UserError
-from residency.core.types import Example, Kind, Row, RowKind, Split
+from residency.core.types import Kind, Row, RowKind, Split
+from residency.domains.augmentation.base import Augmentation, BaseModel, Material
+from residency.domains.augmentation.children import make_children
+from residency.domains.augmentation.written import written
 from residency.domains.chat import Chat
 from residency.domains.left_out import LeftOut
-from residency.domains.lengths import TooLong
+from residency.domains.row_template import RowTemplate
 from residency.domains.row_values import row_of, row_values
+from residency.domains.splits import check_splits, drop_ambiguous, hash_order, split_by_group
 from residency.domains.template import Template
 from residency.scorers.base import Scorer
 from residency.scorers.find import scorers_by_name
@@ -37,19 +40,6 @@ _SCORERS_OF_ROWS: Mapping[RowKind, tuple[str, ...]] = {
 """Prompts alone have nothing to be compared with; whether an answer is right is for a scorer of its form to say."""
 
 
-class RowTemplate(Protocol):
-    """How rows become tokens: a frozen dataclass, whose fields are part of the domain's fingerprint."""
-
-    @property
-    def too_long(self) -> TooLong | None:
-        """What happens to rows that are too long; `None` = training rows are left out, up to 1 % of them."""
-
-    def encode(
-        self, tokenizer: Any, *, domain: str, row: Row, labels: Sequence[str] = (), split: Split = "train"
-    ) -> Example:
-        """Turn one row into token ids."""
-
-
 class Domain(ABC):
     """One named data set: rows in three splits, a template and the scores that suit it.
 
@@ -64,9 +54,11 @@ class Domain(ABC):
         scorers: Short names, class paths or scorers (`residency.scorers`); by default nll and accuracy for labels, nll,
             exact_match and rougeL for text, nll and preference_accuracy for pairs, nll (of what is wanted) for unpaired
             answers, none for prompts alone.
+        augment: Further training rows made of those that there are (`residency.domains.augmentation`).
+        max_share: Largest share of such rows among all training rows, above 0 and below 1.
 
     Raises:
-        UserError: A limit is negative.
+        UserError: A limit is negative, or the share is none.
     """
 
     kind: Kind
@@ -88,6 +80,8 @@ class Domain(ABC):
         max_validation: int | None = 48,
         max_test: int | None = 96,
         scorers: list[str | Scorer] | None = None,
+        augment: list[Augmentation] | None = None,
+        max_share: float = 0.5,
     ) -> None:
         self._template = template
         self.given: dict[Split, int] = {}
@@ -96,11 +90,24 @@ class Domain(ABC):
         """What the files hold that makes no row, found when they are read."""
         self.limits: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
         self._asked = None if scorers is None else list(scorers)
+        self.augment, self.max_share = list(augment or []), max_share
+        self.augmented: list[dict[str, Any]] = []
+        """What each method of `augment` made (`Made`); empty until the training rows are asked for."""
+        self.base: BaseModel | None = None
+        """The pretrained model of the run, for methods of `augment` that it writes."""
+        self.scored_rows: Callable[[], Iterable[Row]] | None = None
+        """Rows of the whole stream that no child may resemble; outside of a stream, those of the domain."""
         for split in (split for split, limit in self.limits.items() if limit is not None and limit < 0):
             raise UserError(
                 f"max_{split} = {self.limits[split]}",
                 why="a split cannot have less than no rows",
                 fix=f"give max_{split} a number of rows, or null for all of them",
+            )
+        if not 0 < max_share < 1:
+            raise UserError(
+                f"max_share = {max_share}",
+                why="it is the largest share of training rows that `augment` makes, of all training rows",
+                fix="give 0.5, or leave it out",
             )
 
     @cached_property
@@ -147,7 +154,10 @@ class Domain(ABC):
         Raises:
             UserError: No row to train or to test on, an id twice in a split, or training rows that return in the test.
         """
-        return (self._rows if checked else self._unchecked)[split]
+        if not checked:
+            return self._unchecked[split]
+        # Rows that are scored have no children, and no model is needed to read them.
+        return self._training if split == "train" else self._rows[split]
 
     def labels(self) -> tuple[str, ...]:
         """The distinct completions of all splits, sorted; empty if the domain is generative."""
@@ -163,19 +173,19 @@ class Domain(ABC):
     def _fingerprint(self) -> str:
         template: Any = self.template
         digest = hashlib.sha256(_line({"kind": self.kind, "template": asdict(template)}))
-        for split, rows in self._rows.items():
+        for split, rows in self._whole().items():
             for row in rows:
                 digest.update(_line([split, *row_values(row)]))
         return digest.hexdigest()
 
     def give_rows(self) -> dict[Split, list[list[Any]]]:
         """The rows of every split as JSON values, for another process."""
-        return {split: [row_values(row) for row in rows] for split, rows in self._rows.items()}
+        return {split: [row_values(row) for row in rows] for split, rows in self._whole().items()}
 
     def take_rows(self, given: Mapping[Split, Sequence[Sequence[Any]]]) -> None:
         """Use the rows that `give_rows` gave, instead of reading them again."""
         rows = {split: tuple(map(row_of, part)) for split, part in given.items()}
-        self.__dict__.update(_unchecked=rows, _rows=rows)
+        self.__dict__.update(_unchecked=rows, _rows=rows, _training=rows["train"])
         self.__dict__.pop("_fingerprint", None)
 
     def count_given(self, splits: Mapping[Split, Sequence[Row]]) -> dict[Split, int]:
@@ -184,8 +194,29 @@ class Domain(ABC):
 
     @cached_property
     def _rows(self) -> dict[Split, tuple[Row, ...]]:
-        _check(self, self._unchecked)
+        check_splits(self._unchecked, source=self.source, limits=self.limits)
         return self._unchecked
+
+    @cached_property
+    def _training(self) -> tuple[Row, ...]:
+        """The training rows, and behind them the children that `augment` makes of them."""
+        rows = self._rows["train"]
+        if not self.augment:
+            return rows
+        material = Material(rows=rows, labels=self.labels(), template=self.template, base=self.base)
+        scored = (self.scored_rows or self.unchecked_scored)()
+        children, made = make_children(self.augment, material, scored, max_share=self.max_share, write=written)
+        self.augmented = [one.plain() for one in made]
+        if "train" in self.given:
+            self.given["train"] += len(children)
+        return (*rows, *children)
+
+    def _whole(self) -> dict[Split, tuple[Row, ...]]:
+        return {split: self.rows(split) for split in self._rows}
+
+    def unchecked_scored(self) -> Iterable[Row]:
+        """Its rows that are scored, as they were read."""
+        return (*self.rows("validation", checked=False), *self.rows("test", checked=False))
 
     @cached_property
     def _unchecked(self) -> dict[Split, tuple[Row, ...]]:
@@ -201,86 +232,6 @@ def _filled(default: Template, wanted: Template | Literal["plain"]) -> Template:
         return default
     open_fields = {f.name: getattr(default, f.name) for f in fields(Template) if getattr(wanted, f.name) is None}
     return replace(wanted, **open_fields)
-
-
-def drop_ambiguous(rows: Iterable[Row]) -> list[Row]:
-    """Keep one row of equal ones, and none of those whose prompt has more than one completion.
-
-    Prompts are equal if they differ at most in case and blanks: otherwise the same question could be asked in training
-    and in the test.
-    """
-    completions: dict[str, set[str]] = defaultdict(set)
-    first: dict[str, Row] = {}
-    for row in rows:
-        key = _normal(row.prompt)
-        completions[key].add(row.completion)
-        first.setdefault(key, row)
-    return [row for key, row in first.items() if len(completions[key]) == 1]
-
-
-def hash_order(rows: Iterable[Row], *, salt: str = "residency") -> list[Row]:
-    """Rows in the order of the SHA-256 of salt + id: the first n are a sample that no sorting of the source biases."""
-    return sorted(rows, key=lambda row: hashlib.sha256(f"{salt}{row.id}".encode()).digest())
-
-
-def split_by_group(
-    rows: Iterable[Row], *, validation: float = 0.1, test: float = 0.1, salt: str = "residency"
-) -> dict[Split, list[Row]]:
-    """Deal rows out to splits by the SHA-256 of salt + group, so that adding rows never moves old ones.
-
-    Args:
-        rows: Rows; one without a group is its own group.
-        validation: Share of the groups for validation, 0 to 1.
-        test: Share of the groups for the test, 0 to 1.
-        salt: Another salt, another split.
-
-    Raises:
-        ValueError: A share is negative, or nothing is left to train on.
-    """
-    if min(validation, test) < 0 or validation + test >= 1:
-        raise ValueError(f"shares validation={validation}, test={test} leave nothing to train on")
-    splits: dict[Split, list[Row]] = {"train": [], "validation": [], "test": []}
-    for row in hash_order(rows, salt=salt):
-        digest = hashlib.sha256(f"{salt}{row.group or row.id}".encode()).digest()
-        share = int.from_bytes(digest[:6], "big") / 2**48
-        splits["test" if share < test else "validation" if share < test + validation else "train"].append(row)
-    return splits
-
-
-def _check(domain: Domain, splits: Mapping[Split, Sequence[Row]]) -> None:
-    """What must hold for scores to mean something."""
-    for split, rows in splits.items():
-        if not rows and split != "validation":
-            raise UserError(
-                f"no {split} rows from {domain.source} (max_{split} = {domain.limits[split]})",
-                why="a domain needs at least one row to train on and one to test on",
-                fix=f"add rows, or raise max_{split}",
-            )
-        twice = [row_id for row_id, times in Counter(row.id for row in rows).items() if times > 1]
-        if twice:
-            raise UserError(
-                f"{len(twice)} ids more than once in {split} of {domain.source}, e.g. {twice[0]!r}",
-                why="scores are stored per id",
-                fix="give every row its own id, or none",
-            )
-    _check_leak(domain, splits, "prompt", lambda row: _normal(row.prompt))
-    _check_leak(domain, splits, "group", lambda row: row.group)
-
-
-def _check_leak(domain: Domain, splits: Mapping[Split, Sequence[Row]], what: str, key: Callable[[Row], str]) -> None:
-    trained = {key(row) for row in splits["train"]} - {""}
-    shared = [row for row in splits["test"] if key(row) in trained]
-    if shared:
-        raise UserError(
-            f"{len(shared)} test rows of {domain.source} share their {what} with a training row, "
-            f"e.g. row {shared[0].id!r}: {getattr(shared[0], what)[:80]!r}",
-            why="the test would measure what was memorised, not what was learnt",
-            fix=f"keep all rows of one {what} in one split",
-        )
-
-
-def _normal(prompt: str) -> str:
-    return " ".join(prompt.casefold().split())
 
 
 def _line(value: Any) -> bytes:

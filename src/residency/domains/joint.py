@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +45,15 @@ class Joint(Domain):
     def read(self) -> Mapping[Split, Sequence[Row]]:
         """Training rows of all parts; of the other splits the one row that a domain must have."""
         rows = [_named(name, row) for name, part in self.domains.items() for row in part.rows("train")]
+        self.augmented = [one for part in self.domains.values() for one in part.augmented]
         prompts = {" ".join(row.prompt.casefold().split()) for row in rows}
         tests = [_named(name, row) for name, part in self.domains.items() for row in part.rows("test")]
         unseen = [row for row in tests if " ".join(row.prompt.casefold().split()) not in prompts]
         return {"train": hash_order(rows), "validation": (), "test": [replace(row, group="") for row in unseen[:1]]}
+
+    def unchecked_scored(self) -> Iterable[Row]:
+        """The rows of its parts that are scored."""
+        return [row for part in self.domains.values() for row in part.unchecked_scored()]
 
     def count_given(self, splits: Mapping[Split, Sequence[Row]]) -> dict[Split, int]:
         """Training rows of the parts before their own limits."""

@@ -1,17 +1,17 @@
-"""Domains of a stream with paths from one folder, and with at most so many rows."""
+"""Domains of a stream: with paths from one folder, with at most so many rows, and with rows that none may resemble."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from pathlib import Path
 
 from residency.core.errors import UserError
-from residency.core.types import Split
+from residency.core.types import Row, Split
 from residency.domains.base import Domain
 from residency.domains.joint import Joint
 
-__all__ = ["limited", "under_root"]
+__all__ = ["augmenting", "limited", "share_scored", "under_root"]
 
 
 def under_root(root: str | None, domains: Mapping[str, Domain]) -> dict[str, Domain]:
@@ -56,3 +56,32 @@ def _shortened(domain: Domain, most: Mapping[Split, int]) -> Domain:
     shorter = copy(domain)
     shorter.limits = {s: min(most.get(s, 10**9), 10**9 if own[s] is None else own[s] or 0) for s in own}
     return shorter
+
+
+def augmenting(domains: Mapping[str, Domain]) -> Iterator[tuple[str, Domain]]:
+    """(name, domain) of those that make further training rows, parts of a joint one among them."""
+    for name, domain in domains.items():
+        if isinstance(domain, Joint):
+            yield from augmenting(domain.domains)
+        elif domain.augment:
+            yield name, domain
+
+
+def share_scored(domains: Mapping[str, Domain], probes: Mapping[str, Domain]) -> None:
+    """Tell every domain that makes rows which ones the stream scores: of all domains, learned or not, and probes.
+
+    Raises:
+        UserError: A probe makes rows.
+    """
+    if refused := [name for name, _ in augmenting(probes)]:
+        raise UserError(
+            f"data.probes.{refused[0]} has augment",
+            why="rows are made to train on, and a probe is never trained on",
+            fix="leave augment out of the probe",
+        )
+
+    def scored() -> Iterable[Row]:
+        return (row for domain in (*domains.values(), *probes.values()) for row in domain.unchecked_scored())
+
+    for _, domain in augmenting(domains):
+        domain.scored_rows = scored

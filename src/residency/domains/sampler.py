@@ -8,8 +8,17 @@ from torch.utils.data import Sampler
 
 from residency.core.randomness import permutation
 from residency.core.types import Example, ExampleView, GlobalBatch, Stage
+from residency.domains.augmentation.base import may_be_kept
 
-__all__ = ["StageBatches", "StageExamples", "StepParts", "count_learned", "learned_examples", "name_at"]
+__all__ = [
+    "StageBatches",
+    "StageExamples",
+    "StepParts",
+    "count_learned",
+    "learned_examples",
+    "name_at",
+    "rememberable_examples",
+]
 
 
 class StageExamples(ExampleView):
@@ -125,6 +134,11 @@ def count_learned(dataset: Sequence[Example], domain: str, *, positions: int) ->
     """How many distinct rows of a domain are among the first positions: those that some batch had."""
     names = {name_at(dataset, position) for position in range(positions)}
     return sum(of == domain for of, _ in names)
+
+
+def rememberable_examples(dataset: Sequence[Example], domain: str) -> list[Example]:
+    """Those of `learned_examples` that a memory may keep: no rows that an augmentation made, unless it says so."""
+    return [example for example in learned_examples(dataset, domain) if may_be_kept(example)]
 
 
 def learned_examples(dataset: Sequence[Example], domain: str) -> list[Example]:

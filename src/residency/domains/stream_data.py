@@ -12,8 +12,9 @@ from lightning.pytorch import LightningDataModule
 
 from residency.core.errors import UserError
 from residency.core.types import Example, Split, Stage
+from residency.domains.augmentation.base import BaseModel, is_child
 from residency.domains.base import Domain
-from residency.domains.narrowed import limited, under_root
+from residency.domains.narrowed import augmenting, limited, share_scored, under_root
 from residency.domains.sampler import StageExamples
 from residency.domains.shots import encode_with_shots, pick_shots
 from residency.domains.token_counts import TokenCounts, TrainingRows, check_readable, count_tokens
@@ -74,6 +75,7 @@ class StreamData(LightningDataModule):
         most: dict[Split, int | None] = {"train": max_train, "validation": max_validation, "test": max_test}
         self.domains = limited(under_root(root, domains), most)
         self.probes = limited(under_root(root, probes or {}), most)
+        share_scored(self.domains, self.probes)
         self.order = list(order) if order is not None else list(self.domains)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
@@ -110,6 +112,16 @@ class StreamData(LightningDataModule):
     def columns(self) -> dict[str, Domain]:
         """Everything that is scored: the domains in learning order, then the probes."""
         return {name: self.domains[name] for name in self.order} | self.probes
+
+    def use_base(self, base: BaseModel) -> None:
+        """Tell domains whose `augment` needs it which pretrained model a run begins with; before rows are read."""
+        for _, domain in augmenting(self.domains):
+            domain.base = domain.base or base
+
+    def augmented(self) -> dict[str, list[dict[str, Any]]]:
+        """{domain: what each method of its `augment` made (`Made`)}; only where there is one."""
+        read = {name: self.domains[name] for name in self.order if self.domains[name].rows("train")}
+        return {name: domain.augmented for name, domain in read.items() if domain.augmented}
 
     def micro_batch(self, *, devices: int, batch: int | None = None) -> int:
         """Examples per forward pass on one device.
@@ -244,7 +256,7 @@ class StreamData(LightningDataModule):
             count = len(rows) if competing is None else competing
             encode = partial(domain.template.encode, tokenizer, domain=name, split=split)
             if self.shots:
-                shown = pick_shots(domain.rows("train"), self.shots)
+                shown = pick_shots([row for row in domain.rows("train") if not is_child(row)], self.shots)
                 encode = partial(encode_with_shots, encode, domain.template, shown)
             examples = tuple(encode(row=row, labels=labels if i < count else ()) for i, row in enumerate(rows))
             self._tokenised[key] = source, examples

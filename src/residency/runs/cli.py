@@ -18,6 +18,7 @@ from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers
 from residency.inspection import Inspection
+from residency.runs.augmentation import use_base
 from residency.runs.config.class_names import part_names
 from residency.runs.config.explain import ParseFailure, explain
 from residency.runs.config.imports import tell_outside
@@ -167,9 +168,8 @@ class ResidencyCLI(LightningCLI):
         own = self.config.get(self.subcommand, self.config) if self.subcommand else self.config
         self.config_init = build_classes(self.parser, self.config, of=own)
         tell_outside()
-        self.model = self._get(self.config_init, "model")
-        self.datamodule = self._get(self.config_init, "data")
-        self.trainers = Trainers(self._trainer_options)
+        self.model, self.datamodule = (self._get(self.config_init, part) for part in ("model", "data"))
+        self.trainers = use_base(self.model, self.datamodule, Trainers(self._trainer_options))
 
     def _trainer_options(self) -> dict[str, Any]:
         return build_trainer_options(self._get(self.config, "trainer"))

@@ -20,6 +20,7 @@ from residency.engine.stage_overrides import (
     told_of,
 )
 from residency.engine.trainers import Trainers
+from residency.runs.augmentation import use_base
 from residency.runs.rank_steps import RankSteps
 from residency.runs.settings import StreamSettings, check_lengths, check_stream
 from residency.runs.stage_runner import StageRunner
@@ -76,6 +77,7 @@ def open_runner(
     Raises:
         UserError: What is wrong, and of which stage where it has settings of its own.
     """
+    use_base(module, data, trainers)
     own = settings.stages
     check_overrides(own, domains=data.domains, stage_tokens=settings.stage_tokens)
     check_stream(data, batch_sizes=[one.batch_size for one in own.values() if one.batch_size])

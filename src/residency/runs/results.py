@@ -63,13 +63,18 @@ def _uses_task_id(module: ContinualModule) -> bool:
 def _cost(stages: Sequence[Mapping[str, Any]], info: RunInfo) -> dict[str, Any]:
     trained = stages[1:]
     seconds, before, after = (
-        sum(stage.get(f"{part}_seconds", 0.0) for stage in trained) for part in ("train", "prepare", "finish")
+        sum(stage.get(f"{part}_seconds", 0.0) for stage in trained for part in parts)
+        for parts in (("train",), ("prepare", "augment"), ("finish",))
     )
     # What the run would cost alone, also where it shared a stage with others: runs are compared by it.
     scoring = sum(stage["evaluation_seconds"] for stage in stages)
     tokens, flops, batches = (
         sum(stage.get(part, 0) for stage in trained for part in parts)
-        for parts in (("train_tokens", "finish_tokens"), ("train_flops", "finish_flops"), ("batch_tokens",))
+        for parts in (
+            ("train_tokens", "finish_tokens", "augment_tokens"),
+            ("train_flops", "finish_flops"),
+            ("batch_tokens",),
+        )
     )
     return {
         "seconds": before + seconds + after + scoring,

@@ -12,6 +12,7 @@ from residency.core.environment import peak_memory_bytes
 from residency.core.tensor_files import append_line, load_whole_tree
 from residency.engine.scoring.row_scores import Evaluation, count_rows, means
 from residency.engine.serving import served_of, serving
+from residency.runs.augmentation import cost_of
 from residency.runs.data_check import check_data
 from residency.runs.folder import RunFolder
 from residency.runs.left_out import after_run, before_run
@@ -59,6 +60,8 @@ class RunStages:
         info = self.info
         before = before_run(self.runner, info.data, checked["domains"])
         checked = {**checked, "left_out": before}
+        if augmented := self.runner.data.augmented():
+            checked["augmented"] = augmented
         history = self._start_history([folder for folder, record in zip(self.folders, found, strict=True) if record])
         for view in self.views:
             view.start(info, history, [record["means"] for record in self.records])
@@ -86,6 +89,8 @@ class RunStages:
         facts = self._state(k) if k and not self.runner.settings.frozen else _untrained(k, self.stages)
         scores, more = self._scores(0 if self.runner.settings.frozen else k)
         facts = {**facts, **more}
+        if k and not self.runner.settings.frozen:
+            facts |= cost_of(self.runner.data.augmented(), self.stages[k - 1].domain)
         self._complete(k, scores, facts | self._look(k, facts))
 
     def _show(self, k: int, record: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
+from residency.runs.augmentation import use_base
 from residency.runs.folder import RunFolder
 from residency.runs.inputs import check_complete, inputs_of, keep_inputs
 from residency.runs.keys import RunKeys
@@ -59,6 +60,7 @@ def train_stream(
     Raises:
         UserError: What the user can mend; nothing half written stays.
     """
+    use_base(module, data, trainers)
     steps = RankSteps()
     make = partial(open_runner, module, data, trainers, settings, steps=steps)
     if rank() > 0:

@@ -17,6 +17,7 @@ import torch
 from residency.core.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
 from residency.core.signals import Stopped, stop_on_signals
 from residency.core.tensor_files import explained, read_json
+from residency.domains.base import Domain
 from residency.domains.left_out import LeftOut
 from residency.domains.stream_data import StreamData
 from residency.engine.scoring.row_scores import means
@@ -44,7 +45,7 @@ def run_task(spec: Mapping[str, Any]) -> int:
                 folder together.
             evaluate: Whether that state is scored, too.
             status: File in which progress and errors are told.
-            rows: {key of a domain's config: key of its rows in the store}; what is not named is read anew.
+            rows: {key of a domain's config: `rows_facts` of it}; what is not named is read anew.
             threads: Threads to compute with; `None` = as the process does.
 
     Returns:
@@ -86,7 +87,7 @@ def _carry_out(spec: Mapping[str, Any], status: _Status) -> None:
     cli = parse(["fit", *spec["words"]])
     store = Store(cli.settings.store) if cli.settings.store else None
     if store is not None:
-        take_rows(cli.datamodule, cli.resolved["data"], spec.get("rows") or {}, store)
+        take_rows(cli.datamodule, cli.resolved, spec.get("rows") or {}, store)
     until = spec.get("until")
     if until is None:
         train_stream(
@@ -130,22 +131,38 @@ def _make_stage(stage_cache: StageCache, until: int, tracker: Tracker, status: _
         tracker.row(until, found)
 
 
-def domain_key(data: Mapping[str, Any], domain: Mapping[str, Any]) -> str:
+def domain_key(config: Mapping[str, Any], domain: Mapping[str, Any]) -> str:
     """What the config says of a domain: two that are equal are read once.
 
     Args:
-        data: Its section of the config.
+        config: Of the run, resolved.
         domain: The domain's part of it.
     """
-    shared = {key: data.get(key) for key in ("root", "max_train", "max_validation", "max_test")}
+    data = config["data"]
+    shared: dict[str, Any] = {key: data.get(key) for key in ("root", "max_train", "max_validation", "max_test")}
+    if _augments(domain):
+        # Which rows are made depends on the model that writes them and on all rows that the stream scores.
+        shared |= {key: data.get(key) for key in ("domains", "probes")} | {"backbone": config["model"]["backbone"]}
     return json.dumps([shared, domain], sort_keys=True)
 
 
+def _augments(part: Any) -> bool:
+    """Whether something that a config says of a domain, or of a part of it, asks for further training rows."""
+    if not isinstance(part, Mapping):
+        return False
+    return bool(part.get("augment")) or any(map(_augments, part.values()))
+
+
 def rows_of(data: StreamData, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key of its config, domain) of every domain and probe."""
+    """(key of its config, domain) of every domain and probe; `config` is that of the run."""
     for part, domains in (("domains", data.domains), ("probes", data.probes)):
         for name, domain in domains.items():
-            yield domain_key(config, config[part][name]), domain
+            yield domain_key(config, config["data"][part][name]), domain
+
+
+def rows_facts(domain: Domain) -> list[Any]:
+    """What `take_rows` tells a worker of a domain: the key of its rows in the store, and how they came about."""
+    return [domain.fingerprint(), domain.given, [one.plain() for one in domain.unread], domain.augmented]
 
 
 def take_rows(data: StreamData, config: Mapping[str, Any], rows: Mapping[str, Any], store: Store) -> None:
@@ -153,18 +170,18 @@ def take_rows(data: StreamData, config: Mapping[str, Any], rows: Mapping[str, An
 
     Args:
         data: Its domains.
-        config: Its section of the config.
-        rows: {key of a domain's config: [fingerprint of its rows, {split: rows there were before the limits}, what its
-            files hold that makes no row]}.
+        config: Of the run, resolved.
+        rows: {key of a domain's config: `rows_facts` of it}.
         store: Where the rows lie.
     """
     for key, domain in rows_of(data, config):
-        fingerprint, given, unread = rows.get(key, (None, {}, []))
+        fingerprint, given, unread, *made = rows.get(key, (None, {}, []))
         entry = store.find("data", fingerprint) if fingerprint else None
         if entry is not None:
             domain.take_rows(read_json(entry.path / "rows.json"))
             domain.given = dict(given)
             domain.unread = [LeftOut(**one) for one in unread]
+            domain.augmented = made[0] if made else []
 
 
 class _Status(View):

@@ -37,7 +37,7 @@ def _in(*folders: str) -> list[Path]:
 
 
 PRESETS, OVERLAYS, STUDIES, RUNS = _in(*KEYS), _in("backbone", "stream", "trainer"), _in("studies"), _in("")
-SCORERS, LOGGERS = _in("scorer"), _in("logger")
+SCORERS, LOGGERS, AUGMENTATIONS = _in("scorer"), _in("logger"), _in("augmentation")
 
 
 def _long(path: Path) -> Any:
@@ -74,7 +74,7 @@ def _parts(given: Any, resolved: Any) -> list[tuple[str, set[str], set[str]]]:
 def test_every_file_is_visited() -> None:
     on_disk = sum(len(files) for _, _, files in os.walk(ROOT / "configs"))
     assert len(FILES) == on_disk >= 16
-    assert sorted([*PRESETS, *SCORERS, *LOGGERS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
+    assert sorted([*PRESETS, *SCORERS, *LOGGERS, *AUGMENTATIONS, *OVERLAYS, *STUDIES, *RUNS]) == FILES
     assert {path.suffix for path in FILES} == {".yaml"}
 
 
@@ -108,6 +108,16 @@ def test_a_scorer_preset_is_complete(path: Path) -> None:
     given, scorer = _read(path), domain.scorers[path.stem]
     assert given["class_path"] == f"residency.scorers.{type(scorer).__name__}"
     assert {*given.get("init_args", {})} == {field.name for field in fields(scorer)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", AUGMENTATIONS, ids=str)
+def test_an_augmentation_preset_names_every_argument(path: Path) -> None:
+    """Its own launch line builds it, and its name means the same as its path."""
+    words = shlex.split(path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))[1:]
+    found = [parse(line).resolved["data"]["domains"]["medical"]["init_args"]["augment"] for line in (
+        words, [word.replace(f"[{path}]", f"[{path.stem}]") for word in words],
+    )]  # fmt: skip
+    assert found[0] == found[1] == [_read(path)]
 
 
 @pytest.mark.parametrize("path", [path for path in PRESETS if path.parts[1] != "domain"], ids=str)

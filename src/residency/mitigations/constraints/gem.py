@@ -23,7 +23,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.randomness import permutation
 from residency.core.types import Example, Stage, Tensors
-from residency.domains.sampler import learned_examples
+from residency.domains.sampler import rememberable_examples
 from residency.mitigations.base import Guarantee, Mitigation, State
 from residency.mitigations.constraints.gradient_projection import project_agem, project_gem, reference_gradient
 from residency.mitigations.contract import StageModule
@@ -79,7 +79,7 @@ class AGEM(Mitigation):
         """Offer what the domain was learned from to the reservoir, in order of appearance."""
         memory, seen = _unpacked(self.state["buffer"]), self.state["seen"]
         assert isinstance(seen, Tensor)
-        new = learned_examples(module.dataset, stage.domain)
+        new = rememberable_examples(module.dataset, stage.domain)
         kept = into_reservoir(memory, new, seen=int(seen), capacity=self.capacity, seed=stage.seed)
         self.state.update(seen=torch.tensor(int(seen) + len(new)), buffer=pack_examples(kept))
 
@@ -159,7 +159,7 @@ class GEM(Mitigation):
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Keep a draw of what the domain was learned from."""
-        learned = learned_examples(module.dataset, stage.domain)
+        learned = rememberable_examples(module.dataset, stage.domain)
         order = permutation(len(learned), stage.seed, "gem memory", stage.index)
         memory = [*_unpacked(self.state["buffer"]), *(learned[i] for i in order[: self.capacity])]
         self.state["buffer"] = pack_examples(memory)

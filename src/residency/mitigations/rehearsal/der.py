@@ -20,7 +20,7 @@ from residency.core.errors import UserError
 from residency.core.losses import IMPOSSIBLE
 from residency.core.randomness import permutation
 from residency.core.types import Batch, Example, Outputs, Stage, supervised_tokens
-from residency.domains.sampler import learned_examples
+from residency.domains.sampler import rememberable_examples
 from residency.mitigations.base import Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.memory import into_reservoir, kept_rows, pack_examples, unpack_examples
@@ -167,7 +167,7 @@ class DER(Mitigation):
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Offer the domain's examples to the reservoir, and read those that stay at the final weights."""
-        new: list[_Item] = [(example, None) for example in learned_examples(module.dataset, stage.domain)]
+        new: list[_Item] = [(example, None) for example in rememberable_examples(module.dataset, stage.domain)]
         seen = self.state["seen"]
         assert isinstance(seen, Tensor)
         items = into_reservoir(self.items(), new, seen=int(seen), capacity=self.capacity, seed=stage.seed)

@@ -19,7 +19,7 @@ from residency.core.errors import UserError
 from residency.core.losses import token_nll
 from residency.core.randomness import permutation, seed_of
 from residency.core.types import Batch, Example, Outputs, Stage
-from residency.domains.sampler import learned_examples
+from residency.domains.sampler import rememberable_examples
 from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.generation import (
@@ -115,7 +115,7 @@ class GenerativeReplay(Mitigation):
 
     def on_domain_end(self, module: StageModule, stage: Stage) -> None:
         """Keep some examples as shots, and write about all domains so far."""
-        new = [example.last_turn() for example in learned_examples(module.dataset, stage.domain)]
+        new = [example.last_turn() for example in rememberable_examples(module.dataset, stage.domain)]
         packed, shots = self.state["shapes"], self._packed("shots")
         assert isinstance(packed, Tensor)
         # A stage of old examples alone has taught nothing that could be written about.

@@ -12,7 +12,7 @@ from torch import Tensor
 from residency.core.errors import UserError
 from residency.core.randomness import permutation, seed_of
 from residency.core.types import Batch, Example, Stage
-from residency.domains.sampler import learned_examples
+from residency.domains.sampler import rememberable_examples
 from residency.mitigations.base import Guarantee, Mitigation
 from residency.mitigations.contract import StageModule
 from residency.mitigations.rehearsal.memory import (
@@ -153,7 +153,7 @@ class Replay(Mitigation):
         """Offer every example the domain was learned from to the memory."""
         memory, seen = self.memory(), self.state["seen"]
         assert isinstance(seen, Tensor)
-        new = learned_examples(module.dataset, stage.domain)
+        new = rememberable_examples(module.dataset, stage.domain)
         if self.policy == "reservoir":
             memory = into_reservoir(memory, new, seen=int(seen), capacity=self.capacity, seed=stage.seed)
         else:
@@ -166,7 +166,7 @@ class Replay(Mitigation):
         """The best `count` of a domain's examples, best first."""
         if self.policy == "ring":
             last = [module.dataset[position] for position in reversed(range(len(module.dataset)))]
-            return learned_examples(last, stage.domain)[:count]
+            return rememberable_examples(last, stage.domain)[:count]
         if self.policy == "balanced":
             return [new[i] for i in permutation(len(new), stage.seed, "balanced", stage.index)[:count]]
         # In the order of their names, so that no choice depends on the order of training.

@@ -41,6 +41,7 @@ def provenance(records: Records, arms: Sequence[Arm]) -> list[Grid]:
     ]
     return [
         plain_grid("rows", "Rows and tokens that were used and left out", _rows(records)),
+        plain_grid("augmented", "Rows that were made of training rows", _augmented(records)),
         plain_grid("left_out", "What takes no part, from the files to the matrix", _left_out(records)),
         plain_grid("findings", "What the check of the data found", _findings(records)),
         plain_grid("origin", "Data and model", _data(records)),
@@ -89,6 +90,28 @@ def _left_out(records: Records) -> list[dict[str, Any]]:
             }
             known = found.setdefault(tuple(row.values())[:-1], {**row, "cells": []})
             known["cells"].append(row["cell"])
+    return [_with_cells(row) for row in found.values()]
+
+
+def _augmented(records: Records) -> list[dict[str, Any]]:
+    """What each method of a domain's `augment` made; cells that say the same are one line."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in records.done:
+        for name, made in ((entry.record.get("data") or {}).get("augmented") or {}).items():
+            for one in made:
+                dropped = ", ".join(f"{n} {count}" for n, count in sorted((one.get("dropped") or {}).items()))
+                row = {
+                    "domain": printable(name),
+                    "method": printable(one.get("method")),
+                    "asked": one.get("asked"),
+                    "kept": one.get("kept"),
+                    "dropped by": printable(dropped or "-", 300),
+                    "above max_share": one.get("not_asked"),
+                    "tokens": one.get("tokens"),
+                    "cell": entry.record["cell"],
+                }
+                known = found.setdefault(tuple(row.values())[:-1], {**row, "cells": []})
+                known["cells"].append(row["cell"])
     return [_with_cells(row) for row in found.values()]
 
 

@@ -27,7 +27,10 @@ __all__ = ["CONFIG_OPTIONS", "expand_presets", "insert_presets"]
 CONFIG_OPTIONS = ("--config", "-c")
 
 _SUFFIXES = (".yaml", ".yml", ".json")
-_SCORERS = re.compile(r"data\.(domains|probes)\.[^=]+\.scorers\+?")
+_LISTS = (
+    (re.compile(r"data\.(domains|probes)\.[^=]+\.scorers\+?"), "scorer"),
+    (re.compile(r"data\.(domains|probes)\.[^=]+\.augment\+?"), "augmentation"),
+)  # keys of lists whose entries may be presets, and their kind
 _ENTRIES = ("mitigation", "domain", "inspection")  # kinds whose keys are entries of a dict
 _INNER = "config"  # the argument of an adapter that holds a config of PEFT
 
@@ -52,8 +55,8 @@ def expand_presets(words: Sequence[str]) -> list[str]:
             inner[key] = _inner_arguments(content)
             is_entry = kind in _ENTRIES or key.startswith("stages.")
             expanded.append(f"{option}={json.dumps(content)}" if content and is_entry else _plain(option, kind, value))
-        elif _SCORERS.fullmatch(key) and value.startswith("["):
-            expanded.append(f"{option}={json.dumps([_scorer(one, key) for one in _list(value, key)])}")
+        elif (of := _kind_of_list(key)) and value.startswith("["):
+            expanded.append(f"{option}={json.dumps([_entry(one, key, of) for one in _list(value, key)])}")
         else:
             expanded.append(_below(word, inner))
     return expanded
@@ -77,8 +80,8 @@ def insert_presets(config: Any, *, folder: Path, prefix: str = "") -> Any:
             name: insert_presets(value, folder=folder, prefix=f"{prefix}.{name}" if prefix else str(name))
             for name, value in config.items()
         }
-    if isinstance(config, list) and _SCORERS.fullmatch(prefix):
-        return [_scorer(one, prefix, folder) for one in config]
+    if isinstance(config, list) and (of := _kind_of_list(prefix)):
+        return [_entry(one, prefix, of, folder) for one in config]
     kind = component_kind(prefix)
     if not isinstance(config, str) or kind is None:
         return config
@@ -95,14 +98,18 @@ def _list(text: str, key: str) -> Any:
         raise UserError(f"--{key}={text}", why=f"it is no list: {error}", fix="write it as [a, b]") from error
 
 
-def _scorer(given: Any, key: str, folder: Path = Path()) -> Any:
-    """One entry of a list of scorers: the content of a preset or of a file, anything else as it is."""
+def _kind_of_list(key: str) -> str | None:
+    return next((kind for pattern, kind in _LISTS if pattern.fullmatch(key)), None)
+
+
+def _entry(given: Any, key: str, kind: str, folder: Path = Path()) -> Any:
+    """One entry of a list: the content of a preset or of a file, anything else as it is."""
     if not isinstance(given, str):
         return given
-    found = folder / given if given.endswith(_SUFFIXES) else find_preset("scorer", given)
-    if found is None or (is_shipped(found) and _is_short_name(given)):
+    found = folder / given if given.endswith(_SUFFIXES) else find_preset(kind, given)
+    if found is None or (kind == "scorer" and is_shipped(found) and _is_short_name(given)):
         return given
-    return _checked(found, key, given, kind="scorer")
+    return _checked(found, key, given, kind=kind)
 
 
 def _is_short_name(name: str) -> bool:
@@ -148,7 +155,7 @@ def _checked(path: Path, key: str, written: str, *, kind: str | None = None) -> 
             why="a preset is one component: class_path and init_args",
             fix=f"start from a preset (`residency presets {kind or component_kind(key)}`)",
         )
-    # A preset of a domain may name presets of scorers.
+    # A preset of a domain may name presets of scorers and augmentations.
     inserted: Mapping[str, Any] = insert_presets(content, folder=path.parent, prefix=key)
     return inserted
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from residency.core.text import for_terminal
 from residency.core.types import Stage
 from residency.domains.left_out import told as left_out_lines
+from residency.runs.augmentation import lines as augmented_lines
 from residency.runs.data_check import told
 from residency.runs.views.base import RunInfo, View
 from residency.runs.views.progress import StageProgress, evaluation_progress
@@ -63,7 +64,9 @@ class ConsoleView(View):
             self.console.print(f"  going on after stage {info.resumed} of {len(info.domains)}")
 
     def data(self, checked: Mapping[str, Any]) -> None:
-        """Rows and tokens that are left out, and what is wrong."""
+        """Rows that were made, rows and tokens that are left out, and what is wrong."""
+        for line in augmented_lines(checked.get("augmented", {})):
+            self.console.print(f"  {escape(printable(line, 300))}", highlight=False, soft_wrap=True)
         self._tell(checked.get("left_out", ()))
         for line in told(checked):
             self.console.print(f"  {escape(printable(line, 300))}", style="yellow", soft_wrap=True)

@@ -86,12 +86,18 @@ def _joint(study: Study, combination: Combination, seed: int, config: Mapping[st
     joint = {"class_path": "residency.domains.joint.Joint", "init_args": {"domains": parts}}
     keys = {
         "data.domains": {"joint": joint},
-        "data.probes": {**parts, **(data.get("probes") or {})},
+        "data.probes": {**{name: _only_scored(part) for name, part in parts.items()}, **(data.get("probes") or {})},
         "data.order": ["joint"],
         **_as_much_as_all(config, len(names)),
         **({"stages": {}} if config.get("stages") else {}),
     }
     return [_cell(study, combination, "joint", seed, keys)]
+
+
+def _only_scored(domain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A domain as a probe, which makes no training rows."""
+    arguments = domain.get("init_args") or {}
+    return {**domain, "init_args": {**arguments, "augment": None}} if arguments.get("augment") else domain
 
 
 def _as_much_as_all(config: Mapping[str, Any], count: int) -> dict[str, Any]:

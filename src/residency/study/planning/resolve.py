@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +107,8 @@ class Resolver:
         Raises:
             UserError: What is wrong, and in which cell.
         """
+        from residency.study.worker import rows_facts, rows_of
+
         cli, config = self.parse(cell), self.config(cell)
         settings = replace(cli.settings, cell=cell.id, seed=cell.seed, axes=cell.axes)
         words = cell.words[: -len(cell.place)]
@@ -118,10 +120,7 @@ class Resolver:
         with _of_cell(cell):
             stage_cache = self._open(cli, settings, config)
             data: StreamData = cli.datamodule
-            rows: dict[str, Any] = {
-                key: [domain.fingerprint(), domain.given, [one.plain() for one in domain.unread]]
-                for key, domain in _keyed(data, config["data"])
-            }
+            rows: dict[str, Any] = {key: rows_facts(domain) for key, domain in rows_of(data, config)}
         self._opened[words] = Resolved(cell=cell, config=config, stage_cache=stage_cache, rows=rows)
         return self._opened[words]
 
@@ -145,17 +144,17 @@ class Resolver:
         data: StreamData = cli.datamodule
         for part, domains in (("domains", data.domains), ("probes", data.probes)):
             for name in domains:
-                domains[name] = self._shared(domains[name], config["data"][part][name], config["data"])
+                domains[name] = self._shared(domains[name], config["data"][part][name], config)
         key = json.dumps(config["model"]["backbone"], sort_keys=True)
         cli.model.backbone = self._backbones.setdefault(key, cli.model.backbone)
 
-    def _shared(self, domain: Domain, config: Mapping[str, Any], data: Mapping[str, Any]) -> Domain:
+    def _shared(self, domain: Domain, config: Mapping[str, Any], run: Mapping[str, Any]) -> Domain:
         from residency.study.worker import domain_key
 
         if isinstance(domain, Joint):
             for name, part in config["init_args"]["domains"].items():
-                domain.domains[name] = self._shared(domain.domains[name], part, data)
-        return self._domains.setdefault(domain_key(data, config), domain)
+                domain.domains[name] = self._shared(domain.domains[name], part, run)
+        return self._domains.setdefault(domain_key(run, config), domain)
 
     def _check_scorer(self, data: StreamData) -> None:
         known = {scorer for domain in data.columns.values() for scorer in domain.scorers}
@@ -177,12 +176,6 @@ class Resolver:
                     write_json(folder / "rows.json", rows)
 
                 store.put("data", key, write, meta={"source": domain.source})
-
-
-def _keyed(data: StreamData, config: Mapping[str, Any]) -> Sequence[tuple[str, Domain]]:
-    from residency.study.worker import rows_of
-
-    return list(rows_of(data, config))
 
 
 @contextmanager

@@ -260,11 +260,11 @@ def _bytes(state: Mapping[str, Any]) -> int:
     return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def _alike(optimizer: Any, leaves: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _alike(optimizer: Any, leaves: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Leaves of which an optimizer keeps equally much, together: one is stepped for all (else .3 s a stage)."""
     if not type(optimizer).__module__.startswith("torch.optim."):
         return [[leaf] for leaf in leaves]
-    found: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    found: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for place, group in enumerate(optimizer.param_groups):
         for leaf in group["params"]:
             found.setdefault((place, leaf.shape, leaf.dtype), []).append(leaf)

@@ -20,6 +20,11 @@ with warnings.catch_warnings():
     # Before anything imports pip: afterwards, on Python 3.11, setuptools cannot be imported any more, which BOFT needs.
     import setuptools  # noqa: F401
 
+    # Nearly all that is imported and collected stays: nobody looks at it for garbage, now or while tests run.
+    gc.disable()
+
+# Here, as it searches for who refers to its generators and finds nobody among what is frozen.
+import hypothesis  # noqa: F401
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -27,13 +32,20 @@ from transformers import MistralConfig, MistralForCausalLM
 from residency.testing.tiny_models import write_backbone
 
 torch.set_num_threads(1)
-# Nearly all that there is was imported and stays; to look at it for garbage was a thirtieth of the time.
-gc.set_threshold(700, 10, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Markers that belong to these tests."""
     config.addinivalue_line("markers", "support.browser: needs chromium and chromedriver; runs in .ci/run")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What there is afterwards is left out of every later search for garbage."""
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

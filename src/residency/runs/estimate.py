@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from residency.domains.stream_data import StreamData
-from residency.engine.estimate import Device, StageEstimate, estimate_stage, largest_that_fits, outlined
+from residency.engine.estimate import Device, StageEstimate, StageOutline, estimate_stage, largest_that_fits, outlined
 from residency.engine.module import ContinualModule
 from residency.engine.trainers import Trainers
 from residency.runs.estimate_words import Asked
@@ -16,7 +16,15 @@ from residency.runs.settings import StreamSettings
 from residency.runs.stage_runner import StageRunner
 from residency.runs.trial import column_seconds, step_seconds
 
-__all__ = ["Estimated", "describe_costs", "describe_estimate", "energy_kwh", "estimate_run", "show_estimate"]
+__all__ = [
+    "Estimated",
+    "describe_costs",
+    "describe_estimate",
+    "device_of",
+    "energy_kwh",
+    "estimate_run",
+    "show_estimate",
+]
 
 _JOULES = 3.6e6  # of a kilowatt hour
 
@@ -44,7 +52,13 @@ class Estimated:
 
 
 def estimate_run(
-    module: ContinualModule, data: StreamData, trainers: Trainers, runner: StageRunner, question: Asked
+    module: ContinualModule,
+    data: StreamData,
+    trainers: Trainers,
+    runner: StageRunner,
+    question: Asked,
+    *,
+    outline: StageOutline | None = None,
 ) -> Estimated:
     """Estimate every stage of a run.
 
@@ -54,9 +68,10 @@ def estimate_run(
         trainers: Devices and precision.
         runner: Of the run; trains a few steps where time is measured.
         question: What is asked.
+        outline: Of the same model with the same adapter object, where it is known.
     """
-    device = Device(kind=trainers.root_device.type, precision=trainers.precision, ranks=trainers.world_size)
-    found = outlined(module, device)
+    device = device_of(trainers)
+    found = outline or outlined(module, device)
 
     def stage_with(place: int, micro: int | None = None) -> StageEstimate:
         stage = runner.stages[place]
@@ -75,6 +90,11 @@ def estimate_run(
         )
     seconds = _seconds(runner) if question.measure else None
     return Estimated(stages=stages, ranks=device.ranks, seconds=seconds, fitting=fitting)
+
+
+def device_of(trainers: Trainers) -> Device:
+    """What a rank of a run computes on."""
+    return Device(kind=trainers.root_device.type, precision=trainers.precision, ranks=trainers.world_size)
 
 
 def _seconds(runner: StageRunner) -> float:

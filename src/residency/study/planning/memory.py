@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from residency.adapters.base import Adapter
 from residency.core.errors import UserError
-from residency.runs.estimate import Estimated, describe_estimate, estimate_run
+from residency.engine.estimate import StageOutline, outlined
+from residency.runs.estimate import Estimated, describe_estimate, device_of, estimate_run
 from residency.runs.estimate_words import Asked
 from residency.study.planning.resolve import Resolved
 
@@ -29,11 +31,20 @@ def describe_memory(cells: Sequence[Resolved], question: Asked) -> list[str]:
             kinds.setdefault((cell.keys.model, runner.stages[0].batch_size, *parts), cell)
     found: dict[str, Estimated] = {}
     lines: list[str] = []
+    outlines: dict[tuple[object, ...], tuple[Adapter, StageOutline]] = {}
     for cell in list(kinds.values())[:_KINDS]:
         runner = cell.stage_cache.runner
+        module, device = runner.module, device_of(runner.trainers)
+        same = (cell.keys.model, device, module.layout_choice)
         try:
+            # An outline takes half a second, and is of one adapter object.
+            if same in outlines:
+                module.adapter = outlines[same][0]
+            else:
+                outlines[same] = module.adapter, outlined(module, device)
+            asked = Asked(memory=question.memory)
             found[cell.cell.id] = estimate_run(
-                runner.module, runner.data, runner.trainers, runner, Asked(memory=question.memory)
+                module, runner.data, runner.trainers, runner, asked, outline=outlines[same][1]
             )
         except UserError as error:
             lines.append(f"memory of {cell.cell.id}: unknown ({error.why})")

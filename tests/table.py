@@ -1,4 +1,4 @@
-"""One row per adapter, mitigation, objective, scorer, metric and domain: `residency.testing` runs on every row.
+"""One row per adapter, mitigation, objective, scorer, metric, domain, augmentation: `residency.testing` runs on all.
 
 A new plug-in is one row here, and inherits all properties of its kind.
 """
@@ -30,7 +30,7 @@ from residency.adapters import (
 from residency.adapters.algebra.orthogonality import Orthogonality
 from residency.backbones import Quantisation
 from residency.core.assets.cache import PACKAGES, package_folder
-from residency.domains import packaged
+from residency.domains import augmentation, packaged
 from residency.domains.base import Domain
 from residency.domains.controlled import Controlled
 from residency.domains.jsonl import Jsonl
@@ -89,18 +89,21 @@ from residency.objectives.rewards import ExactLabel
 from residency.scorers.base import Answer, LabelScore, Scorer
 from residency.testing import (
     AdapterRow,
+    AugmentationRow,
     DomainRow,
     MetricRow,
     MitigationRow,
     ObjectiveRow,
     ScorerRow,
     partners,
+    write_backbone,
     write_domain,
 )
 from residency.testing.objective_rows import Parity
 from support.peft_configs import CONFIGS, IDENTITY
+from support.small_wordnet import write_wordnet
 
-__all__ = ["ADAPTERS", "DOMAINS", "METRICS", "MITIGATIONS", "OBJECTIVES", "SCORERS"]
+__all__ = ["ADAPTERS", "AUGMENTATIONS", "DOMAINS", "METRICS", "MITIGATIONS", "OBJECTIVES", "SCORERS"]
 
 
 def _peft_adapter(name: str) -> Peft:
@@ -386,4 +389,32 @@ DOMAINS: dict[str, DomainRow] = {
         name: DomainRow(make=lambda folder, name=name: getattr(packaged, name)(), missing=_not_fetched)
         for name in packaged.__all__
     },
+}
+
+
+def _random_translation(folder: Path) -> augmentation.Augmentation:
+    model = write_backbone(folder / "t5", architecture="t5")
+    return augmentation.BackTranslation(forward=str(model), backward=str(model), beams=1)
+
+
+def _reworded(request: str) -> str:
+    """The last paragraph of a request with its end first."""
+    head, _, tail = request.rpartition("\n\n")[2].partition(" beside ")
+    return f"beside {tail} {head}"
+
+
+def _new_text(request: str) -> str:
+    """Another text for every three rows, and an answer."""
+    if not request.startswith("Here are three"):
+        return "in winter"
+    return f"why do swallows number {sum(request.encode()) % 97} sleep in reeds when it is cold"
+
+
+AUGMENTATIONS: dict[str, AugmentationRow] = {
+    "synonyms": AugmentationRow(
+        make=lambda folder: augmentation.Synonyms(wordnet=str(write_wordnet(folder / "wordnet")), share=1.0)
+    ),
+    "paraphrase": AugmentationRow(make=lambda folder: augmentation.Paraphrase(), answer=_reworded),
+    "self_instruct": AugmentationRow(make=lambda folder: augmentation.SelfInstruct(), answer=_new_text),
+    "back_translation": AugmentationRow(make=_random_translation, accepted=False),
 }

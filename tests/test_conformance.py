@@ -13,7 +13,7 @@ from residency.core.errors import UserError
 from residency.testing import MitigationRow, conformance
 from residency.testing.tiny_runs import domains, train
 from support.peft_configs import CONFIGS
-from table import ADAPTERS, DOMAINS, METRICS, MITIGATIONS, OBJECTIVES, SCORERS
+from table import ADAPTERS, AUGMENTATIONS, DOMAINS, METRICS, MITIGATIONS, OBJECTIVES, SCORERS
 
 # `make test` takes every mitigation on some adapters and some mitigations on every adapter, `make test-pairs` the rest.
 SOME_ADAPTERS = ("lora_dropout",)
@@ -63,6 +63,7 @@ test_conformance = conformance(
     scorers=SCORERS,
     metrics=METRICS,
     domains=DOMAINS,
+    augmentations=AUGMENTATIONS,
     streams=STREAMS,
     marks=_marks,
 )
@@ -100,14 +101,16 @@ def test_every_score_is_a_column_of_the_record(llama: Path, tmp_path: Path) -> N
 
 
 def _classes(rows: Mapping[str, Any], folder: Path) -> set[str]:
-    return {type(row.make(folder) if rows is DOMAINS else row.make()).__name__ for row in rows.values()}
+    return {
+        type(row.make(folder) if rows in (DOMAINS, AUGMENTATIONS) else row.make()).__name__ for row in rows.values()
+    }
 
 
-@pytest.mark.parametrize("kind", ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "SCORERS", "DOMAINS"])
+@pytest.mark.parametrize("kind", ["ADAPTERS", "MITIGATIONS", "OBJECTIVES", "SCORERS", "DOMAINS", "AUGMENTATIONS"])
 def test_every_plug_in_has_a_row(kind: str, tmp_path: Path) -> None:
     """A class without a row would be tested by nothing."""
     from residency import adapters, domains, mitigations, objectives
-    from residency.domains import packaged
+    from residency.domains import augmentation, packaged
     from residency.scorers.find import scorer_classes
 
     # What a study makes out of other domains is no reader.
@@ -117,6 +120,7 @@ def test_every_plug_in_has_a_row(kind: str, tmp_path: Path) -> None:
         "OBJECTIVES": (OBJECTIVES, {*objectives.__all__} - {"Objective"}),
         "SCORERS": (SCORERS, {*scorer_classes()}),
         "DOMAINS": (DOMAINS, {*domains.__all__, *packaged.__all__} - {"Domain", "Template", "Chat", "Joint"}),
+        "AUGMENTATIONS": (AUGMENTATIONS, {*augmentation.__all__} - {"Augmentation"}),
     }
     rows, classes = known[kind]
     missing = sorted(classes - _classes(rows, tmp_path))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from residency.adapters import Full
+from residency.backbones.pretrained import Pretrained
 from residency.core.tensor_files import write_json
 from residency.domains.augmentation import Synonyms
 from residency.domains.table import Table
@@ -84,6 +85,60 @@ def test_what_all_domains_teach_together_includes_what_was_made(llama: Path, tmp
     planned = call("sweep", study, "--dry-run", "--study_dir", tmp_path / "out", "--store", tmp_path / "store")
     assert planned.code == 0, planned.err
     assert "joint" in planned.out
+
+
+def written_by(folder: Path, backbone: Path) -> Path:
+    """The config with rewordings by the model of the run instead of synonyms."""
+    made = config(folder, backbone)
+    made["data"]["domains"]["care"]["init_args"]["augment"] = [
+        {"class_path": "residency.domains.augmentation.Paraphrase"}
+    ]
+    return write_yaml(folder / "p.yaml", made)
+
+
+def test_what_a_model_writes_is_written_once_and_counted(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens are part of the cost of the stage; a second run reads what the first one wrote."""
+    monkeypatch.setenv("RESIDENCY_CACHE", str(tmp_path / "cache"))
+    path = written_by(tmp_path, llama)
+
+    def write(self: Pretrained, request: str, **options: Any) -> str:
+        self.tokens += 100
+        start, _, end = request.rpartition("\n\n")[2].partition(": ")
+        return f"{end}, {start}"
+
+    monkeypatch.setattr(Pretrained, "write", write)
+    runs = [tmp_path / name for name in ("run", "again")]
+    first = call("fit", "--config", path, "--run_dir", runs[0])
+    assert first.code == 0, first.err
+
+    def fail(self: Pretrained, request: str, **options: Any) -> str:
+        raise AssertionError("it was written before")
+
+    monkeypatch.setattr(Pretrained, "write", fail)
+    assert call("fit", "--config", path, "--run_dir", runs[1]).code == 0
+    records = [read_json(run / "results.json") for run in runs]
+    (made,) = records[0]["data"]["augmented"]["care"]
+    assert 0 < made["kept"] <= made["asked"] == 5
+    assert made["tokens"] >= 500
+    assert records[0]["scores"] == records[1]["scores"]
+    assert records[0]["data"]["augmented"] == records[1]["data"]["augmented"]
+    stage = read_json(next((runs[1] / "stages").glob("*-care")) / "stage.json")
+    assert stage["augment_tokens"] == made["tokens"]
+    trained = sum(read_json(f)["train_tokens"] + read_json(f).get("finish_tokens", 0) for f in
+                  (runs[1] / "stages").glob("[12]-*/stage.json"))  # fmt: skip
+    assert records[1]["cost"]["train_tokens"] == trained + made["tokens"]
+
+
+def test_a_model_that_writes_nothing_of_use_is_refused_before_training(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESIDENCY_CACHE", str(tmp_path / "cache"))
+    done = call("fit", "--config", written_by(tmp_path, llama), "--run_dir", tmp_path / "run")
+    assert done.code == 2
+    assert "Paraphrase made 0 rows that can be used of 5" in done.err
+    assert not (tmp_path / "run/results.json").exists()
 
 
 MEMORIES: dict[str, Callable[[], Mitigation]] = {

@@ -54,9 +54,10 @@ class F1(Scorer):
         needs_blanks(rows, "f1")
 
 
-def rouge_l(predictions: Sequence[str], targets: Sequence[str]) -> list[float]:
-    """ROUGE-L F1 of each pair (Lin 2004), by torchmetrics."""
-    return [_rouge(p, t, "rougeL", False) for p, t in zip(predictions, targets, strict=True)]
+def rouge_l(predictions: Sequence[str], targets: Sequence[str], *, unicode: bool = False) -> list[float]:
+    """ROUGE-L F1 of each pair (Lin 2004), by torchmetrics; of words of any script if `unicode`."""
+    variant = "rougeL_unicode" if unicode else "rougeL"
+    return [_rouge(p, t, variant, False) for p, t in zip(predictions, targets, strict=True)]
 
 
 def _rouge(prediction: str, target: str, variant: str, stemmer: bool) -> float:

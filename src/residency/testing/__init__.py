@@ -21,13 +21,22 @@ except ModuleNotFoundError as error:
 # Before they are imported: a failing assertion shows its values, as in a test file.
 pytest.register_assert_rewrite(*(f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)))
 
-from residency.testing.rows import AdapterRow, DomainRow, MetricRow, MitigationRow, ObjectiveRow, ScorerRow
+from residency.testing.rows import (
+    AdapterRow,
+    AugmentationRow,
+    DomainRow,
+    MetricRow,
+    MitigationRow,
+    ObjectiveRow,
+    ScorerRow,
+)
 from residency.testing.suite import conformance
 from residency.testing.tiny_models import write_backbone, write_domain, write_tokenizer
 from residency.testing.tiny_runs import make_module, train
 
 __all__ = [
     "AdapterRow",
+    "AugmentationRow",
     "DomainRow",
     "MetricRow",
     "MitigationRow",

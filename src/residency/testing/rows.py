@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from residency.adapters import Adapter
 from residency.domains import Domain
+from residency.domains.augmentation import Augmentation
 from residency.metrics.definitions.base import About, Scores
 from residency.mitigations import Mitigation
 from residency.objectives import Objective
 from residency.scorers.base import Answer, Scorer
 
-__all__ = ["AdapterRow", "DomainRow", "MetricRow", "MitigationRow", "ObjectiveRow", "ScorerRow"]
+__all__ = ["AdapterRow", "AugmentationRow", "DomainRow", "MetricRow", "MitigationRow", "ObjectiveRow", "ScorerRow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,3 +139,18 @@ class DomainRow:
 
     make: Callable[[Path], Domain]
     missing: Callable[[], str] = lambda: ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationRow:
+    """A way to make training rows, on four rows about a physician, a car and a place each.
+
+    Args:
+        make: A fresh one; it is given an empty folder, for files that it is to read.
+        answer: What the pretrained model writes to a request, where it needs one.
+        accepted: Whether some attempts pass its filters; a random translation model makes none that do.
+    """
+
+    make: Callable[[Path], Augmentation]
+    answer: Callable[[str], str | None] | None = None
+    accepted: bool = True

@@ -13,6 +13,7 @@ import pytest
 from residency.core.errors import UserError
 from residency.testing import (
     adapter_properties,
+    augmentation_properties,
     data_properties,
     mitigation_properties,
     objective_properties,
@@ -22,7 +23,15 @@ from residency.testing.cases import Case
 from residency.testing.mitigation_properties import a_pair_keeps_every_invariant, a_pair_through_a_whole_stream
 from residency.testing.objective_pairs import runs_or_is_refused
 from residency.testing.pairs import refusal
-from residency.testing.rows import AdapterRow, DomainRow, MetricRow, MitigationRow, ObjectiveRow, ScorerRow
+from residency.testing.rows import (
+    AdapterRow,
+    AugmentationRow,
+    DomainRow,
+    MetricRow,
+    MitigationRow,
+    ObjectiveRow,
+    ScorerRow,
+)
 from residency.testing.shared_runs import SharedRuns
 
 __all__ = ["conformance"]
@@ -55,6 +64,7 @@ def conformance(
     scorers: Mapping[str, ScorerRow] | None = None,
     metrics: Mapping[str, MetricRow] | None = None,
     domains: Mapping[str, DomainRow] | None = None,
+    augmentations: Mapping[str, AugmentationRow] | None = None,
     streams: Sequence[tuple[str, str]] | None = None,
     marks: Marks = lambda row, partner, title: (),
 ) -> Callable[..., None]:
@@ -78,6 +88,7 @@ def conformance(
         scorers: {name of the score: row}.
         metrics: {name: row}, of a score matrix.
         domains: {name: row}.
+        augmentations: {name: row}.
         streams: Pairs (adapter, mitigation) that are trained through Trainer, files and scoring as well; by default
             each given adapter with replay, and each given mitigation with LoRA.
         marks: Marks of pytest for a row, the row beside it in a pair ("" if it is alone) and the title of a property.
@@ -103,7 +114,7 @@ def conformance(
         *_mitigations(own_mitigations, [name for name in partners.ADAPTERS if name not in own_adapters]),
         *_streams(streams, runs),
         *_objectives(objectives or {}),
-        *_data(scorers or {}, metrics or {}, domains or {}),
+        *_data(scorers or {}, metrics or {}, domains or {}, augmentations or {}),
     ]
     if not checks:
         raise UserError(
@@ -172,7 +183,10 @@ def _together(row: ObjectiveRow, mitigation: MitigationRow, runs: SharedRuns, fo
 
 
 def _data(
-    scorers: Mapping[str, ScorerRow], metrics: Mapping[str, MetricRow], domains: Mapping[str, DomainRow]
+    scorers: Mapping[str, ScorerRow],
+    metrics: Mapping[str, MetricRow],
+    domains: Mapping[str, DomainRow],
+    augmentations: Mapping[str, AugmentationRow],
 ) -> Iterator[_Check]:
     for scorer, line in scorers.items():
         yield from _alone(data_properties.SCORER_PROPERTIES, scorer, line)
@@ -180,3 +194,5 @@ def _data(
         yield from _alone(data_properties.METRIC_PROPERTIES, metric, definition)
     for domain, reader in domains.items():
         yield from _alone(data_properties.DOMAIN_PROPERTIES, domain, reader)
+    for name, method in augmentations.items():
+        yield from _alone(augmentation_properties.PROPERTIES, name, method)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from residency.core.errors import UserError
-from residency.core.types import Example, Row, Split
+from residency.core.types import Example, Row, RowKind, Split
 from residency.domains.row_template import RowTemplate
 
 __all__ = ["PROVENANCE", "Asked", "Attempt", "Augmentation", "BaseModel", "Material", "is_child", "may_be_kept"]
@@ -79,6 +79,7 @@ class Attempt:
         completion: Of the child; `None` = that of the parent.
         dropped: Name of the filter that drops it; empty = none does.
         score: What the last filter measured, where it measures something.
+        own: Whether it is a row of its own and no variant of its parent, whose further columns say nothing of it then.
         more: Further provenance as JSON values.
     """
 
@@ -86,6 +87,7 @@ class Attempt:
     completion: str | None = None
     dropped: str = ""
     score: float | None = None
+    own: bool = False
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -104,12 +106,14 @@ class Augmentation(ABC):
 
     name: ClassVar[str]
     """Part of a child's id."""
-    kinds: ClassVar[frozenset[str]] = frozenset({"completion", "labelled", "prompt", "pair", "unpaired"})
+    kinds: ClassVar[frozenset[RowKind]] = frozenset({"completion", "labelled", "prompt", "pair", "unpaired"})
     """Of rows that it can be a parent of."""
     needs_base: ClassVar[bool] = False
     """Whether the pretrained model of the run writes."""
     kept_in_cache: ClassVar[bool] = False
     """Whether attempts are written down, because a model made them."""
+    tokens: int = 0
+    """Read and written so far by models of its own."""
 
     def __init__(
         self, *, per_row: int = 1, seed: int = 0, replay_augmented: bool = False, split: Split = "train"

@@ -141,8 +141,10 @@ def _child(method: Augmentation, asked: Asked, attempt: Attempt, model: dict[str
         group=parent.group or parent.id,
         prompt=attempt.prompt,
         completion=parent.completion if attempt.completion is None else attempt.completion,
-        extra={**parent.extra, PROVENANCE: provenance},
+        extra={**({} if attempt.own else parent.extra), PROVENANCE: provenance},
     )
+    if attempt.own:
+        child = replace(child, references=(), weight=1.0)
     return child, attempt.dropped
 
 

@@ -87,7 +87,8 @@ def failed_filter(child: str, parent: str) -> str:
     """The first filter of rewordings that a text fails; empty if it passes all.
 
     In order: `empty`, `script`, `numbers`, `quotations`, `length` (ratio 0.5 to 2), `too_far` and `too_close` (chrF
-    below 0.3, above 0.95). A text in another language of the same script has a chrF below 0.3.
+    below 0.3, above 0.95). A text in another language of the same script is too far, as a
+    rule.
     """
     if not child.strip():
         return "empty"
@@ -114,7 +115,7 @@ def distinct_trigrams(text: str) -> float:
 
 def novelty(text: str, seeds: Sequence[str]) -> float:
     """The largest ROUGE-L of a text with a seed (Wang et al. 2023 keep what is below 0.7)."""
-    return max(rouge_l([text] * len(seeds), seeds), default=0.0)
+    return max(rouge_l([text] * len(seeds), seeds, unicode=True), default=0.0)
 
 
 def is_refusal(text: str) -> bool:

@@ -77,13 +77,13 @@ def written(method: Augmentation, asked: Sequence[Asked], material: Material) ->
 
 def _made(method: Augmentation, asked: Sequence[Asked], material: Material) -> Written:
     base = material.base if method.needs_base else None
-    begun, before = time.perf_counter(), base.tokens if base else 0
+    begun, before = time.perf_counter(), method.tokens + (base.tokens if base else 0)
     try:
         attempts = tuple(method.attempts(asked, material))
     finally:
         if base is not None:
             base.release()
-    tokens = base.tokens - before if base else 0
+    tokens = method.tokens + (base.tokens if base else 0) - before
     return Written(attempts=attempts, tokens=tokens, seconds=round(time.perf_counter() - begun, 3))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -27,11 +28,16 @@ with warnings.catch_warnings():
 import hypothesis  # noqa: F401
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from transformers import MistralConfig, MistralForCausalLM
 
 from residency.testing.tiny_models import write_backbone
 
 torch.set_num_threads(1)
+# No test cuts the power, and who else writes waits for the disk as well. Processes of their own sync as they do.
+os.fsync = lambda fd: None
+# Every Trainer asks all packages whether they bring callbacks.
+registry.entry_points = functools.cache(registry.entry_points)
 
 
 def pytest_configure(config: pytest.Config) -> None:

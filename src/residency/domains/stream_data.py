@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -17,7 +16,8 @@ from residency.domains.base import Domain
 from residency.domains.narrowed import augmenting, limited, share_scored, under_root
 from residency.domains.sampler import StageExamples
 from residency.domains.shots import encode_with_shots, pick_shots
-from residency.domains.token_counts import TokenCounts, TrainingRows, check_readable, count_tokens
+from residency.domains.token_counts import TokenCounts, check_readable, count_tokens
+from residency.domains.training_tokens import TrainingTokens, is_large, training_tokens
 
 __all__ = ["StreamData"]
 
@@ -27,8 +27,8 @@ Classes = Literal["own", "seen", "all"]
 _LARGEST_BATCH = 65_536
 """Examples per optimizer step that are taken for meant even where a domain has fewer rows."""
 
-_TRAINED: WeakKeyDictionary[Domain, tuple[tuple[Any, ...], tuple[tuple[int, ...], TokenCounts]]] = WeakKeyDictionary()
-"""{domain: (what was looked at, (places of the training rows that are used, their counts))}."""
+_TRAINED: WeakKeyDictionary[Domain, tuple[tuple[Any, ...], TrainingTokens]] = WeakKeyDictionary()
+"""{domain: (what was looked at, what becomes of its training rows)}."""
 
 
 class StreamData(LightningDataModule):
@@ -144,29 +144,35 @@ class StreamData(LightningDataModule):
         return size
 
     def examples(self, stage: Stage, tokenizer: Any) -> StageExamples:
-        """The training examples of a stage by position, tokenised when read; without rows that are left out."""
-        domain = self.domains[stage.domain]
-        rows, kept = domain.rows("train"), self._training_rows(stage.domain, tokenizer)[0]
+        """The training examples of a stage by position, without rows that are left out: mapped from the file of a
+        large domain, tokenised when read of others."""
+        name, domain = stage.domain, self.domains[stage.domain]
+        rows, tokens = domain.rows("train"), self._training_tokens(stage.domain, tokenizer)
+        kept, packed = tokens.kept, tokens.packed
 
         @cache
         def encode(index: int) -> Example:
-            return domain.template.encode(tokenizer, domain=stage.domain, row=rows[kept[index]])
+            return domain.template.encode(tokenizer, domain=name, row=rows[kept[index]])
 
-        return StageExamples(rows=len(kept), encode=encode, stage=stage, names=lambda index: rows[kept[index]].id)
+        def unpack(index: int) -> Example:
+            assert packed is not None
+            return packed.at(index, domain=name, row=rows[kept[index]])
 
-    def _training_rows(self, name: str, tokenizer: Any) -> tuple[tuple[int, ...], TokenCounts]:
-        """Which training rows of a domain are used, and their counts; looked at once, for all streams that it is in."""
+        read = encode if packed is None else unpack
+        return StageExamples(rows=len(kept), encode=read, stage=stage, names=lambda index: rows[kept[index]].id)
+
+    def _training_tokens(self, name: str, tokenizer: Any) -> TrainingTokens:
+        """What becomes of the training rows of a domain; looked at once, for all streams that it is in."""
         domain = self.domains[name]
-        rows, encode = domain.rows("train"), partial(domain.template.encode, tokenizer, domain=name)
-        source = tokenizer, domain.template, rows
+        source = tokenizer, domain.template, domain.rows("train")
         known, found = _TRAINED.get(domain, ((), None))
         if found is None or any(old is not new for old, new in zip(known, source, strict=True)):
-            look = TrainingRows(policy=domain.template.too_long)
-            counts = count_tokens(look.used((encode(row=row), row) for row in rows), tokenizer)
-            look.check(where=name)
-            counts = replace(counts, left_out=len(rows) - len(look.kept))
-            _TRAINED[domain] = source, (found := (tuple(look.kept), counts))
+            _TRAINED[domain] = source, (found := training_tokens(name, domain, tokenizer))
         return found
+
+    def longest_of_many(self, name: str, tokenizer: Any) -> int | None:
+        """Tokens of the longest training row that is used; `None` if the rows are few: then nobody has looked yet."""
+        return self._training_tokens(name, tokenizer).counts.longest if is_large(self.domains[name]) else None
 
     def count_tokens(self, tokenizer: Any, split: Split) -> dict[str, dict[str, TokenCounts]]:
         """{column: {split: counts}} of what is trained on and of what is scored.
@@ -180,7 +186,7 @@ class StreamData(LightningDataModule):
         """
         found: dict[str, dict[str, TokenCounts]] = {name: {} for name in self.columns}
         for name in self.order:
-            found[name]["train"] = self._training_rows(name, tokenizer)[1]
+            found[name]["train"] = self._training_tokens(name, tokenizer).counts
         for name, domain in self.columns.items():
             if domain.scorers:
                 examples = self.evaluation_examples(name, split, tokenizer)

@@ -126,7 +126,9 @@ def check_lengths(backbone: Backbone, data: StreamData) -> None:
         limit = getattr(domain.template, "max_tokens", None)
         if most is None or (limit is not None and limit <= most):
             continue
-        rows = [(split, row) for split in get_args(Split) for row in domain.rows(split)]
+        known = name in data.order and (longest := data.longest_of_many(name, backbone.tokenizer)) and longest <= most
+        splits = [split for split in get_args(Split) if not (known and split == "train")]
+        rows = [(split, row) for split in splits for row in domain.rows(split)]
         for split, row in rows:
             example = domain.template.encode(backbone.tokenizer, domain=name, row=row, split=split)
             tokens = len(example)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from residency.core.errors import EXIT_SIGNAL, EXIT_USER
-from support.cli import call, read_json, tiny_config, write_yaml
-from support.rank_runs import FLOAT32, Group, apart, group, run_row
-from support.stop_and_resume import history
+from residency.engine.sharding import LEFT_OUT
+from support import rank_functions
+from support.cli import call, read_json
+from support.rank_commands import command, members, start, stream_config, wait_for
+from support.rank_learning import SINGLE, assert_equal_learning
+from support.rank_runs import Group, apart, group
 from table import ADAPTERS, MITIGATIONS
 
-EQUAL = 1e-10  # in float64
-SINGLE = 1e-5  # in float32: see `FLOAT32`, the command's own runs, and what the history keeps
-LEARNT = {EQUAL: 1e-6, SINGLE: 1e-4}
-KINDS = {"a": "generative", "b": "label", "c": "generative"}
 DRAWS = ("lora_dropout", "o_lora", "pvera")  # in every micro-batch, as large as it: it must be the same
 QUICK = ["ewc", "gem"]  # what is remembered as a sum over the ranks, and rows and gradients that each has its part of
 
@@ -41,33 +38,18 @@ def four() -> Iterator[Group]:
         yield found
 
 
-def assert_equal_learning(
-    ranks: Group, backbone: Path, folder: Path, adapter: str, *names: str, **options: Any
-) -> None:
-    """Weights, what is remembered, and scores of every stage, and of every line of the history."""
-    equal = SINGLE if adapter in FLOAT32 else EQUAL
-    row = {"backbone": backbone, "adapter": adapter, "mitigations": names, "steps": 3, "kinds": KINDS, **options}
-    alone, shared = folder / "alone" / "run", folder / "shared" / "run"
-    one = run_row({**row, "folder": alone}, ranks=1)
-    many = ranks.record({**row, "folder": shared})
-    far = {name: distance for name, distance in apart(alone, shared).items() if distance > equal}
-    assert not far, f"{adapter} with {names} on {ranks.ranks} ranks: {far}"
-    lines = [[(line["stage"], line["step"], line["tokens"]) for line in history(run)] for run in (alone, shared)]
-    assert lines[0] == lines[1]
-    losses = [[line["loss/task"] for line in history(run)] for run in (alone, shared)]
-    assert losses[0] == pytest.approx(losses[1], rel=SINGLE)
-    before, *after = (row[0] for row in one["scores"]["nll"]["R"])
-    assert max(abs(value - before) for value in after) > LEARNT[equal], "something has been learnt"
-    for scorer, found in one["scores"].items():
-        for mine, theirs in zip(found["R"], many["scores"][scorer]["R"], strict=True):
-            assert [x is None for x in mine] == [x is None for x in theirs]
-            known = [x for x in mine if x is not None]
-            assert [x for x in theirs if x is not None] == pytest.approx(known, rel=equal, abs=equal), scorer
-
-
 @pytest.mark.parametrize("mitigation", QUICK)
 def test_two_ranks_learn_what_one_does(mitigation: str, two: Group, llama: Path, tmp_path: Path) -> None:
     assert_equal_learning(two, llama, tmp_path, "lora", *filter(None, [mitigation]))
+
+
+def test_each_of_two_ranks_keeps_half_of_the_base(two: Group, llama: Path, tmp_path: Path) -> None:
+    """And learns and writes what one does with all of it; more of these in `test_sharded`."""
+    record = assert_equal_learning(two, llama, tmp_path, "lora", "replay", shards=True)
+    assert record["provenance"]["layout"].endswith(LEFT_OUT)
+    for found, error in two.call(rank_functions.kept_bytes, backbone=llama):
+        assert not error
+        assert found["kept"] - found["leaves"] <= 0.55 * found["frozen"], "the rest is of tables of positions"
 
 
 @pytest.mark.slow
@@ -115,46 +97,8 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(two: Group, llama: Path,
 
 @pytest.fixture(scope="module")
 def config(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny stream as a config file, with plain SGD and EWC; a checkpoint after every step."""
-    folder = tmp_path_factory.mktemp("config")
-    content = tiny_config(folder / "data", llama)
-    content["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
-    content["model"]["mitigations"] = {
-        "ewc": {"class_path": "residency.mitigations.EWC", "init_args": {"strength": 10.0}}
-    }
-    return write_yaml(folder / "tiny.yaml", {**content, "checkpoint_every_n_steps": 1})
-
-
-def _command(config: Path, run: Path, ranks: int, *more: str) -> list[str]:
-    words = ["fit", "--config", str(config), "--run_dir", str(run), f"--trainer.devices={ranks}", *more]
-    return [sys.executable, "-m", "residency", *words]
-
-
-def _start(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    known = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, text=True, env=known, start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
-
-
-def _members(process: subprocess.Popen[str]) -> list[int]:
-    """Processes of the session that a command began."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == process.pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return sorted(found)
-
-
-def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 200
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path} does not appear"
-        time.sleep(0.05)
+    """The tiny stream with EWC."""
+    return stream_config(tmp_path_factory.mktemp("config"), llama)
 
 
 @pytest.mark.slow
@@ -163,15 +107,15 @@ def test_a_killed_rank_ends_all_and_another_number_goes_on(victim: str, config: 
     run = tmp_path / "run"
     # So many steps that there is time to kill in the middle of the second stage.
     long = ["--trainer.max_steps=60"]
-    process = _start(_command(config, run, 2, *long))
-    _wait_for(run / "stages" / "2-b" / "checkpoint.safetensors", process)
-    first, *others = _members(process)
+    process = start(command(config, run, 2, *long))
+    wait_for(run / "stages" / "2-b" / "checkpoint.safetensors", process)
+    first, *others = members(process)
     assert first == process.pid
     os.kill(first if victim == "first" else others[-1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode in ((-signal.SIGKILL,) if victim == "first" else (EXIT_SIGNAL, -signal.SIGKILL))
     end = time.monotonic() + 60
-    while _members(process):
+    while members(process):
         assert time.monotonic() < end, "a rank has outlived the others"
         time.sleep(0.2)
     assert not (run / "results.json").exists()
@@ -187,12 +131,12 @@ def test_a_killed_rank_ends_all_and_another_number_goes_on(victim: str, config: 
 def test_another_number_of_ranks_goes_on(first: int, then: int, config: Path, tmp_path: Path) -> None:
     """Killed as a whole in the middle of the second stage."""
     run, long = tmp_path / "run", ["--trainer.max_steps=60"]
-    process = _start(_command(config, run, first, *long))
-    _wait_for(run / "stages" / "2-b" / "checkpoint.safetensors", process)
+    process = start(command(config, run, first, *long))
+    wait_for(run / "stages" / "2-b" / "checkpoint.safetensors", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert not (run / "results.json").exists()
-    resumed = _start(_command(config, run, then, *long))
+    resumed = start(command(config, run, then, *long))
     _, told = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, told
     whole = tmp_path / "whole"
@@ -203,12 +147,12 @@ def test_another_number_of_ranks_goes_on(first: int, then: int, config: Path, tm
 @pytest.mark.slow
 def test_the_command_starts_its_ranks(config: Path, tmp_path: Path) -> None:
     store = ["--store", str(tmp_path / "store")]
-    process = _start(_command(config, tmp_path / "two", 2, *store))
+    process = start(command(config, tmp_path / "two", 2, *store))
     alone = call("fit", "--config", config, "--run_dir", tmp_path / "one", "--store", tmp_path / "other")
     assert alone.code == 0, alone.err
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert not _members(process)
+    assert not members(process)
     assert out.count("complete") <= 1
     assert "warn" not in err.lower()
     assert "GLOBAL_RANK" not in err
@@ -244,9 +188,9 @@ def test_strategies_that_cannot_work_are_refused(strategy: str, instead: str, co
 @pytest.mark.slow
 def test_torchrun(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = _command(config, run, 2)
+    words = command(config, run, 2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words[1:]]
-    process = _start(torchrun)
+    process = start(torchrun)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert call("fit", "--config", config, "--run_dir", tmp_path / "one").code == 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from residency.adapters.peft import lora
+from residency.backbones import CausalLM
 from residency.core.ranks import (
     from_first,
     gather_facts,
@@ -20,6 +24,7 @@ from residency.core.ranks import (
     together,
     tree_from_first,
 )
+from residency.engine.sharding import base_in_parts
 
 UNEVEN = [1.0, 2.0, 3.0, 10.0]
 
@@ -59,3 +64,30 @@ def share() -> list[Any]:
         own = list(own_share(UNEVEN))
         total, count = sum_over_ranks(torch.tensor(sum(own))), sum_over_ranks(torch.tensor(len(own)))
         return [*alone, float(total / count), spread(lambda x: [x, rank()], UNEVEN), spread(lambda x: x, [])]
+
+
+def kept_bytes(backbone: Path) -> dict[str, int]:
+    """Of all tensors that this process holds because of a model that has been trained with and scored in parts."""
+    ids = torch.arange(1, 9)[None]
+    before = _alive()
+    model = lora(r=2, target_modules=["q_proj"]).attach(CausalLM(path=str(backbone)).load())
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    with base_in_parts(model, torch.device("cpu")):
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+    model.zero_grad()
+    return {"frozen": frozen, "leaves": sum(p.nbytes for p in leaves), "kept": _alive() - before}
+
+
+def _alive() -> int:
+    gc.collect()
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors()}
+    return sum(storages.values())
+
+
+def _tensors() -> list[Tensor]:
+    found = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    return [one.to_local() if hasattr(one, "to_local") else one for one in found]

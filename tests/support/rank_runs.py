@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from residency.core.errors import UserError
 from residency.core.tensor_files import load_tree
@@ -41,7 +42,9 @@ def run_row(row: Mapping[str, Any], *, ranks: int) -> dict[str, Any]:
     folder, backbone, name = options.pop("folder"), options.pop("backbone"), options.pop("adapter")
     mitigations = {m: MITIGATIONS[m].make() for m in options.pop("mitigations", ())}
     adapter = ADAPTERS[name]
-    trainer = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **adapter.trainer}
+    shards = options.pop("shards", False)
+    several: Any = ModelParallelStrategy(tensor_parallel_size=1) if shards else "ddp"
+    trainer = {"devices": ranks, "strategy": several if ranks > 1 else "auto", **adapter.trainer}
     loading = {} if name in FLOAT32 else {"dtype": "float64"}
     optimizer = {"optimizer": partial(torch.optim.AdamW, eps=1e-4)} if name in FLOAT32 else {}
     options = {**adapter.options, "loading": {**adapter.loading, **loading}, **optimizer, **options}
@@ -100,7 +103,8 @@ class Group:
     def record(self, row: Row) -> dict[str, Any]:
         """The record of a row that goes well on all ranks."""
         found = self.run(row)
-        assert [error for _, error in found] == [""] * self.ranks
+        failed = [error for _, error in found if error]
+        assert not failed, failed[0]
         assert all(record == {} for record, _ in found[1:]), "only one rank has a record"
         return dict(found[0][0])
 

@@ -90,6 +90,10 @@ class Adapter(ABC):
     not_on_classifiers: str = ""
     """Why it does not work on a sequence classifier; empty if it does. May be set per instance."""
 
+    shardable: bool = False
+    """Whether all that trains lies beside frozen weights that only their own forward reads: each of several processes
+    can then keep a part of them. May be set per instance."""
+
     uses_stream_length: bool = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 

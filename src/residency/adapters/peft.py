@@ -51,6 +51,7 @@ class Peft(Adapter):
         self.config = config
         self.lr_ratio = lr_ratio
         self.provides = capabilities(config)
+        self.shardable = kind_of(config) == "LORA" and not getattr(config, "use_dora", False)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Wrap the model with PEFT; only the adapter's parameters stay trainable.

@@ -5,6 +5,8 @@ Facts travel as JSON, tensors as their bytes: nothing is pickled.
 
 Work that every rank would do alike is split only inside `together()`: all ranks are in the same place there. Outside
 of it rank 0 may be alone (it writes the record, looks inside the model), and waiting for the others would never end.
+Inside `lockstep()` a pass through the model is itself something that all ranks do at once: nothing is split then that
+would give one of them more passes than another.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from residency.core.trees import flatten_tree, unflatten_tree
 __all__ = [
     "from_first",
     "gather_facts",
+    "lockstep",
     "mean_gradients",
     "own_share",
     "rank",
@@ -41,6 +44,7 @@ R = TypeVar("R")
 _BUCKET = 8_000_000  # elements that are reduced at once: 32 MB
 
 _together = False
+_lockstep = False
 
 
 def _grouped() -> bool:
@@ -68,8 +72,30 @@ def together() -> Iterator[None]:
         _together = before
 
 
-def _splits() -> bool:
+@contextmanager
+def lockstep(wanted: bool = True) -> Iterator[None]:
+    """Inside, every rank passes the model as often as the others, at the same time: its weights are in parts.
+
+    Of `own_share` every rank has everything, so that sums over ranks count all of it as often as there are ranks, and
+    means stay what they are. `spread` splits what takes one pass per item; whoever has none left repeats the last one.
+
+    Args:
+        wanted: Whether they do; otherwise nothing changes.
+    """
+    global _lockstep
+    before, _lockstep = _lockstep, wanted
+    try:
+        yield
+    finally:
+        _lockstep = before
+
+
+def _adds() -> bool:
     return _together and ranks() > 1
+
+
+def _splits() -> bool:
+    return _adds() and not _lockstep
 
 
 # -- facts ----------------------------------------------------------------------------------------------------------
@@ -155,7 +181,7 @@ def _buckets(leaves: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of what the ranks have, added in float64; inside `together()`, else the value itself."""
-    if not _splits():
+    if not _adds():
         return value
     total = value.detach().to(_device(), torch.float64, copy=True)
     dist.all_reduce(total)
@@ -164,7 +190,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 def sum_by_name(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`sum_over_ranks` of tensors by name; a name that a rank lacks counts as zero there."""
-    if not _splits():
+    if not _adds():
         return dict(values)
     own = {name: list(value.shape) for name, value in values.items()}
     shapes = {name: shape for told in gather_facts(own) for name, shape in told.items()}
@@ -181,16 +207,20 @@ def own_share(items: Iterable[T]) -> Iterator[T]:
     return islice(items, rank(), None, ranks()) if _splits() else iter(items)
 
 
-def spread(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def spread(function: Callable[[T], R], items: Sequence[T], *, one_pass: bool = False) -> list[R]:
     """What a function makes of every item, each computed by one rank and known to all.
 
     Args:
         function: Gives a JSON value, a function of the item alone.
         items: The same on all ranks.
+        one_pass: Whether it passes the model once, whatever the item. If not, every rank does everything in
+            `lockstep()`.
     """
-    found = [function(item) for item in own_share(items)]
-    if not _splits():
-        return found
+    if not (_splits() or (_adds() and one_pass)):
+        return [function(item) for item in items]
+    # In lockstep all ranks make as many passes: what whoever has no item left finds is not looked at.
+    end = -(-len(items) // ranks()) * ranks() if _lockstep else len(items)
+    found = [function(items[min(i, len(items) - 1)]) for i in range(rank(), end, ranks())]
     gathered = gather_facts(found)
     return [gathered[i % len(gathered)][i // len(gathered)] for i in range(len(items))]
 

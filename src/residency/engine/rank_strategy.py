@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 
 from residency.core.errors import UserError
@@ -31,10 +31,12 @@ class RankStrategy(DDPStrategy):
     Args:
         timeout: How long a rank waits for the others.
         process_group_backend: `gloo`, `nccl`; by the device by default.
+        shards: Whether each process keeps a part of the frozen weights only (`engine.sharding`).
     """
 
-    def __init__(self, *, timeout: timedelta, process_group_backend: str | None = None) -> None:
+    def __init__(self, *, timeout: timedelta, process_group_backend: str | None = None, shards: bool = False) -> None:
         super().__init__(timeout=timeout, process_group_backend=process_group_backend)
+        self.shards = shards
         self._accumulates = False
 
     def configure_ddp(self) -> None:
@@ -68,6 +70,11 @@ def stage_strategy(chosen: Strategy) -> RankStrategy | None:
     options: dict[str, Any] = vars(chosen)
     if type(chosen) is DDPStrategy and options["_start_method"] == "popen":
         return RankStrategy(timeout=options["_timeout"], process_group_backend=options["_process_group_backend"])
+    if type(chosen) is ModelParallelStrategy:
+        _refuse_tensor_parallel(chosen)
+        return RankStrategy(
+            timeout=options["_timeout"], process_group_backend=options["_process_group_backend"], shards=True
+        )
     name = type(chosen).__name__
     why = "adapters and mitigations read and write whole tensors, and with it a process has parts of them"
     if type(chosen) is DDPStrategy:
@@ -76,7 +83,22 @@ def stage_strategy(chosen: Strategy) -> RankStrategy | None:
     raise UserError(
         f"trainer.strategy: {name}",
         why=why,
-        fix="set trainer.strategy to ddp (or auto), or use one device per cell",
+        fix="set trainer.strategy to ddp (or auto), use configs/trainer/fsdp.yaml to keep the base in parts, or one "
+        "device per cell",
+    )
+
+
+def _refuse_tensor_parallel(chosen: ModelParallelStrategy) -> None:
+    """Only its data-parallel half is used, over all processes."""
+    asked = {name: vars(chosen)[f"_{name}"] for name in ("data_parallel_size", "tensor_parallel_size")}
+    whole = ("auto", chosen.num_processes * chosen.num_nodes)
+    if asked["tensor_parallel_size"] in ("auto", 1) and asked["data_parallel_size"] in whole:
+        return
+    told = ", ".join(f"{name}={size}" for name, size in asked.items())
+    raise UserError(
+        f"trainer.strategy: ModelParallelStrategy with {told}",
+        why="weights are cut into one part per process (FSDP2), and never within a product (tensor parallel)",
+        fix="leave data_parallel_size out and set tensor_parallel_size to 1, as configs/trainer/fsdp.yaml does",
     )
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import Strategy
 
 from residency.core.environment import keep_threads
 from residency.core.errors import UserError
@@ -97,6 +99,12 @@ class Trainers:
         """Processes that train together."""
         return self._probe.world_size
 
+    @property
+    def shards(self) -> bool:
+        """Whether each of several processes keeps a part of the frozen weights only."""
+        strategy = self._probe.strategy
+        return isinstance(strategy, RankStrategy) and strategy.shards and self.world_size > 1
+
     def launch(self, function: Callable[[], T]) -> T:
         """Start the other processes, connect all of them, and run a function in each; in the first one, its result.
 
@@ -149,6 +157,9 @@ class Trainers:
         refuse_overwritten(options)
         refuse_senseless(options)
         callbacks = [*(options.pop("callbacks", None) or []), *observers]
+        if isinstance(options.get("strategy"), Strategy):
+            # A Trainer writes into it, and would refuse what another one has written.
+            options["strategy"] = copy(options["strategy"])
         plugins = options.pop("plugins", None) or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafetensorsIO()]
         options |= {

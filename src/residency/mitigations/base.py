@@ -105,6 +105,10 @@ class Mitigation(Callback):
     not_on_classifiers: str = ""
     """Why it does not work on a sequence classifier; empty if it does. May be set per instance."""
 
+    shardable: bool = False
+    """Whether it works with a base of which every rank has a part: it reads no frozen weights, and passes the model
+    equally often on every rank. May be set per instance."""
+
     keeps_examples: ClassVar[bool] = False
     """Whether it learns again from rows of earlier stages (or from rows made in their place), by the objective of the
     stage at hand."""

@@ -69,6 +69,7 @@ class EarlyStopping(Mitigation):
         min_delta: An improvement is larger than this, in nats per completion token.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"last step"})
     first_domain: int = 0
     follows = frozenset({"completion"})

@@ -11,6 +11,7 @@ from residency.domains.stream_data import StreamData
 from residency.engine.compatibility import check_objectives, check_parts, check_rows, check_validation
 from residency.engine.dummy_step import check_optimization
 from residency.engine.module import ContinualModule
+from residency.engine.sharding import check_shardable
 from residency.engine.stage import check_devices
 from residency.engine.stage_overrides import (
     StageOverrides,
@@ -89,6 +90,8 @@ def open_runner(
     for name, objective in objectives.items():
         with told_of(name, of_stage(own, name)):
             check_parts(module.backbone, module.adapter, module.mitigations, objective)
+            if trainers.shards:
+                check_shardable(module.backbone, module.adapter, module.mitigations, objective)
     check_objectives(objectives, module.mitigations)
     for name, objective in objectives.items():
         check_rows(objective, data.domains[name], name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.core.environment import count_parameters
-from residency.core.ranks import gather_facts, ranks, tree_from_first
+from residency.core.ranks import gather_facts, lockstep, ranks, tree_from_first
 from residency.core.types import Stage
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
@@ -18,10 +18,9 @@ from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import evaluate
 from residency.engine.scoring.row_scores import Evaluation
 from residency.engine.serving import serving
+from residency.engine.sharding import LEFT_OUT, base_in_parts, frozen_bytes
 from residency.engine.stage import finish_stage, restore_stage, take_trained_stage, train_stage
-from residency.engine.stage_overrides import (
-    describe_stages,
-)
+from residency.engine.stage_overrides import describe_stages
 from residency.engine.trainers import Trainers
 from residency.engine.training_mode import cut_noise, trained_noise
 from residency.inspection.inspection import Inspection
@@ -61,10 +60,10 @@ class StageRunner:
         self._ranks = ranks or RankSteps()
         self.steps: Mapping[str, Callable[..., Any]] = {
             "restore": self._restore,
-            "train": self._train,
-            "take_trained": self._take_trained,
-            "finish": self._finish,
-            "evaluate": self._evaluate,
+            "train": self._in_parts(self._train),
+            "take_trained": self._in_parts(self._take_trained),
+            "finish": self._in_parts(self._finish),
+            "evaluate": self._in_parts(self._evaluate),
         }
         self.module = module
         # Asked for in the middle of a step, where all ranks are: the first one has the states.
@@ -88,6 +87,18 @@ class StageRunner:
         """Load the model, once."""
         self.module.build(seed=self.settings.seed)
 
+    def _in_parts(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step with the base in parts, where the Trainer says so."""
+
+        def carry_out(**arguments: Any) -> Any:
+            if not self.trainers.shards:
+                return step(**arguments)
+            self.build()
+            with lockstep(), base_in_parts(self.module.model, self.trainers.root_device):
+                return step(**arguments)
+
+        return carry_out
+
     def model_facts(self) -> dict[str, Any]:
         """Size and layout of the built model."""
         self.build()
@@ -106,7 +117,7 @@ class StageRunner:
             axes=self.settings.axes,
             domains=self.data.order,
             probes=list(self.data.probes),
-            layout=f"{facts['layout']}: {facts['layout_reason']}",
+            layout=f"{facts['layout']}: {facts['layout_reason']}" + (f"; {LEFT_OUT}" if self.trainers.shards else ""),
             trainable=facts["trainable"],
             total=facts["total"],
             resumed=resumed,
@@ -197,7 +208,8 @@ class StageRunner:
             checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
         )
         self.trained = self.trained_here = k
-        return facts | self.inspection.during()
+        held = {"frozen_bytes": gather_facts(frozen_bytes(self.module.model))} if self.trainers.shards else {}
+        return facts | held | self.inspection.during()
 
     def offset(self, k: int) -> int:
         """Optimizer steps of the stream before the k-th stage."""

@@ -10,6 +10,7 @@ from residency.core.markers import check_place
 from residency.core.ranks import rank
 from residency.domains.stream_data import StreamData
 from residency.engine.module import ContinualModule
+from residency.engine.sharding import check_observers
 from residency.engine.trainers import Trainers
 from residency.inspection.inspection import Inspection
 from residency.runs.augmentation import use_base
@@ -98,6 +99,8 @@ def _make_run(
         if config is not None:
             keep_inputs(folder, inputs_of(module, data))
         runner.inspection = (inspection or Inspection()).checked(module.backbone)
+        if runner.trainers.shards:
+            check_observers(runner.inspection.observers)
         stage_cache = _stage_cache(runner, config) if settings.store is not None and config is not None else None
         run = RunStages(runner, folder, stage_cache, config)
         try:

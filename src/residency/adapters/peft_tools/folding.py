@@ -56,6 +56,8 @@ def _foldable(layer: Any) -> bool:
     base = layer.get_base_layer()
     if type(base) not in (nn.Linear, Conv1D) or "weight" not in base._parameters or base.weight.dtype not in _EXACT:
         return False
+    if type(base.weight) is not nn.Parameter:  # a part of it is here, the others are with other processes
+        return False
     inner = [module for module in layer.modules() if module is not layer]
     if any(module._forward_hooks or module._forward_pre_hooks for module in inner):
         return False

@@ -27,7 +27,7 @@ def branch_nll(module: ContinualModule, examples: Sequence[Example], *, batch_to
     found: dict[str, Tensor] = {}
     # Rows of one length together: nothing is wasted where batches must be padded.
     groups = list(by_token_budget(sorted(examples, key=len), tokens=batch_tokens))
-    for group, nll in zip(groups, spread(partial(_branch_nll, module), groups), strict=True):
+    for group, nll in zip(groups, spread(partial(_branch_nll, module), groups, one_pass=True), strict=True):
         found |= zip((e.row for e in group), map(_float64, nll), strict=True)
     return found
 
@@ -56,7 +56,7 @@ def completions_and_labels(
         advance(group[0].domain, len(group))
         return nll
 
-    for group, nll in zip(groups, spread(read, groups), strict=True):
+    for group, nll in zip(groups, spread(read, groups, one_pass=True), strict=True):
         found |= zip((e.row for e in group), map(_float64, nll), strict=True)
     contests = [_contest(e, found[e.row]) for e in examples if looks[e.row] is not e]
     beaten = _beaten(module, [c for c in contests if c.open], batch_tokens=batch_tokens)

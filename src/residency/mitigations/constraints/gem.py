@@ -45,6 +45,7 @@ class AGEM(Mitigation):
         batch_tokens: Tokens per pass; changes memory, not the result.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"gradient"})
     gradient_order: ClassVar[int] = 1
     follows = Mitigation.follows - {"prompt"}
@@ -111,6 +112,7 @@ class GEM(Mitigation):
         batch_tokens: Tokens per pass; changes memory, not the result.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"gradient"})
     gradient_order: ClassVar[int] = 1
     follows = Mitigation.follows - {"prompt"}

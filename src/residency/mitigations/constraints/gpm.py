@@ -59,6 +59,7 @@ class GPM(Mitigation):
             embeddings): `frozen`, without which nothing is guaranteed, as they move the inputs themselves; or `free`.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"inputs", "coordinates"})
     update_order: ClassVar[int] = 3
     requires: frozenset[Capability] = frozenset({"fixed_coordinates", "linear"})

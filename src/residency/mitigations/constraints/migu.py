@@ -51,6 +51,7 @@ class MIGU(Mitigation):
         threshold: τ, share of the rows of every layer that are not updated in a step, in [0, 1]. 0 = off.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"rows"})
     update_order: ClassVar[int] = 1
     decoder_only = "it matches what a layer sees with the tokens of a batch; encoder and decoder see different ones"

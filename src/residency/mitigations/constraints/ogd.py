@@ -73,6 +73,7 @@ class OGD(Mitigation):
             what else the objective makes of one example.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"directions", "coordinates"})
     update_order: ClassVar[int] = 3
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})

@@ -69,6 +69,7 @@ class ZClip(Mitigation):
         per_domain: Begin anew, with a warm-up, in every domain.
     """
 
+    shardable = True
     first_domain: int = 0
     gradient_order: ClassVar[int] = 2
 

@@ -55,6 +55,7 @@ class OnPolicyDistillation(Mitigation):
         temperature: Of the student's sampling.
     """
 
+    shardable = True
     first_domain: int = 0
     follows = frozenset({"completion"})
     not_on_classifiers = "it lets the model write, and a classifier writes nothing"

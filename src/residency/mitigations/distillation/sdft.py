@@ -119,6 +119,7 @@ class SDFT(Mitigation):
         generation_batch: Prompts that are continued together.
     """
 
+    shardable = True
     first_domain: int = 0
     follows = frozenset({"completion"})
     not_on_classifiers = "it lets the model write, and a classifier writes nothing"

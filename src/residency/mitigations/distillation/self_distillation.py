@@ -50,6 +50,7 @@ class SelfDistillation(Mitigation):
         batch_tokens: Tokens per pass of the cache; changes memory, not the result (beyond rounding).
     """
 
+    shardable = True
     uses_logits = True
 
     alternative: ClassVar[str] = "configs/mitigation/self_distillation.yaml, whose teacher is the previous model"

@@ -54,6 +54,7 @@ class EMA(Mitigation):
         decay: β in [0, 1): the window is about 1 / (1 - β) steps. With fewer steps it is nearly their mean. 0 = off.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"last step"})
     first_domain: int = 0
 

@@ -52,6 +52,7 @@ class FisherMerge(Mitigation):
         batch_tokens: Tokens per pass of the estimate; changes memory, not the result.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable", "fixed_coordinates"})
     alternative: ClassVar[str] = (

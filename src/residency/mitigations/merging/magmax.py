@@ -62,6 +62,7 @@ class MagMax(Mitigation):
             them.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (

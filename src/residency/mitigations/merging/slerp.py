@@ -92,6 +92,7 @@ class SLERP(Mitigation):
         first: After the first stage too, where the vector before is zero and the arc a straight line.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (

@@ -70,6 +70,7 @@ class Soup(Mitigation):
             goes on unmerged.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     first_domain: int = 0
     requires: frozenset[Capability] = frozenset({"averageable"})

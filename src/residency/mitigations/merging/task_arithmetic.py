@@ -45,6 +45,7 @@ class TaskArithmetic(Mitigation):
             goes on unmerged.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (

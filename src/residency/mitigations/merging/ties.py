@@ -86,6 +86,7 @@ class TIES(Mitigation):
             goes on unmerged.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (

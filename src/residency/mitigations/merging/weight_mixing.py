@@ -59,6 +59,7 @@ class WeightMixing(Mitigation):
             goes on unmerged.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (

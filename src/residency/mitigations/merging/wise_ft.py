@@ -26,6 +26,7 @@ class WiseFT(Mitigation):
             it goes on from them, so that what a stage has learned shrinks by α after every later one, too.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"end of stage"})
     requires: frozenset[Capability] = frozenset({"averageable"})
     alternative: ClassVar[str] = (

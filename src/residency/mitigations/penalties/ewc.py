@@ -60,6 +60,7 @@ class EWC(Mitigation):
         UserError: A value is out of range, or `token` is asked of what has no tokens to square.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"coordinates"})
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (

@@ -72,6 +72,7 @@ class KroneckerEWC(Mitigation):
         UserError: A value is out of range.
     """
 
+    shardable = True
     requires: frozenset[Capability] = frozenset({"fixed_coordinates", "low_rank"})
     alternative: ClassVar[str] = "configs/mitigation/ewc.yaml, or plain LoRA (configs/adapter/lora.yaml)"
     training_only: ClassVar[frozenset[str]] = frozenset({"strength"})

@@ -77,6 +77,7 @@ class L2SP(Mitigation):
         UserError: A value is out of range.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"coordinates"})
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (

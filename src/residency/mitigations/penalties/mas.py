@@ -92,6 +92,7 @@ class MAS(Mitigation):
         UserError: A value is out of range.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"coordinates"})
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})
     alternative: ClassVar[str] = (

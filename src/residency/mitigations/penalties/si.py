@@ -50,6 +50,7 @@ class SI(Mitigation):
         UserError: A value is out of range.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"coordinates"})
     update_order: ClassVar[int] = 4
     requires: frozenset[Capability] = frozenset({"fixed_coordinates"})

@@ -93,6 +93,7 @@ class DER(Mitigation):
         draws: Examples per draw and step; `null` = as many as the batch has.
     """
 
+    shardable = True
     follows = Mitigation.follows - {"prompt"}
     keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"alpha", "beta", "distance", "draws"})

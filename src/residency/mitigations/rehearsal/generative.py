@@ -58,6 +58,7 @@ class GenerativeReplay(Mitigation):
             name takes the place of the shots. 0 = none.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
     follows = frozenset({"completion"})
     keeps_examples = True

@@ -58,6 +58,7 @@ class Replay(Mitigation):
         virtual_step: Of `mir`: length of the trial step, root mean square per parameter.
     """
 
+    shardable = True
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
     keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"ratio", "every", "exponent", "candidates", "virtual_step"})

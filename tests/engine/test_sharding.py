@@ -1,0 +1,74 @@
+"""Who takes part where every rank has a part of the base: said before a model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from residency.adapters import Full
+from residency.adapters.peft import lora
+from residency.backbones import CausalLM
+from residency.backbones.quantisation import Quantisation
+from residency.backbones.seq2seq import Seq2Seq
+from residency.core.errors import UserError
+from residency.engine.rank_strategy import RankStrategy, stage_strategy
+from residency.engine.sharding import check_observers, check_shardable
+from residency.mitigations import EWC, Replay
+from residency.objectives import SFT
+from table import MITIGATIONS, OBJECTIVES
+
+PARTS: dict[str, Any] = {
+    "backbone": CausalLM(path="somewhere"),
+    "adapter": lora(r=2),
+    "mitigations": {"ewc": EWC(strength=1.0), "replay": Replay()},
+    "objective": SFT(),
+}
+OTHERS = {
+    "quantised": ({"backbone": CausalLM(path="somewhere", quantisation=Quantisation())}, "model.backbone (CausalLM)"),
+    "encoder-decoder": ({"backbone": Seq2Seq(path="somewhere")}, "model.backbone (Seq2Seq)"),
+    "full": ({"adapter": Full()}, "model.adapter (Full)"),
+    "dora": ({"adapter": lora(r=2, use_dora=True)}, "model.adapter (Peft)"),
+    "intruders": (
+        {"mitigations": {"mine": MITIGATIONS["intruder_reduction"].make()}},
+        "model.mitigations.mine (IntruderReduction)",
+    ),
+    "shielding": (
+        {"mitigations": {"mine": MITIGATIONS["source_shielding"].make()}},
+        "model.mitigations.mine (SourceShielding)",
+    ),
+    "rollouts": ({"objective": OBJECTIVES["grpo"].make()}, "model.objective (GRPO)"),
+}
+
+
+def test_lora_with_replay_and_ewc_takes_part() -> None:
+    check_shardable(**PARTS)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_who_does_not_is_named_with_what_to_do(name: str) -> None:
+    parts, told = OTHERS[name]
+    with pytest.raises(UserError) as error:
+        check_shardable(**PARTS | parts)
+    assert str(error.value).startswith(f"{told} with trainer.strategy ModelParallelStrategy")
+    assert "strategy to ddp" in error.value.fix
+
+
+def test_nobody_looks_inside_on_one_rank() -> None:
+    check_observers({})
+    with pytest.raises(UserError, match=r"inspection\.drift"):
+        check_observers({"drift": object()})
+
+
+@pytest.mark.parametrize("options", [{}, {"tensor_parallel_size": 1}])
+def test_the_strategy_is_ours(options: Any) -> None:
+    found = stage_strategy(ModelParallelStrategy(**options))
+    assert isinstance(found, RankStrategy)
+    assert found.shards
+
+
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}])
+def test_products_are_not_cut(options: Any) -> None:
+    with pytest.raises(UserError, match=r"fsdp\.yaml"):
+        stage_strategy(ModelParallelStrategy(**options))

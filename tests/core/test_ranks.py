@@ -68,6 +68,15 @@ def test_sums_and_counts_are_reduced_apart(three: Group) -> None:
     assert _values(three, rank_functions.share) == [[[0, 1, 2, 3, 4], 1.0, 4.0, spread_out, []]] * 3
 
 
+def test_in_lockstep_all_ranks_make_as_many_passes(three: Group) -> None:
+    """Four items on three ranks: whoever has no second one repeats the last, and nobody listens."""
+    found = _values(three, rank_functions.in_lockstep)
+    assert [passes for passes, *_ in found] == [[1.0, 10.0], [2.0, 10.0], [3.0, 10.0]]
+    assert [mean for _, mean, *_ in found] == [4.0] * 3
+    assert [spread_out for *_, spread_out, _ in found] == [[[1.0, 0], [2.0, 1], [3.0, 2], [10.0, 0]]] * 3
+    assert [alike for *_, alike in found] == [[[item, r] for item in rank_functions.UNEVEN] for r in range(3)]
+
+
 def test_one_process_is_a_rank_of_its_own() -> None:
     assert (rank(), ranks(), gather_facts(3), from_first(4)) == (0, 1, [3], 4)
     with together():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from residency.core.errors import EXIT_USER
 from support.cli import call, printed_config, tiny_config, write_yaml
 
 
@@ -33,3 +34,15 @@ def test_tf32_is_told_and_changes_the_key_only_where_it_is_on(llama: Path) -> No
 
     plain, fast = CausalLM(path=str(llama)).fingerprint(), CausalLM(path=str(llama), tf32=True).fingerprint()
     assert fast == {**plain, "tf32": "true"}
+
+
+def test_a_base_in_parts_asks_for_two_processes(llama: Path, tmp_path: Path) -> None:
+    """`tests/runs/test_sharded.py` starts them."""
+    config = write_yaml(tmp_path / "tiny.yaml", tiny_config(tmp_path / "data", llama))
+    words = ["fit", "--config", config, "--config", "fsdp", "--run_dir", tmp_path / "run"]
+    found = printed_config(*words)["trainer"]
+    assert found["devices"] == 2
+    assert found["strategy"]["class_path"].endswith("ModelParallelStrategy")
+    result = call(*words)
+    assert result.code == EXIT_USER, result.err
+    assert "torchrun" in result.err

@@ -15,6 +15,7 @@ from residency.backbones import CausalLM
 from residency.core.ranks import (
     from_first,
     gather_facts,
+    lockstep,
     mean_gradients,
     own_share,
     rank,
@@ -64,6 +65,21 @@ def share() -> list[Any]:
         own = list(own_share(UNEVEN))
         total, count = sum_over_ranks(torch.tensor(sum(own))), sum_over_ranks(torch.tensor(len(own)))
         return [*alone, float(total / count), spread(lambda x: [x, rank()], UNEVEN), spread(lambda x: x, [])]
+
+
+def in_lockstep() -> list[Any]:
+    """Passes that this rank makes; a mean of what all ranks have whole; who computed what."""
+    passes: list[float] = []
+
+    def passed(item: float) -> list[Any]:
+        passes.append(item)
+        return [item, rank()]
+
+    with together(), lockstep():
+        own = list(own_share(UNEVEN))
+        total, count = sum_over_ranks(torch.tensor(sum(own))), sum_over_ranks(torch.tensor(len(own)))
+        found = spread(passed, UNEVEN, one_pass=True)
+        return [passes, float(total / count), found, spread(lambda item: [item, rank()], UNEVEN)]
 
 
 def kept_bytes(backbone: Path) -> dict[str, int]:

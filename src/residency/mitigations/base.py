@@ -85,16 +85,15 @@ class Mitigation(Callback):
     from. `serve`: into those that are scored, written with and exported, while training goes on unmerged."""
 
     uses_logits: bool = False
-    """Whether `loss_terms` reads `outputs.logits`; may be set per instance. Where nobody does they are `None`: the loss
-    is computed without them."""
+    """Whether `loss_terms` reads `outputs.logits`, which are `None` where nobody does; may be set per instance."""
 
     needs_continuity: bool = False
     """Whether the model at the first step of a stage must be, as a function, what the stage before left
     (`Adapter.continues`); may be set per instance."""
 
     uses_base: bool = False
-    """Whether `transform_weights` reads `module.base_weights`, the weights before the first stage; may be set per
-    instance. Costs a snapshot of the adapter's state in memory, and nothing on disk."""
+    """Whether `transform_weights` reads `module.base_weights`, those before the first stage: a snapshot in memory. May
+    be set per instance."""
 
     follows: frozenset[str] = frozenset({"completion", "label", "pair", "unpaired", "prompt"})
     """Kinds of rows (`Objective.reads`) whose objective it can protect; may be narrowed per instance."""
@@ -106,12 +105,10 @@ class Mitigation(Callback):
     """Why it does not work on a sequence classifier; empty if it does. May be set per instance."""
 
     shardable: bool = False
-    """Whether it works with a base of which every rank has a part: it reads no frozen weights, and passes the model
-    equally often on every rank. May be set per instance."""
+    """Whether it works on parts of a base: reads no frozen weights, passes the model equally often on every rank."""
 
     keeps_examples: ClassVar[bool] = False
-    """Whether it learns again from rows of earlier stages (or from rows made in their place), by the objective of the
-    stage at hand."""
+    """Whether it learns again from rows of earlier stages (or rows made in their place), by the stage's objective."""
 
     uses_validation: bool = False
     """Whether it reads `module.validation()`, the validation rows of the stage's own domain; may be set per instance. A

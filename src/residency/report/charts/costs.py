@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from residency.report.charts.theme import color_of, inline
+from residency.report.charts.theme import color_of
+from residency.runs.views.chart_data import inline
 
 __all__ = ["costs"]
 

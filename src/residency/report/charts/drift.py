@@ -8,8 +8,9 @@ from typing import Any
 
 import altair as alt
 
-from residency.report.charts.theme import color_of, inline
+from residency.report.charts.theme import color_of
 from residency.report.records.arms import Arm
+from residency.runs.views.chart_data import inline
 from residency.runs.views.tables import finite, printable
 
 __all__ = ["blocks", "by_block", "findings", "over_stages"]

@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from residency.report.charts.theme import BASELINE, CHOSEN, color_of, inline, number_format
+from residency.report.charts.theme import BASELINE, CHOSEN, color_of, number_format
+from residency.runs.views.chart_data import inline
 
 __all__ = ["forest", "learned_and_kept", "pareto", "plane"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from residency.report.charts.theme import axis_scale, color_of, inline, number_format
+from residency.report.charts.theme import axis_scale, color_of, number_format
+from residency.runs.views.chart_data import inline
 
 __all__ = ["by_domain", "over_the_stream", "training_loss"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-__all__ = ["BASELINE", "CHOSEN", "SHAPES", "Figure", "axis_scale", "color_of", "config", "inline", "number_format"]
+__all__ = ["BASELINE", "CHOSEN", "SHAPES", "Figure", "axis_scale", "color_of", "config", "number_format"]
 
 # Okabe and Ito without black and yellow, slightly lifted so that each has 3:1 contrast on white and on near-black.
 CHOSEN, BASELINE = "#1f83c4", "#808a93"
@@ -83,11 +83,6 @@ def config(*, dark: bool = False, background: str = "transparent") -> dict[str, 
         "rule": {"color": soft},
         "point": {"filled": True},
     }
-
-
-def inline(rows: Sequence[dict[str, Any]]) -> alt.InlineData:
-    """Rows as data inside the chart."""
-    return alt.InlineData(values=list(rows))
 
 
 def color_of(names: Sequence[str], *, chosen: str | None, baseline: str | None) -> tuple[alt.Scale, alt.Scale]:

@@ -16,6 +16,7 @@ from typing import Any
 import altair as alt
 
 from residency.core.errors import UserError
+from residency.runs.views.chart_data import inline, shared
 from residency.runs.views.tables import Record, finite, printable, score_at, scores
 
 __all__ = ["comparison", "heat_map", "save"]
@@ -129,7 +130,7 @@ class _Shade:
         ramp = RAMP if self.best > self.worst else RAMP[::-1]
         scale = alt.Scale(type="log" if self.log else "linear", domain=[low, high], range=ramp, nice=False)
         legend = alt.Legend(title=title, gradientLength=140, gradientThickness=14, tickCount=5, format=".3~g")
-        return alt.Color("value:Q", scale=scale, legend=legend)
+        return shared(alt.Color("value:Q", scale=scale, legend=legend))
 
 
 def _panels(record: Record, entry: Mapping[str, Any], shade: _Shade, scorer: str) -> alt.HConcatChart:
@@ -158,12 +159,12 @@ def _panel(
 ) -> alt.LayerChart:
     own = [cell for cell in cells if cell["name"] in names]
     header = alt.Axis(orient="top", title="domains" if labelled else "probes", labelAngle=0)
-    x = alt.X("name:O", sort=None, scale=alt.Scale(domain=list(names)), axis=header)
+    x = shared(alt.X("name:O", sort=None, scale=alt.Scale(domain=list(names)), axis=header))
     side = alt.Axis(title=None, labels=labelled)
-    y = alt.Y("after:O", sort=None, scale=alt.Scale(domain=list(rows)), axis=side)
+    y = shared(alt.Y("after:O", sort=None, scale=alt.Scale(domain=list(rows)), axis=side))
 
     def marks(values: Iterable[Mapping[str, Any]]) -> alt.Chart:
-        return alt.Chart(alt.InlineData(values=[dict(v) for v in values])).encode(x=x, y=y)
+        return alt.Chart(inline([*values])).encode(x=x, y=y)
 
     known = [cell for cell in own if cell["value"] is not None]
     gaps = [cell for cell in own if cell["value"] is None]

@@ -39,6 +39,13 @@ def test_devices_share_the_batch_and_are_not_started(config: Path, tmp_path: Pat
     assert call(*words, "--memory", "0.0001").out.count("not even one example fits") == 1
 
 
+def test_a_base_in_parts_is_counted_whole(config: Path, tmp_path: Path) -> None:
+    words = ["fit", "--config", config, "--config", "fsdp", "--run_dir", tmp_path / "run", "--dry-run"]
+    result = call(*words)
+    assert result.code == 0, result.err
+    assert "frozen weights are counted whole; of them a device keeps 1/2" in " ".join(result.out.split())
+
+
 def test_what_is_wrong_is_found(config: Path, tmp_path: Path) -> None:
     result = call("fit", "--config", config, "--dry-run", "--data.micro_batch_size=3")
     assert result.code == 2

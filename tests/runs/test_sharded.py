@@ -16,12 +16,13 @@ from support.cli import call, read_json
 from support.rank_commands import command, start, stream_config, wait_for
 from support.rank_learning import SINGLE, assert_equal_learning
 from support.rank_runs import Group, apart, group
-from table import ADAPTERS, MITIGATIONS
+from table import ADAPTERS, MITIGATIONS, OBJECTIVES
 
 pytestmark = pytest.mark.slow
 
 TAKING_PART = [name for name, row in MITIGATIONS.items() if row.make().shardable]
 
+LEARNT_BY = [name for name, row in OBJECTIVES.items() if row.make().shardable]
 LORA = [name for name, row in ADAPTERS.items() if row.make().shardable and "quantisation" not in row.loading]
 
 
@@ -40,6 +41,7 @@ def config(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_who_takes_part() -> None:
     """As `docs/devices.md` says."""
+    assert [name for name, row in OBJECTIVES.items() if row.make().reads == "completion"] == LEARNT_BY
     assert {*MITIGATIONS} - {*TAKING_PART} == {"source_shielding", "intruder_reduction"}
 
 
@@ -52,6 +54,14 @@ def test_with_every_mitigation(mitigation: str, two: Group, llama: Path, tmp_pat
 def test_with_every_kind_of_lora(adapter: str, two: Group, llama: Path, tmp_path: Path) -> None:
     """Dropout is drawn per micro-batch, which must be equally large."""
     assert_equal_learning(two, llama, tmp_path, adapter, shards=True, data={"micro_batch_size": 2})
+
+
+@pytest.mark.parametrize("objective", LEARNT_BY)
+def test_with_every_objective_that_learns_what_to_write(
+    objective: str, two: Group, llama: Path, tmp_path: Path
+) -> None:
+    row = {"objective": OBJECTIVES[objective].make(), "kinds": {"a": "generative", "b": "label"}}
+    assert_equal_learning(two, llama, tmp_path, "lora", shards=True, **row)
 
 
 def test_with_activations_that_are_computed_again(two: Group, llama: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -32,6 +32,8 @@ class FLOW(Objective):
         start: Which model is asked: `stage_start` (in the first stage the same), or `pretrained` (the adapter must
             provide `reference`).
     """
+
+    shardable: ClassVar[bool] = True
 
     def __init__(self, *, tau: float | None = None, start: Start = "stage_start") -> None:
         if tau is not None and tau <= 0:
@@ -71,6 +73,8 @@ class STM(Objective):
         threshold: θ, the largest perplexity of a token that is kept (2.5: p >= 0.4).
         start: Which model is asked: `stage_start`, or `pretrained` (the adapter must provide `reference`).
     """
+
+    shardable: ClassVar[bool] = True
 
     def __init__(self, *, threshold: float = 2.5, start: Start = "stage_start") -> None:
         if not threshold > 1:

@@ -7,7 +7,7 @@ at equal learning, not at an equal rate. `nll` in the history is without weights
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -26,6 +26,8 @@ class DFT(Objective):
     What the model holds for impossible is hardly learnt: on answers of p ≈ 1e-4 per token there is next to no gradient.
     """
 
+    shardable: ClassVar[bool] = True
+
     def losses(self, forward: Forward, batch: Batch, reference: Forward | None) -> ExampleLosses:
         """Σ p_t nll_t, p_t without gradient."""
         nll, logits = target_nll(forward, batch)
@@ -42,6 +44,7 @@ class ASFT(Objective):
         direction: `forward` = KL(pretrained ‖ model), as the published code computes it; `reverse`.
     """
 
+    shardable: ClassVar[bool] = True
     uses_logits = True
     not_on_classifiers = "the pretrained model has no head that it was trained with, and is no anchor"
     requires: frozenset[Capability] = frozenset({"reference"})
@@ -79,6 +82,7 @@ class EAFT(Objective):
         alpha: Exponent of the normalised entropy; 0 = plain supervised fine-tuning.
     """
 
+    shardable: ClassVar[bool] = True
     uses_logits = True
 
     def __init__(self, *, k: int = 20, alpha: float = 1.0) -> None:
@@ -109,6 +113,8 @@ class TALR(Objective):
         tau: τ in nats; `null` = the median over the stage's rows of their mean nll when it begins.
         floor: Smallest weight.
     """
+
+    shardable: ClassVar[bool] = True
 
     def __init__(self, *, tau: float | None = None, floor: float = 0.01) -> None:
         if (tau is not None and tau <= 0) or not 0 <= floor <= 1:

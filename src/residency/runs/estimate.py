@@ -38,12 +38,14 @@ class Estimated:
         ranks: Devices that train together.
         seconds: Of training and scoring; `None` = not measured.
         fitting: What fits into the memory that was asked for; `None` = nothing does, or nobody asked.
+        in_parts: Whether every device will keep a part of the frozen weights only, which are counted whole.
     """
 
     stages: Sequence[StageEstimate]
     ranks: int
     seconds: float | None
     fitting: StageEstimate | None
+    in_parts: bool = False
 
     @property
     def largest(self) -> StageEstimate:
@@ -89,7 +91,7 @@ def estimate_run(
             limit=question.memory,
         )
     seconds = _seconds(runner) if question.measure else None
-    return Estimated(stages=stages, ranks=device.ranks, seconds=seconds, fitting=fitting)
+    return Estimated(stages=stages, ranks=device.ranks, seconds=seconds, fitting=fitting, in_parts=trainers.shards)
 
 
 def device_of(trainers: Trainers) -> Device:
@@ -116,6 +118,11 @@ def describe_estimate(found: Estimated, question: Asked) -> list[str]:
         f"{_gib(m.activations)}, head {_gib(m.head)}, remembered by mitigations and teachers {_gib(m.remembered)}",
         f"  peaks: forward {_gib(m.forward)}, step {_gib(m.step)}, behind a stage {_gib(m.finish)}",
     ]
+    if found.in_parts:
+        lines.append(
+            f"  frozen weights are counted whole; of them a device keeps 1/{found.ranks}, and a block and what lies "
+            "around the blocks (embeddings, head) while it computes"
+        )
     tokens, flops = (sum(getattr(stage, name) for stage in found.stages) for name in ("tokens", "flops"))
     steps = sum(stage.steps for stage in found.stages)
     lines.append(f"training: {steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs (passes of mitigations come on top)")

@@ -118,7 +118,7 @@ def test_an_augmentation_preset_names_every_argument(path: Path) -> None:
     assert named != words
     for line in (words, named):
         resolved = ResidencyCLI(line, run=False, build=False).resolved
-        assert resolved["data"]["domains"]["medical"]["init_args"]["augment"] == [_read(path)]
+        assert resolved["data"]["domains"]["legal"]["init_args"]["augment"] == [_read(path)]
 
 
 @pytest.mark.parametrize("path", [path for path in PRESETS if path.parts[1] != "domain"], ids=str)

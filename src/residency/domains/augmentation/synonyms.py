@@ -23,14 +23,14 @@ _CODE = re.compile(
 )
 _NEGATIONS = "no not never none nothing nobody nowhere nor neither without hardly scarcely barely cannot"
 _FUNCTION = """
-a about above after again against all also although always among an and another any are around as at be because been
-before behind being below beside between both but by can could did do does doing done down during each either else
-enough even ever every few first for from further had has have he her here hers him his how however if in into is it
-its itself just last least less like many may me might mine more most much must my near next now of off often on once
-one only onto or other our out over own past per quite rather same shall she should since so some still such than that
-the their them then there these they this those though through thus till to too toward two under until up upon us very
-was we well were what whatever when where whether which while who whom whose why will with within would yes yet you
-your
+a about above after again against all also although always amid among an and another any are around as at be because
+been before behind being below beside between both but by can could despite did do does doing done down during each
+either else enough even ever every except few first for from further had has have he her here hers him his how however
+if in into is it its itself just last least less like many may me might mine minus more most much must my near next
+now of off often on once one only onto or other our out over own past per plus quite rather same shall she should
+since so some still such than that the their them then there these they this those though through thus till to too
+toward two under unlike until up upon us versus very via was we well were what whatever when where whether which while
+who whom whose why will with within would yes yet you your
 """
 _NEVER = frozenset((_NEGATIONS + " " + _FUNCTION).split())
 

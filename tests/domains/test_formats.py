@@ -201,9 +201,23 @@ TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "sys
 ROW = st.dictionaries(KEYS, st.one_of(VALUES, st.lists(TURN, max_size=3)), max_size=5)
 
 
-@settings(deadline=None, database=None, max_examples=2000, suppress_health_check=list(HealthCheck))
+FUZZ: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=300, **FUZZ)
 @given(st.lists(ROW, min_size=1, max_size=3))
 def test_any_json_gives_rows_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
+    _read_and_made(tmp_path_factory, rows)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, **FUZZ)
+@given(st.lists(ROW, min_size=1, max_size=3))
+def test_two_thousand_of_any_json_do(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
+    _read_and_made(tmp_path_factory, rows)
+
+
+def _read_and_made(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     from residency.domains.readers.columns import infer_format
     from residency.domains.readers.containers import FileOptions, read_file
     from residency.domains.readers.formats import RowMaker

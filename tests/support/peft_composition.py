@@ -24,7 +24,7 @@ from residency.core.errors import UserError
 from residency.core.tensors import snapshot
 from residency.testing.tiny_models import write_backbone
 from support.peft_configs import CONFIGS
-from support.tuned_models import attach, backbone, learn, logits, mixed
+from support.tuned_models import attach, backbone, fresh, learn, logits, mixed
 
 __all__ = ["FOLDER", "NAMES", "promised", "rendered", "tried"]
 
@@ -63,7 +63,7 @@ def promised(name: str) -> dict[str, bool]:
 
 def tried(name: str, folder: Path) -> dict[str, Any]:
     """One row of the table: every column tried on a trained adapter."""
-    adapter, base = make(name), backbone(folder).load()
+    adapter, base = make(name), fresh(folder)
     model = attach(folder, adapter)
     learn(model)
     state, on = snapshot(adapter.state(model)), logits(model)
@@ -102,7 +102,7 @@ def _exported(adapter: Adapter, folder: Path, state: dict[str, torch.Tensor]) ->
         adapter.export(model, Path(path))
         if isinstance(adapter, OSF):
             return logits(AutoModelForCausalLM.from_pretrained(path))
-        return logits(PeftModel.from_pretrained(backbone(folder).load(), path))
+        return logits(PeftModel.from_pretrained(fresh(folder), path))
 
 
 def _several(name: str, folder: Path) -> bool:

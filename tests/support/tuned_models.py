@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from residency.adapters import Adapter, Peft
 from residency.backbones import CausalLM, Quantisation
 from residency.core.batching import make_batch
 from residency.core.types import Batch, Example, Layout
+from residency.testing.model_copies import copied
 
-__all__ = ["EXAMPLES", "attach", "backbone", "layer", "learn", "logits", "merged_weight", "mixed", "weight"]
+__all__ = ["EXAMPLES", "attach", "backbone", "fresh", "layer", "learn", "logits", "merged_weight", "mixed", "weight"]
 
 EXAMPLES = [
     Example.of(domain="x", row=str(i), prompt=tuple(range(5 + i, 9 + 2 * i)), completion=(40 + i, 50 + i, 0))
@@ -27,10 +29,21 @@ def backbone(folder: Path, *, quantised: bool = False, **options: Any) -> Causal
     return CausalLM(path=str(folder), quantisation=Quantisation() if quantised else None, **options)
 
 
+def fresh(folder: Path) -> nn.Module:
+    """A copy of the tiny model, which is loaded once."""
+    model: nn.Module = copied(_loaded(folder), {})
+    return model
+
+
+@cache
+def _loaded(folder: Path) -> nn.Module:
+    return backbone(folder).load()
+
+
 def attach(folder: Path, adapter: Adapter | PeftConfig, *, quantised: bool = False, seed: int = 0) -> Any:
     """A fresh model with an adapter."""
     adapter = Peft(config=adapter) if isinstance(adapter, PeftConfig) else adapter
-    model = backbone(folder, quantised=quantised).load()
+    model = backbone(folder, quantised=True).load() if quantised else fresh(folder)
     torch.manual_seed(seed)
     return adapter.attach(model)
 

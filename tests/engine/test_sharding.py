@@ -55,6 +55,20 @@ def test_who_does_not_is_named_with_what_to_do(name: str) -> None:
     assert "strategy to ddp" in error.value.fix
 
 
+def test_what_is_derived_from_a_part_says_so_itself() -> None:
+    class Derived(EWC):
+        pass
+
+    with pytest.raises(UserError, match=r"Derived"):
+        check_shardable(**PARTS | {"mitigations": {"mine": Derived(strength=1.0)}})
+    for row in MITIGATIONS.values():
+        if (mine := row.make()).shardable:
+            check_shardable(**PARTS | {"mitigations": {"mine": mine}})
+    for made in (row.make() for row in OBJECTIVES.values()):
+        if made.shardable:
+            check_shardable(**PARTS | {"objective": made})
+
+
 def test_nobody_looks_inside_on_one_rank() -> None:
     check_observers({})
     with pytest.raises(UserError, match=r"inspection\.drift"):

@@ -53,8 +53,13 @@ def check_shardable(
     parts: dict[str, Adapter | Mitigation | Objective] = {"model.adapter": adapter, "model.objective": objective}
     parts |= {f"model.mitigations.{name}": mitigation for name, mitigation in mitigations.items()}
     for place, part in parts.items():
-        if not part.shardable:
+        if not _says_so(part):
             raise _refusal(place, part, why=_OF_PART[place.split(".")[1]])
+
+
+def _says_so(part: Adapter | Mitigation | Objective) -> bool:
+    """Whether a part is `shardable` by its own word: what is derived from it may read what it does not."""
+    return part.shardable and ("shardable" in vars(part) or "shardable" in vars(type(part)))
 
 
 def check_observers(observers: Mapping[str, object]) -> None:

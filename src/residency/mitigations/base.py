@@ -105,7 +105,7 @@ class Mitigation(Callback):
     """Why it does not work on a sequence classifier; empty if it does. May be set per instance."""
 
     shardable: bool = False
-    """Whether it works on parts of a base: reads no frozen weights, passes the model equally often on every rank."""
+    """Whether it works on parts of a base: reads no frozen weights, passes equally often on ranks. Not inherited."""
 
     keeps_examples: ClassVar[bool] = False
     """Whether it learns again from rows of earlier stages (or rows made in their place), by the stage's objective."""

@@ -114,7 +114,7 @@ class Objective(ABC):
     """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
 
     shardable: ClassVar[bool] = False
-    """Whether it passes the model equally often on every rank, as a base in parts needs it."""
+    """Whether it passes the model equally often on every rank, as a base in parts needs it. Not inherited."""
 
     learns_prompts: ClassVar[bool] = False
     """Whether tokens of prompts are learnt, too."""

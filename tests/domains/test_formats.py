@@ -219,8 +219,9 @@ def test_two_thousand_of_any_json_do(tmp_path_factory: pytest.TempPathFactory, r
 
 def _read_and_made(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     from residency.domains.readers.columns import infer_format
-    from residency.domains.readers.containers import FileOptions, read_file
+    from residency.domains.readers.containers import read_file
     from residency.domains.readers.formats import RowMaker
+    from residency.domains.readers.records import FileOptions
 
     path = Path(tmp_path_factory.getbasetemp()) / "fuzz.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

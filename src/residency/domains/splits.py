@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from residency.core.errors import UserError
 from residency.core.types import Row, Split
 
-__all__ = ["check_splits", "drop_ambiguous", "hash_order", "split_by_group"]
+__all__ = ["SALT", "check_splits", "drop_ambiguous", "hash_of", "hash_order", "split_by_group", "split_of"]
+
+SALT = "residency"
+"""Before every id and group that is hashed; another salt, another order and other splits."""
 
 
 def drop_ambiguous(rows: Iterable[Row]) -> list[Row]:
@@ -27,13 +30,18 @@ def drop_ambiguous(rows: Iterable[Row]) -> list[Row]:
     return [row for key, row in first.items() if len(completions[key]) == 1]
 
 
-def hash_order(rows: Iterable[Row], *, salt: str = "residency") -> list[Row]:
+def hash_order(rows: Iterable[Row], *, salt: str = SALT) -> list[Row]:
     """Rows in the order of the SHA-256 of salt + id: the first n are a sample that no sorting of the source biases."""
-    return sorted(rows, key=lambda row: hashlib.sha256(f"{salt}{row.id}".encode()).digest())
+    return sorted(rows, key=lambda row: hash_of(row, salt=salt))
+
+
+def hash_of(row: Row, *, salt: str = SALT) -> bytes:
+    """What `hash_order` sorts by."""
+    return hashlib.sha256(f"{salt}{row.id}".encode()).digest()
 
 
 def split_by_group(
-    rows: Iterable[Row], *, validation: float = 0.1, test: float = 0.1, salt: str = "residency"
+    rows: Iterable[Row], *, validation: float = 0.1, test: float = 0.1, salt: str = SALT
 ) -> dict[Split, list[Row]]:
     """Deal rows out to splits by the SHA-256 of salt + group, so that adding rows never moves old ones.
 
@@ -50,10 +58,15 @@ def split_by_group(
         raise ValueError(f"shares validation={validation}, test={test} leave nothing to train on")
     splits: dict[Split, list[Row]] = {"train": [], "validation": [], "test": []}
     for row in hash_order(rows, salt=salt):
-        digest = hashlib.sha256(f"{salt}{row.group or row.id}".encode()).digest()
-        share = int.from_bytes(digest[:6], "big") / 2**48
-        splits["test" if share < test else "validation" if share < test + validation else "train"].append(row)
+        splits[split_of(row, validation=validation, test=test, salt=salt)].append(row)
     return splits
+
+
+def split_of(row: Row, *, validation: float, test: float, salt: str = SALT) -> Split:
+    """The split that `split_by_group` deals a row to: which rows there are beside it does not matter."""
+    digest = hashlib.sha256(f"{salt}{row.group or row.id}".encode()).digest()
+    share = int.from_bytes(digest[:6], "big") / 2**48
+    return "test" if share < test else "validation" if share < test + validation else "train"
 
 
 def check_splits(splits: Mapping[Split, Sequence[Row]], *, source: str, limits: Mapping[Split, int | None]) -> None:

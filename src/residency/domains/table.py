@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 from residency.core.errors import UserError
 from residency.core.types import Row, Split
 from residency.domains.base import Domain, Kind, hash_order, split_by_group
+from residency.domains.kept_rows import check_limits, keep_rows
 from residency.domains.left_out import LeftOut
 from residency.domains.readers.arrow_tables import is_saved_dataset, read_hub, read_saved_dataset
-from residency.domains.readers.columns import infer_format, rename
-from residency.domains.readers.containers import FileOptions, Records, read_file, split_files
+from residency.domains.readers.columns import LOOKED_AT, check_columns, infer_format, rename
+from residency.domains.readers.containers import read_file, split_files
 from residency.domains.readers.formats import LABELS, Format, RowMaker
 from residency.domains.readers.published import olora_records, superni_records
+from residency.domains.readers.records import FileOptions, Records
+from residency.domains.readers.streams import stream_file
 from residency.domains.readers.turns import split_into_turns
 from residency.domains.readers.unread import UnreadColumns, of_blanks, of_files, of_task, of_twin
 from residency.domains.template import Template
 
 __all__ = ["Table"]
+
+_AT_ONCE = 100  # records of a stream that are held beside the rows that are kept
 
 
 class Table(Domain):
@@ -47,6 +53,9 @@ class Table(Domain):
         files: How files are read, where their names do not tell.
         strip: Whether blanks around completions are removed; code needs them.
         split_turns: Make a row of every answer of a conversation, with what came before it as its prompt.
+        streaming: For training sets that are larger than memory: go through the file once and hold only the rows that
+            `max_train` keeps. They are the rows that are kept without it, and all are counted. Splits that are drawn
+            from the training file need their limits as well; what is no JSON document can be streamed.
 
     Raises:
         UserError: On reading: a file or a row is not as described; the message names file and line.
@@ -70,6 +79,7 @@ class Table(Domain):
         files: FileOptions | None = None,
         strip: bool = True,
         split_turns: bool = False,
+        streaming: bool = False,
         max_train: int | None = None,
         max_validation: int | None = None,
         max_test: int | None = None,
@@ -89,7 +99,8 @@ class Table(Domain):
         self.class_names = list(labels or [])
         self.files = files or FileOptions()
         self.strip = strip
-        self.split_turns = split_turns
+        self.split_turns, self.streaming = split_turns, streaming
+        self._counted: dict[Split, int] = {}
         if kind is not None:
             self.kind = kind
 
@@ -115,23 +126,36 @@ class Table(Domain):
         return moved
 
     def read(self) -> Mapping[Split, Sequence[Row]]:
-        """Rows of the files, in hash order."""
+        """Rows of the files, in hash order; of a stream, those that the limits keep."""
         self.unread, columns = [], UnreadColumns()
-        rows = {split: self._rows_of(split, records, columns) for split, records in self._records().items()}
+        found = self._records()
+        if self.streaming:
+            check_limits(self.limits, found)
+        parts = {split: self._rows_of(split, records, columns) for split, records in found.items()}
+        if self.streaming:
+            kept = keep_rows(parts, self.limits)
+            self._counted = {split: one.added for split, one in kept.items()}
+            self._leave([columns.left_out()])
+            return {split: one.rows() for split, one in kept.items()}
+        rows = {split: list(part) for split, part in parts.items()}
         self._leave([columns.left_out()])
         validation, test = (0.0 if split in rows else 0.1 for split in ("validation", "test"))
         carved = split_by_group(rows.pop("train"), validation=validation, test=test)
         return {**carved, **{split: hash_order(part) for split, part in rows.items()}}
 
+    def count_given(self, splits: Mapping[Split, Sequence[Row]]) -> dict[Split, int]:
+        """Rows there are before the limits, also of a stream."""
+        return super().count_given(splits) | (self._counted if self.streaming else {})
+
     def _records(self) -> dict[Split, Records]:
         if self.path is None:
             named: dict[Split, str | None] = {"train": self.train, "validation": self.validation, "test": self.test}
-            return {split: read_file(name, split, self.files) for split, name in named.items() if name is not None}
+            return {split: self._file(split, name) for split, name in named.items() if name is not None}
         folder = Path(self.path).expanduser()
         if not folder.exists():
-            return read_hub(self.path, self.files)
+            return read_hub(self.path, self.files, streaming=self.streaming)
         if is_saved_dataset(folder):
-            return read_saved_dataset(folder)
+            return read_saved_dataset(folder, streaming=self.streaming)
         if not folder.is_dir():
             raise UserError(
                 f"path: {self.path!r} is a file",
@@ -140,7 +164,7 @@ class Table(Domain):
             )
         names = split_files(folder)
         self._leave(of_files(folder, names.values()))
-        found = {split: read_file(name, split, self.files) for split, name in names.items()}
+        found = {split: self._file(split, name) for split, name in names.items()}
         documents = [found[split].document for split in ("validation", "test") if split in found]
         if len(documents) == 2 and documents[0] is not None and documents[0] == documents[1]:
             # As SAPT publishes them: dev.json is test.json, and choosing on it would be choosing on the test.
@@ -148,25 +172,42 @@ class Table(Domain):
             self._leave([of_twin("validation", len(instances) if isinstance(instances, list) else 1)])
         if not (folder / "labels.json").is_file():
             return found
+        if self.streaming:
+            raise UserError(
+                f"streaming: true, and {self.path!r} is a folder of O-LoRA (labels.json)",
+                why="its files are read as a whole",
+                fix="leave streaming out; if it is no such folder, remove labels.json",
+            )
         if "validation" in found:
-            self._leave([of_twin("validation", len(found["validation"].rows))])
+            self._leave([of_twin("validation", len(list(found["validation"].rows)))])
         return olora_records(folder, found)
+
+    def _file(self, split: Split, name: str) -> Records:
+        # Test and validation rows are few.
+        return (stream_file if self.streaming and split == "train" else read_file)(name, split, self.files)
 
     def _leave(self, found: Iterable[LeftOut]) -> None:
         """Keep what is left out of the files."""
         self.unread += [one for one in found if one.count]
 
-    def _rows_of(self, split: Split, records: Records, columns: UnreadColumns) -> list[Row]:
+    def _rows_of(self, split: Split, records: Records, columns: UnreadColumns) -> Iterator[Row]:
         if records.document is not None:
             self._leave(of_task(split, records.document))
             records = superni_records(records.document, f"{split} of {self.source}")
-        rows = rename(records.rows, self.columns)
-        chosen = self.format or infer_format(rows, f"{split} of {self.source}")
+        left = iter(records.rows)
+        first = list(islice(left, LOOKED_AT))
+        check_columns(first, self.columns)
+        chosen = self.format or infer_format(rename(first, self.columns), f"{split} of {self.source}")
         ours = {theirs: our for our, theirs in self.columns.items()}
         named = {ours.get(column, column): list(names) for column, names in records.class_names.items()}
         names = self.class_names or next((named[column] for column in LABELS if column in named), [])
         maker = RowMaker(format=chosen, prefix=split, strip=self.strip, class_names=names)
-        made = [maker.row(record) for record in rows]
-        columns.look(chosen, rows)
-        self._leave([of_blanks(split, len(maker.stripped), len(made))])
-        return split_into_turns(made) if self.split_turns else made
+        rows = stripped = 0
+        while first:
+            these, first = rename(first, self.columns), list(islice(left, _AT_ONCE))
+            made = [maker.row(record) for record in these]
+            columns.look(chosen, these)
+            rows, stripped = rows + len(made), stripped + len(maker.stripped)
+            maker.stripped.clear()
+            yield from split_into_turns(made) if self.split_turns else made
+        self._leave([of_blanks(split, stripped, rows)])

@@ -12,8 +12,8 @@ from residency.core.types import Row
 from residency.domains import Table
 from residency.domains.doctor.clean import write_cleaned
 from residency.domains.doctor.finding import Column
-from residency.domains.readers.containers import Record
 from residency.domains.readers.formats import Format, RowMaker
+from residency.domains.readers.records import Record
 
 ASK = {"role": "user", "content": "Which one?"}
 ROWS: dict[Format, list[dict[str, Any]]] = {

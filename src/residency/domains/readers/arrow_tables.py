@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from residency.core.errors import UserError
 from residency.core.parquet_files import ParquetRefused, check_row_count
 from residency.core.types import Split
-from residency.domains.readers.containers import FileOptions, Record, Records
+from residency.domains.readers.records import FileOptions, Record, Records
 from residency.domains.readers.strict_json import check_text
 
-__all__ = ["is_saved_dataset", "read_arrow_file", "read_hub", "read_saved_dataset"]
+__all__ = ["is_saved_dataset", "read_arrow_file", "read_hub", "read_saved_dataset", "stream_arrow_file"]
+
+_AT_ONCE = 100  # rows of a stream that are Python objects at a time
 
 _ALIASES: Mapping[str, Split] = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}
 _WHY = "every row has to be an object whose keys are its columns"
@@ -25,17 +28,72 @@ def read_arrow_file(path: Path, name: str, split: Split) -> Records:
     Raises:
         UserError: It is not there or not what its suffix says.
     """
+    with _refusing(name, split):
+        table = _parquet(path) if path.suffix.lower() == ".parquet" else _arrow(path)
+    return Records(rows=list(_records(table.to_pylist(), name)), class_names=_class_names(table.schema.metadata))
+
+
+def stream_arrow_file(path: Path, name: str, split: Split) -> tuple[Iterator[Record], Mapping[str, Sequence[str]]]:
+    """The same, read when they are asked for, and their class names; a row group of Parquet is read at a time.
+
+    Raises:
+        UserError: As of `read_arrow_file`; what lies behind the beginning of the file is refused when it is read.
+    """
+    parts = (_parquet_parts if path.suffix.lower() == ".parquet" else _arrow_parts)(path)
+    with _refusing(name, split):
+        schema = next(parts)
+    return _records(_objects(parts, name, split), name), _class_names(schema.metadata)
+
+
+def _objects(parts: Iterator[Any], name: str, split: Split) -> Iterator[Mapping[str, Any]]:
+    with _refusing(name, split):
+        for part in parts:
+            for start in range(0, part.num_rows, _AT_ONCE):
+                yield from part.slice(start, _AT_ONCE).to_pylist()
+
+
+@contextmanager
+def _refusing(name: str, split: Split) -> Iterator[None]:
     import pyarrow as pa
 
     try:
-        table = _parquet(path) if path.suffix.lower() == ".parquet" else _arrow(path)
+        yield
     except (OSError, pa.ArrowException, ParquetRefused) as error:
         raise UserError(
             f"{split} file {name!r}: {str(error).splitlines()[0][:200]}",
             why="the domain's rows are read from it",
             fix="give the path of a readable Parquet or Arrow file, as its suffix says",
         ) from error
-    return Records(rows=list(_records(table.to_pylist(), name)), class_names=_class_names(table.schema.metadata))
+
+
+def _parquet_parts(path: Path) -> Iterator[Any]:
+    """The schema, then the rows."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        check_row_count(path, file.metadata.num_rows, size=path.stat().st_size)
+        yield file.schema_arrow
+        yield from file.iter_batches(batch_size=_AT_ONCE)
+
+
+def _arrow_parts(path: Path) -> Iterator[Any]:
+    """The schema, then the rows."""
+    import pyarrow as pa
+
+    size = path.stat().st_size
+    with pa.memory_map(str(path)) as source:
+        try:
+            file = pa.ipc.open_file(source)
+            batches = (file.get_batch(n) for n in range(file.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            batches = file = pa.ipc.open_stream(source)
+        yield file.schema
+        rows = 0
+        for batch in batches:
+            rows += batch.num_rows
+            check_row_count(path, rows, size=size)
+            yield batch
 
 
 def _parquet(path: Path) -> Any:
@@ -73,7 +131,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[s
     }
 
 
-def _records(rows: Sequence[Mapping[str, Any]], name: str) -> Iterator[Record]:
+def _records(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Record]:
     for number, row in enumerate(rows, 1):
         where = f"{name}, row {number}"
         # Arrow gives every struct all keys of all rows, as nulls: what is null was not there.
@@ -94,8 +152,12 @@ def is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def read_saved_dataset(path: Path) -> dict[Split, Records]:
+def read_saved_dataset(path: Path, *, streaming: bool = False) -> dict[Split, Records]:
     """The splits of a folder of `save_to_disk`; one data set alone is `train`.
+
+    Args:
+        path: The folder.
+        streaming: Whether rows are read when they are asked for.
 
     Raises:
         UserError: The folder is damaged, or has splits whose meaning is not known.
@@ -111,11 +173,16 @@ def read_saved_dataset(path: Path) -> dict[Split, Records]:
             fix="write it again with this version of datasets, or save it as Parquet",
         ) from error
     parts = dict(found) if isinstance(found, DatasetDict) else {"train": found}
-    return _splits(parts, str(path))
+    return _splits(parts, str(path), streaming=streaming)
 
 
-def read_hub(name: str, options: FileOptions) -> dict[Split, Records]:
+def read_hub(name: str, options: FileOptions, *, streaming: bool = False) -> dict[Split, Records]:
     """The splits of a data set of the hub (or of its cache).
+
+    Args:
+        name: Its id.
+        options: Configuration and revision.
+        streaming: Whether rows are read, from the copy in the cache, when they are asked for.
 
     Raises:
         UserError: It is neither cached nor reachable.
@@ -130,10 +197,10 @@ def read_hub(name: str, options: FileOptions) -> dict[Split, Records]:
             why="it is no file or folder here, and as a hub id it is neither cached nor reachable",
             fix="check the path, or fetch it once (`hf download --repo-type dataset ...`) and name the folder",
         ) from error
-    return _splits(dict(found), name)
+    return _splits(dict(found), name, streaming=streaming)
 
 
-def _splits(parts: Mapping[str, Any], name: str) -> dict[Split, Records]:
+def _splits(parts: Mapping[str, Any], name: str, *, streaming: bool) -> dict[Split, Records]:
     read: dict[Split, Records] = {}
     for key, part in parts.items():
         split = _ALIASES.get(key, cast("Split", key))
@@ -143,8 +210,8 @@ def _splits(parts: Mapping[str, Any], name: str) -> dict[Split, Records]:
                 why="train, validation (val, valid, dev, eval) and test are read, each once",
                 fix="save the splits you mean as files and name them: train, validation, test",
             )
-        table = part.with_format("arrow")[:]
+        tables = part.with_format("arrow").iter(_AT_ONCE)
         names = {c: f.names for c, f in part.features.items() if hasattr(f, "names") and hasattr(f, "str2int")}
-        rows = list(_records(table.to_pylist(), f"{name} ({key})"))
-        read[split] = Records(rows=rows, class_names=names)
+        rows = _records((row for table in tables for row in table.to_pylist()), f"{name} ({key})")
+        read[split] = Records(rows=rows if streaming else list(rows), class_names=names)
     return read

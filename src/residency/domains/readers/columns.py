@@ -7,27 +7,26 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 from residency.core.errors import UserError
-from residency.domains.readers.containers import Record
 from residency.domains.readers.formats import COMPLETIONS, LABELS, PROMPTS, TEXTS, WANTED, Format
+from residency.domains.readers.records import Record
 
-__all__ = ["infer_format", "rename"]
+__all__ = ["LOOKED_AT", "check_columns", "infer_format", "rename"]
 
-_LOOKED_AT = 1000
+LOOKED_AT = 1000
+"""So many rows at the beginning of a file say what its columns are."""
 
 
-def rename(records: Sequence[Record], columns: Mapping[str, str]) -> list[Record]:
-    """Records under our names.
+def check_columns(records: Sequence[Record], columns: Mapping[str, str]) -> None:
+    """What must hold for columns to be renamed.
 
     Args:
-        records: As the file names their columns.
+        records: The first of a file, as it names their columns.
         columns: Our name -> the file's.
 
     Raises:
         UserError: No record has such a column, or the new name is taken.
     """
-    if not columns:
-        return list(records)
-    there = sorted({key for record in records[:_LOOKED_AT] for key in record.value})
+    there = sorted({key for record in records[:LOOKED_AT] for key in record.value})
     for ours, theirs in columns.items():
         if theirs not in there:
             near = get_close_matches(theirs, there, n=len(there), cutoff=0)
@@ -36,6 +35,12 @@ def rename(records: Sequence[Record], columns: Mapping[str, str]) -> list[Record
         if ours in there and ours != theirs and ours not in columns.values():
             got = f"columns.{ours}: {theirs}, and there is a column {ours!r} already"
             raise UserError(got, why="one of the two would be lost", fix=f"rename {ours!r} too, or leave this out")
+
+
+def rename(records: Sequence[Record], columns: Mapping[str, str]) -> list[Record]:
+    """Records under our names; `columns` is our name -> the file's."""
+    if not columns:
+        return list(records)
     back = {theirs: ours for ours, theirs in columns.items()}
     return [Record(r.where, r.number, {back.get(k, k): v for k, v in r.value.items()}) for r in records]
 
@@ -50,7 +55,7 @@ def infer_format(records: Sequence[Record], name: str) -> Format:
     Raises:
         UserError: None, or more than one: which is meant is for the user to say.
     """
-    seen = records[:_LOOKED_AT]
+    seen = records[:LOOKED_AT]
     counts = Counter(key for record in seen for key in record.value)
     keys = {key for key, times in counts.items() if 2 * times >= len(seen)}
     found = _candidates(keys, seen)

@@ -6,76 +6,28 @@ nothing and "2020-01-01" into a time: a text stays the text that is in the file.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
 
 from residency.core.errors import UserError
 from residency.core.types import Split
-from residency.domains.readers.strict_json import check_text, parse_json, refuse
+from residency.domains.readers.records import FileOptions, Record, Records
+from residency.domains.readers.strict_json import parse_json, refuse
+from residency.domains.readers.text_rows import (
+    WHY,
+    as_object,
+    csv_rows,
+    json_rows,
+    no_rows,
+    not_unicode,
+    unpacked_limit,
+    unreadable,
+)
 
-__all__ = ["SUFFIXES", "FileOptions", "Record", "Records", "read_file", "split_files"]
-
-MAX_LINE = 16 * 2**20  # characters; a longer line is a file without line ends
-MAX_UNPACKED = 64 * 2**20
-MAX_RATIO = 200
-"""A .gz file may unpack to so many bytes, or to so many times its own size; text is below 20 times."""
-_WHY = 'every row has to be an object of columns, such as {"prompt": "...", "completion": "..."}'
-_FIX = 'write {"prompt": "...", "completion": "..."}, or the columns of another format'
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileOptions:
-    """How files are read, where their name does not tell.
-
-    Args:
-        delimiter: Between the columns of a CSV file; null = "," for .csv, a tab for .tsv.
-        quoting: `csv` = columns in double quotes may hold delimiters and line ends; `none` = a quote is a character.
-        encoding: Of text files.
-        config: Of a hub id: which of its configurations.
-        revision: Of a hub id: branch, tag or commit; what it stands for is recorded.
-    """
-
-    delimiter: str | None = None
-    quoting: Literal["csv", "none"] = "csv"
-    encoding: str = "utf-8"
-    config: str | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One object of a file.
-
-    Args:
-        where: File and line, for messages.
-        number: Of the line or row, from 1.
-        value: Column -> value.
-    """
-
-    where: str
-    number: int
-    value: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Records:
-    """What a file holds.
-
-    Args:
-        rows: Its objects.
-        class_names: Column -> names of its classes, where the file says so (`ClassLabel`).
-        document: The one object of a JSON file that is no array of rows (Natural Instructions).
-    """
-
-    rows: Sequence[Record]
-    class_names: Mapping[str, Sequence[str]]
-    document: Mapping[str, Any] | None = None
+__all__ = ["SUFFIXES", "read_file", "split_files", "suffix_of"]
 
 
 def read_file(name: str, split: Split, options: FileOptions) -> Records:
@@ -89,9 +41,7 @@ def read_file(name: str, split: Split, options: FileOptions) -> Records:
     Raises:
         UserError: It cannot be read, holds no row, or holds what has no certain meaning; with its line.
     """
-    path = Path(name).expanduser()
-    suffixes = [s.lower() for s in path.suffixes]
-    suffix = next((s for s in reversed(suffixes) if s != ".gz"), "")
+    path, suffix = Path(name).expanduser(), suffix_of(name)
     if suffix in (".parquet", ".arrow"):
         from residency.domains.readers.arrow_tables import read_arrow_file
 
@@ -105,12 +55,13 @@ def read_file(name: str, split: Split, options: FileOptions) -> Records:
             fix=f"name it {', '.join(sorted(_READERS))}, .parquet or .arrow (text files also with .gz)",
         )
     if not found.rows and found.document is None:
-        raise UserError(
-            f"{split} file {name!r}, line 1: no row in the file",
-            why="a split needs at least one row",
-            fix=f"write one object per line: {_FIX.removeprefix('write ')}",
-        )
+        raise no_rows(split, name)
     return found
+
+
+def suffix_of(name: str) -> str:
+    """What a name says of its file: its last suffix, in small letters, that is not `.gz`."""
+    return next((s.lower() for s in reversed(Path(name).suffixes) if s.lower() != ".gz"), "")
 
 
 def split_files(folder: Path) -> dict[Split, str]:
@@ -151,25 +102,18 @@ def _text(path: Path, name: str, split: Split, options: FileOptions) -> str:
         if path.suffix.lower() == ".gz":
             data = _unpacked(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{split} file {name!r}: {getattr(error, 'strerror', None) or error}",
-            why="the domain's rows are read from it",
-            fix="give the path of a readable file, absolute or relative to the folder you start from",
-        ) from error
+        raise unreadable(error, split, name) from error
     try:
         return data.decode(options.encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        got = f"text that is not Unicode: byte {error.start} ({error.reason})"
-        refuse(f"{name}, line {line}", got, why=_WHY, fix="save the file as UTF-8, or name files.encoding")
-    except LookupError as error:
-        raise UserError(str(error), why="files.encoding names a codec", fix="for example utf-8 or latin-1") from error
+    except (UnicodeDecodeError, LookupError) as error:
+        line = data.count(b"\n", 0, error.start) + 1 if isinstance(error, UnicodeDecodeError) else 1
+        raise not_unicode(error, f"{name}, line {line}") from error
 
 
 def _unpacked(data: bytes) -> bytes:
     """What a gzip file holds; nothing that is all repetitions, which would fill the memory (OSError)."""
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-        limit = max(MAX_UNPACKED, MAX_RATIO * len(data))
+        limit = unpacked_limit(len(data))
         unpacked = file.read(limit + 1)
     if len(unpacked) > limit:
         raise OSError(f"{len(data):,} bytes that unpack to more than {limit:,}")
@@ -187,37 +131,20 @@ def _jsonl(text: str, name: str, options: FileOptions) -> Records:
     if len(lines) > first and lines[first].strip() == "[":
         # An array over several lines under the name of JSON Lines.
         return _json(text, name, options)
-    return Records(rows=list(_objects(lines, name)), class_names={})
-
-
-def _objects(lines: Sequence[str], name: str) -> Iterator[Record]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        if len(line) > MAX_LINE:
-            refuse(where, f"{len(line):,} characters", why=_WHY, fix="write one object per line, each below 16 MiB")
-        yield Record(where, number, _object(parse_json(line, where, why=_WHY, fix=_FIX), where))
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        refuse(where, f"{kind} {str(value)[:60]!r}", why=_WHY, fix=_FIX)
-    return value
+    return Records(rows=list(json_rows(lines, name)), class_names={})
 
 
 def _json(text: str, name: str, options: FileOptions) -> Records:
     if not text.strip():
         return Records(rows=[], class_names={})
     fix = "write an array of objects, or one object per line and name the file .jsonl"
-    value = parse_json(text, name, why=_WHY, fix=fix)
+    value = parse_json(text, name, why=WHY, fix=fix)
     if isinstance(value, dict):
         return Records(rows=[], class_names={}, document=value)
     if not isinstance(value, list):
-        refuse(name, f"{type(value).__name__} instead of an array", why=_WHY, fix=fix)
+        refuse(name, f"{type(value).__name__} instead of an array", why=WHY, fix=fix)
     wheres = [f"{name}, row {n}" for n in range(1, len(value) + 1)]
-    rows = [Record(w, n, _object(v, w)) for n, (w, v) in enumerate(zip(wheres, value, strict=True), 1)]
+    rows = [Record(w, n, as_object(v, w)) for n, (w, v) in enumerate(zip(wheres, value, strict=True), 1)]
     return Records(rows=rows, class_names={})
 
 
@@ -230,41 +157,9 @@ def _tsv(text: str, name: str, options: FileOptions) -> Records:
 
 
 def _delimited(text: str, name: str, options: FileOptions, delimiter: str) -> Records:
-    """Rows under a header. A cell is the text as written: "NA", "01234" and "" stay what they are."""
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=options.delimiter or delimiter,
-        quoting=csv.QUOTE_MINIMAL if options.quoting == "csv" else csv.QUOTE_NONE,
-        strict=True,
-    )
-    rows: list[Record] = []
-    header: list[str] = []
-    try:
-        for number, cells in enumerate(reader, 1):
-            where = f"{name}, line {reader.line_num}"
-            if not cells:
-                continue
-            if not header:
-                header = _header(cells, where)
-                continue
-            if len(cells) != len(header):
-                got = f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})"
-                refuse(where, got, why=_WHY, fix="put cells with delimiters or line ends in double quotes")
-            for cell in cells:
-                check_text(cell, where, why=_WHY)
-            rows.append(Record(where, number, dict(zip(header, cells, strict=True))))
-    except csv.Error as error:
-        refuse(f"{name}, line {reader.line_num}", f"not CSV: {error}", why=_WHY, fix="mend the quotes of this line")
+    lines = io.StringIO(text, newline="")
+    rows = list(csv_rows(lines, name, options, delimiter, longest=2**31 - 1))
     return Records(rows=rows, class_names={})
-
-
-def _header(cells: Sequence[str], where: str) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    if len({*names}) < len(names) or not all(names):
-        fix = "give every column a name of its own in the first line"
-        refuse(where, f"header {names}", why="the first line names the columns", fix=fix)
-    return names
 
 
 _READERS: Mapping[str, Callable[[str, str, FileOptions], Records]] = {

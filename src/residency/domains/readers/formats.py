@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from residency.core.types import Row
-from residency.domains.readers.containers import Record
 from residency.domains.readers.conversations import (
     answer_text,
     before_text,
@@ -16,6 +15,7 @@ from residency.domains.readers.conversations import (
     to_messages,
     to_tools,
 )
+from residency.domains.readers.records import Record
 from residency.domains.readers.strict_json import refuse, short
 
 __all__ = ["COMPLETIONS", "LABELS", "PROMPTS", "TEXTS", "WANTED", "Format", "RowMaker"]
@@ -50,7 +50,7 @@ class RowMaker:
         prefix: Of the ids of rows without one.
         strip: Whether blanks around completions are removed.
         class_names: Names of integer labels, in order; empty = labels are texts.
-        stripped: Completions whose blanks were removed, so far.
+        stripped: Completions whose blanks were removed since it was last cleared; where they are.
     """
 
     format: Format

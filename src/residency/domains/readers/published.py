@@ -9,7 +9,7 @@ from typing import Any
 
 from residency.core.errors import UserError
 from residency.core.types import Split
-from residency.domains.readers.containers import Record, Records
+from residency.domains.readers.records import Record, Records
 from residency.domains.readers.strict_json import refuse, short
 
 __all__ = ["INSTRUCTIONS", "olora_records", "superni_records"]

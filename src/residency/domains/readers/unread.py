@@ -10,8 +10,9 @@ from typing import Any
 from residency.core.text import printable
 from residency.core.types import Split
 from residency.domains.left_out import LeftOut
-from residency.domains.readers.containers import SUFFIXES, Record
+from residency.domains.readers.containers import SUFFIXES
 from residency.domains.readers.formats import COMPLETIONS, LABELS, PROMPTS, TEXTS, Format
+from residency.domains.readers.records import Record
 
 __all__ = ["UnreadColumns", "of_blanks", "of_files", "of_task", "of_twin"]
 

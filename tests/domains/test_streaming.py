@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -183,6 +184,26 @@ def test_memory_is_that_of_what_is_kept(suffix: str, tmp_path: Path) -> None:
     # Beside the kept rows there are those that are looked at for the columns, however many follow.
     assert large < 1.25 * small
     assert large < 3_500 * 2_500 / 2  # of the file
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_tables_of_arrow_are_held_in_parts(suffix: str, tmp_path: Path) -> None:
+    """Buffers of Arrow are not Python's: they have a count of their own."""
+    import pyarrow as pa
+
+    from residency.domains.readers.streams import stream_file
+
+    drawn = random.Random(0)
+    rows = [{"prompt": f"p{n}", "completion": f"{drawn.getrandbits(4_000):x}"} for n in range(10_000)]
+    path = tmp_path / f"a.{suffix}"
+    WRITERS[path.name](path, rows)
+    del rows
+    before, most = pa.total_allocated_bytes(), 0
+    for number, _ in enumerate(stream_file(str(path), "train", FileOptions()).rows):
+        if number % 50 == 0:
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert path.stat().st_size > 9e6
+    assert most < 2.5e6
 
 
 BAD: dict[str, tuple[str, bytes]] = {

@@ -17,6 +17,7 @@ from residency.domains.readers.strict_json import check_text
 __all__ = ["is_saved_dataset", "read_arrow_file", "read_hub", "read_saved_dataset", "stream_arrow_file"]
 
 _AT_ONCE = 100  # rows of a stream that are Python objects at a time
+_BUFFER = 2**20  # bytes of a column of Parquet that are read ahead; without it, all of a row group is
 
 _ALIASES: Mapping[str, Split] = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}
 _WHY = "every row has to be an object whose keys are its columns"
@@ -70,10 +71,11 @@ def _parquet_parts(path: Path) -> Iterator[Any]:
     """The schema, then the rows."""
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
+    # By default all row groups are read ahead, and stay until the file is closed.
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
         check_row_count(path, file.metadata.num_rows, size=path.stat().st_size)
         yield file.schema_arrow
-        yield from file.iter_batches(batch_size=_AT_ONCE)
+        yield from file.iter_batches(batch_size=_AT_ONCE, use_threads=False)
 
 
 def _arrow_parts(path: Path) -> Iterator[Any]:

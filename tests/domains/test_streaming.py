@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import random
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -17,10 +18,12 @@ from hypothesis import strategies as st
 
 from residency.core.errors import UserError
 from residency.core.types import Row
-from residency.domains import Table
+from residency.domains import Table, streamed_rows
+from residency.domains import table as table_module
 from residency.domains.kept_rows import KeptRows, keep_rows
 from residency.domains.narrowed import limited
 from residency.domains.readers.records import FileOptions
+from residency.domains.readers.streams import stream_file
 from residency.domains.splits import hash_order, split_by_group
 from support.format_files import lines
 
@@ -191,8 +194,6 @@ def test_tables_of_arrow_are_held_in_parts(suffix: str, tmp_path: Path) -> None:
     """Buffers of Arrow are not Python's: they have a count of their own."""
     import pyarrow as pa
 
-    from residency.domains.readers.streams import stream_file
-
     drawn = random.Random(0)
     rows = [{"prompt": f"p{n}", "completion": f"{drawn.getrandbits(4_000):x}"} for n in range(10_000)]
     path = tmp_path / f"a.{suffix}"
@@ -266,8 +267,6 @@ def test_what_cannot_be_streamed_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_under_the_reader_is_noticed(tmp_path: Path) -> None:
-    from residency.domains.readers.streams import stream_file
-
     path = tmp_path / "a.jsonl"
     path.write_text(lines({"prompt": f"p{n}", "completion": "c"} for n in range(50)), encoding="utf-8")
     rows = iter(stream_file(str(path), "train", FileOptions()).rows)
@@ -276,3 +275,75 @@ def test_a_file_that_changes_under_the_reader_is_noticed(tmp_path: Path) -> None
         file.write('{"prompt": "late", "completion": "c"}\n')
     with pytest.raises(UserError, match="changed while it was read"):
         list(rows)
+
+
+@pytest.fixture
+def passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were gone through, with a cache of this test's own that trusts files at once."""
+    found: list[str] = []
+
+    def stream(name: str, split: Any, options: FileOptions) -> Any:
+        found.append(Path(name).name)
+        return stream_file(name, split, options)
+
+    monkeypatch.setenv("RESIDENCY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(streamed_rows, "_SETTLED", -1.0)
+    monkeypatch.setattr(table_module, "stream_file", stream)
+    return found
+
+
+def chat(number: int) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": [number, {"y": None}]}}}
+    turns = [
+        {"role": "user", "content": f"q{number}"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1", "name": "f"},
+        {"role": "assistant", "content": f" a{number}"},
+    ]
+    return {"messages": turns, "references": ["b"], "weight": 0.1 + number}
+
+
+def test_one_pass_serves_all_processes_until_the_file_or_the_question_changes(
+    tmp_path: Path, passes: list[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(map(chat, range(80))), encoding="utf-8")
+
+    def read(**options: Any) -> Table:
+        return same(train=str(path), **{**LIMITS, **options})
+
+    first, again = read(), read()
+    assert passes == ["a.jsonl"]
+    for split in ("train", "validation", "test"):
+        assert again.rows(split) == first.rows(split)
+    assert first.given == again.given
+    read(max_train=3)
+    read(split_turns=True)
+    read(strip=False)
+    assert len(passes) == 4
+    # The same size, and the time that it had: what was written there is another file all the same.
+    before = path.stat()
+    path.write_text(lines(map(chat, range(79, -1, -1))), encoding="utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    read()
+    assert len(passes) == 5
+    kept = max((tmp_path / "cache" / "rows").glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+    kept.write_bytes(kept.read_bytes().replace(b"q1", b"q2"))
+    read()
+    assert len(passes) == 6, "what is damaged is read again"
+    path.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        Table(train=str(path), streaming=True, **LIMITS).rows("train")
+
+
+def test_a_file_that_was_just_written_is_not_remembered(
+    tmp_path: Path, passes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed_rows, "_SETTLED", 1e6)
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(map(chat, range(80))), encoding="utf-8")
+    for _ in range(2):
+        same(train=str(path), **LIMITS)
+    assert passes == ["a.jsonl"] * 2
+    assert not (tmp_path / "cache" / "rows").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import asdict
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from residency.domains.readers.records import FileOptions, Records
 from residency.domains.readers.streams import stream_file
 from residency.domains.readers.turns import split_into_turns
 from residency.domains.readers.unread import UnreadColumns, of_blanks, of_files, of_task, of_twin
+from residency.domains.streamed_rows import StreamedRows, stream_key, streamed_rows
 from residency.domains.template import Template
 
 __all__ = ["Table"]
@@ -127,21 +129,37 @@ class Table(Domain):
 
     def read(self) -> Mapping[Split, Sequence[Row]]:
         """Rows of the files, in hash order; of a stream, those that the limits keep."""
+        if self.streaming:
+            found = streamed_rows(self._stream_key(), self._streamed)
+            self.unread, self._counted = [*found.unread], {**found.given}
+            return found.rows
         self.unread, columns = [], UnreadColumns()
-        found = self._records()
-        if self.streaming:
-            check_limits(self.limits, found)
-        parts = {split: self._rows_of(split, records, columns) for split, records in found.items()}
-        if self.streaming:
-            kept = keep_rows(parts, self.limits)
-            self._counted = {split: one.added for split, one in kept.items()}
-            self._leave([columns.left_out()])
-            return {split: one.rows() for split, one in kept.items()}
-        rows = {split: list(part) for split, part in parts.items()}
+        rows = {split: list(self._rows_of(split, part, columns)) for split, part in self._records().items()}
         self._leave([columns.left_out()])
         validation, test = (0.0 if split in rows else 0.1 for split in ("validation", "test"))
         carved = split_by_group(rows.pop("train"), validation=validation, test=test)
         return {**carved, **{split: hash_order(part) for split, part in rows.items()}}
+
+    def _streamed(self) -> StreamedRows:
+        self.unread, columns = [], UnreadColumns()
+        found = self._records()
+        check_limits(self.limits, found)
+        kept = keep_rows({s: self._rows_of(s, part, columns) for s, part in found.items()}, self.limits)
+        self._leave([columns.left_out()])
+        rows, given = {s: one.rows() for s, one in kept.items()}, {s: one.added for s, one in kept.items()}
+        return StreamedRows(rows=rows, given=given, unread=self.unread)
+
+    def _stream_key(self) -> str | None:
+        """Of the files and of how they are read; `None` of a hub id, whose copy on disk is not ours to look at."""
+        names = {split: getattr(self, split) for split in ("train", "validation", "test")}
+        paths = [Path(name).expanduser() for name in names.values() if name is not None]
+        if self.path is not None:
+            folder = Path(self.path).expanduser()
+            if not folder.is_dir():
+                return None
+            paths = [path for path in folder.rglob("*") if path.is_file()]
+        how = [self.format, self.columns, self.class_names, asdict(self.files), self.strip, self.split_turns]
+        return stream_key(paths, [names, self.path, how, self.limits])
 
     def count_given(self, splits: Mapping[Split, Sequence[Row]]) -> dict[Split, int]:
         """Rows there are before the limits, also of a stream."""

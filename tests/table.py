@@ -96,12 +96,12 @@ from residency.testing import (
     ObjectiveRow,
     ScorerRow,
     partners,
-    write_backbone,
     write_domain,
 )
 from residency.testing.objective_rows import Parity
 from support.peft_configs import CONFIGS, IDENTITY
 from support.small_wordnet import write_wordnet
+from support.translators import write_translator
 
 __all__ = ["ADAPTERS", "AUGMENTATIONS", "DOMAINS", "METRICS", "MITIGATIONS", "OBJECTIVES", "SCORERS"]
 
@@ -393,7 +393,7 @@ DOMAINS: dict[str, DomainRow] = {
 
 
 def _random_translation(folder: Path) -> augmentation.Augmentation:
-    model = write_backbone(folder / "t5", architecture="t5")
+    model = write_translator(folder / "t5")
     return augmentation.BackTranslation(forward=str(model), backward=str(model), beams=1)
 
 

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -43,19 +44,20 @@ def seconds(words: list[str], *, times: int = 3) -> float:
 
 
 def write_study(folder: Path, cells: int) -> Path:
-    """A study of at least so many cells: ten mitigations with ten strengths, in orders and with seeds."""
-    strengths = [10.0**power for power in range(-4, 6)]
+    """A study of at least so many cells: four mitigations, many strengths, two adapters, three orders, five seeds."""
+    kinds = (("ewc", "strength"), ("mas", "strength"), ("l2_sp", "alpha"), ("si", "strength"))
     values = {
-        f"{name}_{strength:g}": {f"model.mitigations.{name}": name, f"model.mitigations.{name}.{key}": strength}
-        for name, key in (("ewc", "strength"), ("mas", "strength"), ("l2_sp", "alpha"), ("si", "strength"))
-        for strength in strengths
+        f"{name}_{place}": {f"model.mitigations.{name}": name, f"model.mitigations.{name}.{key}": 10.0 ** (place / 2)}
+        for place in range(-(-cells // (2 * 4 * 3 * 5)))
+        for name, key in kinds
     }
+    values = dict(islice(values.items(), -(-cells // (2 * 3 * 5))))
     study = {
         "name": "doors",
         "base": "quickstart",
         "axes": {"adapter": {name: {"model.adapter": name} for name in ("lora", "dora")}, "mitigation": values},
         "orders": "latin",
-        "seeds": list(range(-(-cells // (2 * len(values) * 3)))),
+        "seeds": list(range(5)),
     }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))

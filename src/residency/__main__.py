@@ -6,14 +6,14 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 
 from residency.core.errors import EXIT_DONE, EXIT_SIGNAL, EXIT_USER, UserError
+from residency.core.garbage import without_collector
 from residency.core.guard import explain_error
 from residency.core.lazy_packages import put_off
 from residency.core.signals import Stopped, stop_on_signals
@@ -137,8 +137,10 @@ def _dispatch(words: list[str], *, typed: bool) -> int:
     if verb in _STREAM_VERBS:
         return _stream_verb(verb, rest, typed=typed)
     if verb in _COMMANDS:
+        if verb == "sweep" and typed:
+            put_off()
         module, _, function = _COMMANDS[verb].partition(":")
-        with _uncollected(typed):
+        with without_collector(keep=True) if typed else nullcontext():
             command = getattr(import_module(f"residency.{module}"), function)
         code: int = command(rest)
         return code
@@ -149,24 +151,6 @@ def _dispatch(words: list[str], *, typed: bool) -> int:
         why="there is no such verb; the verb comes first",
         fix=f"did you mean `residency {near[0]}`?" if near else f"use one of {', '.join(verbs)} (residency --help)",
     )
-
-
-@contextmanager
-def _uncollected(own: bool) -> Iterator[None]:
-    """Import without the collector and take what was imported from its sight: a sixth of the time of a short verb.
-
-    Args:
-        own: Whether this process is ours; another program's garbage must not be kept for good.
-    """
-    if not own:
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _about(words: list[str]) -> int:
@@ -206,7 +190,7 @@ def _stream_verb(verb: str, rest: list[str], *, typed: bool) -> int:
 
         rest = expand_cell(rest)
     put_off()
-    with _uncollected(typed):
+    with without_collector(keep=True) if typed else nullcontext():
         from residency.runs.cli import ResidencyCLI
 
     ResidencyCLI([verb, *rest], launches=typed, estimate=estimate)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from residency.core.errors import EXIT_DONE, EXIT_SOME_FAILED, EXIT_USER, UserError
+from residency.core.garbage import without_collector
 from residency.core.text import for_terminal
 from residency.engine.stage_overrides import describe_stages
 from residency.runs.estimate import describe_costs
@@ -70,7 +71,8 @@ class StudyRunner:
                 f"search: {search.trials} trials of {', '.join(search.parameters)}, {search.batch} together, for every "
                 "combination; the cells below are those before the search"
             )
-        self._show(self._prepared({}), question)
+        with without_collector():
+            self._show(self._prepared({}), question)
 
     def sweep(self, start: Callable[[], Executor], watchers: Sequence[Watcher]) -> int:
         """Search if the study does, then make its cells, then compare them.
@@ -120,7 +122,8 @@ class StudyRunner:
         return resolver
 
     def _prepared(self, found: Found) -> Prepared:
-        return prepare(self.study, folder=self.folder, store=self.store, found=found)
+        with without_collector():
+            return prepare(self.study, folder=self.folder, store=self.store, found=found)
 
     @staticmethod
     def _record(prepared: Prepared, cell: Cell) -> dict[str, Any]:
@@ -142,10 +145,8 @@ class StudyRunner:
             f"[bold]{escape(for_terminal(prepared.study.name))}[/bold]: {len(cells)} cells, {len(missing)} to run, "
             f"{len(cells) - len(missing)} complete in {escape(for_terminal(prepared.folder))}"
         )
-        for cell in cells:
-            self.console.print(
-                f"  {escape(cell.id)}  {'to run' if cell.id in missing else 'complete'}", highlight=False
-            )
+        listed = [f"  {escape(cell.id)}  {'to run' if cell.id in missing else 'complete'}" for cell in cells]
+        self.console.print("\n".join(listed), highlight=False)
         for line in _own_settings(prepared.missing):
             self._say(f"  {line}")
         tried = measure(prepared.missing) if question and question.measure else None

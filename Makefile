@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/residency
+LINT   := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --num-workers 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup assets demo test test-pairs test-slow test-browser test-wheel docs lint bench bench-smoke clean
@@ -30,7 +31,7 @@ demo: assets  ## what is forgotten, and what prevents it: the quickstart study o
 # Three processes on two cores, and lint beside them: with two, an eighth of the time was waiting, for commands that are
 # killed and clocks; four take as long as three. What lint says comes last.
 test: assets  ## lint, types and all tests but those of the next three
-	@said=$$(mktemp); $(MAKE) --no-print-directory lint >$$said 2>&1 & lint=$$!; \
+	@said=$$(mktemp); { $(LINT); } >$$said 2>&1 & lint=$$!; \
 	$(BIN)/pytest -n 3 --dist worksteal -m "not slow and not pairs and not browser and not wheel"; tests=$$?; \
 	wait $$lint; lint=$$?; cat $$said; rm -f $$said; \
 	if [ $$lint -ne 0 ]; then echo "make lint: failed (above)"; fi; exit $$((tests ? tests : lint))
@@ -51,9 +52,7 @@ docs: setup  ## the documentation, strict: a broken link or a missing page fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup  ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy --num-workers 2
+	$(LINT)
 
 bench: assets  ## steps, mitigations, scoring side by side with plain loops; how cost grows (30 minutes)
 	$(BIN)/python experiments/benchmarks/lockstep.py --arms fit bare loop

@@ -10,25 +10,23 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from residency.core.assets.cache import cache_folder
 from residency.core.digests import Damaged, seal, unseal
 from residency.core.errors import UserError
-from residency.core.leases import lease
 from residency.core.tensor_files import read_json, write_json
 from residency.core.types import Row, Split
+from residency.domains.kept_files import delete_unused, held, reading_code
 from residency.domains.left_out import LeftOut
 from residency.domains.row_values import row_of, row_values
 
 __all__ = ["StreamedRows", "stream_key", "streamed_rows"]
 
 _SETTLED = 2.0  # seconds; of a file that changed within them, times may not tell a further change
-_UNUSED_DAYS = 30  # after which a file is deleted when another one is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +65,7 @@ def stream_key(files: Iterable[Path], options: Any) -> str | None:
             states.append([str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
     except OSError:
         return None
-    return hashlib.sha256(json.dumps([states, options, _code()], sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def _code() -> str:
-    """Our code that makes rows of files."""
-    folder, digest = Path(__file__).parent, hashlib.sha256()
-    ours = [*sorted(folder.glob("*.py")), *sorted((folder / "readers").glob("*.py"))]
-    for path in [*ours, folder.parent / "core" / "examples.py"]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps([states, options, reading_code()], sort_keys=True).encode()).hexdigest()
 
 
 def streamed_rows(key: str | None, read: Callable[[], StreamedRows]) -> StreamedRows:
@@ -95,12 +83,12 @@ def streamed_rows(key: str | None, read: Callable[[], StreamedRows]) -> Streamed
     path = cache_folder() / "rows" / f"{key}.json"
     if (found := _read(path)) is not None:
         return found
-    with _held(path):
+    with held(path, path.is_file):
         if (found := _read(path)) is not None:
             return found
         found = read()
         with suppress(UserError, OSError):
-            _tidy(path.parent)
+            delete_unused(path.parent, "*.json")
             write_json(path, seal(found.plain()))
     return found
 
@@ -118,21 +106,3 @@ def _read(path: Path) -> StreamedRows | None:
     with suppress(OSError):
         path.touch()
     return StreamedRows(rows=rows, given=found["given"], unread=unread)
-
-
-def _held(path: Path) -> Any:
-    """A lease beside the file; none where the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / ".writable").touch()
-    except OSError:
-        return nullcontext()
-    return lease(path.with_suffix(".lease"), already_done=path.is_file)
-
-
-def _tidy(folder: Path) -> None:
-    oldest = time.time() - _UNUSED_DAYS * 86_400
-    for file in folder.glob("*.json"):
-        with suppress(OSError):
-            if file.stat().st_mtime < oldest:
-                file.unlink()

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -20,10 +19,10 @@ from typing import Any
 
 from residency.core.assets.cache import cache_folder
 from residency.core.errors import UserError
-from residency.core.leases import lease
 from residency.core.types import Example, Row
 from residency.domains.base import Domain
 from residency.domains.chat import Chat
+from residency.domains.kept_files import delete_unused, held, reading_code
 from residency.domains.packed_examples import ExamplePacker, PackedExamples, open_examples, write_examples
 from residency.domains.template import Template
 from residency.domains.token_counts import TokenCounts, TrainingRows, count_tokens
@@ -32,7 +31,6 @@ __all__ = ["TrainingTokens", "is_large", "tokens_key", "training_tokens"]
 
 MANY = 20_000
 """Rows from which on a domain's tokens are kept in a file; fewer take seconds."""
-_UNUSED_DAYS = 30  # after which a file is deleted when another one is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +72,13 @@ def training_tokens(name: str, domain: Domain, tokenizer: Any) -> TrainingTokens
     if (found := _read(path, key, len(rows))) is not None:
         return found
     # Where nothing can be written, every process has its own arrays: a tenth of what objects take.
-    with _held(path, lambda: path.is_file()):
+    with held(path, path.is_file):
         if (found := _read(path, key, len(rows))) is not None:
             return found
         packer = ExamplePacker()
         found = _encoded(name, domain, tokenizer, packer)
         arrays = packer.arrays()
-        _tidy(path.parent)
+        delete_unused(path.parent, "*.safetensors")
         about = {"counts": asdict(found.counts), "kept": _written(found.kept, len(rows)), "rows": len(rows)}
         with suppress(UserError, OSError):
             write_examples(path, arrays, key=key, about=about)
@@ -124,10 +122,7 @@ def tokens_key(name: str, domain: Domain, tokenizer: Any) -> str | None:
 @cache
 def _code() -> list[str]:
     """Our code that makes tokens, and the versions of what it calls."""
-    folder, digest = Path(__file__).parent, hashlib.sha256()
-    for path in [*sorted(folder.glob("*.py")), folder.parent / "core" / "examples.py"]:
-        digest.update(path.read_bytes())
-    return [digest.hexdigest(), *(version(name) for name in ("transformers", "tokenizers", "jinja2"))]
+    return [reading_code(), *(version(name) for name in ("transformers", "tokenizers", "jinja2"))]
 
 
 def _read(path: Path, key: str, rows: int) -> TrainingTokens | None:
@@ -150,22 +145,3 @@ def _read(path: Path, key: str, rows: int) -> TrainingTokens | None:
 
 def _written(kept: Sequence[int], rows: int) -> list[int] | None:
     return None if len(kept) == rows else [*kept]
-
-
-def _held(path: Path, already_done: Callable[[], bool]) -> Any:
-    """A lease beside the file; none where the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / ".writable").touch()
-    except OSError:
-        return nullcontext()
-    return lease(path.with_suffix(".lease"), already_done=already_done)
-
-
-def _tidy(folder: Path) -> None:
-    """Delete files that nobody has used for long: a process that still maps one keeps its pages."""
-    oldest = time.time() - _UNUSED_DAYS * 86_400
-    for file in folder.glob("*.safetensors"):
-        with suppress(OSError):
-            if file.stat().st_mtime < oldest:
-                file.unlink()

@@ -243,7 +243,7 @@ def _optimizer_bytes(adapter: Adapter, model: nn.Module, factory: OptimizerFacto
         for leaf, *_ in alike:
             leaf.grad = torch.empty_like(leaf)
         optimizer.step()
-        if len(alike) == len(leaves):
+        if all(len(some) == 1 for some in alike):
             return optimizer_state_bytes(optimizer)
         return sum(len(some) * _bytes(optimizer.state[some[0]]) for some in alike)
     except (RuntimeError, NotImplementedError, AttributeError, ValueError):

@@ -71,8 +71,7 @@ class StudyRunner:
                 f"search: {search.trials} trials of {', '.join(search.parameters)}, {search.batch} together, for every "
                 "combination; the cells below are those before the search"
             )
-        with without_collector():
-            self._show(self._prepared({}), question)
+        self._show(self._prepared({}), question)
 
     def sweep(self, start: Callable[[], Executor], watchers: Sequence[Watcher]) -> int:
         """Search if the study does, then make its cells, then compare them.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 
 from residency.core.errors import UserError
-from residency.core.garbage import without_collector
 from residency.runs.estimate_words import add_price_options, asked
 
 __all__ = ["sweep_command"]
@@ -44,19 +42,17 @@ def sweep_command(words: list[str]) -> int:
                 why="at least one is needed to run anything",
                 fix=f"give a positive number, or leave --{name} out",
             )
-    # A plan is looked at once, and ends the command.
-    with without_collector() if (dry := options.dry_run or options.measure) else nullcontext():
-        from residency.study.command import sweep
+    from residency.study.command import sweep
 
-        return sweep(
-            options.study,
-            study_dir=options.study_dir,
-            store=options.store,
-            dry_run=dry,
-            question=asked(options),
-            workers=options.workers,
-            threads=options.threads,
-            where=options.executor,
-            emit_wandb=options.emit_wandb,
-            overwrite=options.overwrite,
-        )
+    return sweep(
+        options.study,
+        study_dir=options.study_dir,
+        store=options.store,
+        dry_run=options.dry_run or options.measure,
+        question=asked(options),
+        workers=options.workers,
+        threads=options.threads,
+        where=options.executor,
+        emit_wandb=options.emit_wandb,
+        overwrite=options.overwrite,
+    )

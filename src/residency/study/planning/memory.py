@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from residency.adapters.base import Adapter
 from residency.core.errors import UserError
+from residency.core.garbage import without_collector
 from residency.engine.estimate import StageOutline, outlined
 from residency.runs.estimate import Estimated, describe_estimate, device_of, estimate_run
 from residency.runs.estimate_words import Asked
@@ -16,6 +17,7 @@ __all__ = ["describe_memory"]
 _KINDS = 32  # of runs that are looked at: each takes a second
 
 
+@without_collector()
 def describe_memory(cells: Sequence[Resolved], question: Asked) -> list[str]:
     """The run that takes most, by part; one of every kind of model and mitigations is looked at.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
+from residency.core import markers
 from residency.core.errors import UserError
 from residency.core.markers import FolderKind, claim, is_marked, owns
 
@@ -64,3 +66,47 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
         claim(tmp_path / "x", RUN)
+
+
+@pytest.mark.parametrize("moment", ["marked", "written in"])
+def test_a_folder_that_others_claim_meanwhile_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def marked_by_another(path: Path, kind: FolderKind) -> bool:
+        # The answer of the moment before another process claims the folder.
+        monkeypatch.undo()
+        assert claim(path, kind)
+        if moment == "written in":
+            (path / "data").mkdir()
+        return False
+
+    monkeypatch.setattr(markers, "is_marked", marked_by_another)
+    assert not claim(tmp_path / "new", RUN)
+    assert is_marked(tmp_path / "new", RUN)
+
+
+def test_many_claim_one_folder_at_once(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+    start = threading.Barrier(8)
+
+    def work() -> None:
+        for n in range(40):
+            start.wait()
+            try:
+                claim(tmp_path / f"{n}", RUN)
+                (tmp_path / f"{n}" / "data").mkdir(exist_ok=True)
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["data", "run.json"]
+
+
+def test_a_marker_cut_by_a_kill_leaves_a_folder_that_can_be_claimed(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.0123.tmp").write_text('{"resid')
+    assert claim(tmp_path, RUN)

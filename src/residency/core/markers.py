@@ -7,13 +7,16 @@ whoever writes many files claims the folder first, and whoever deletes asks for 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from residency.core.errors import UserError
 
-__all__ = ["FolderKind", "check_place", "claim", "is_marked", "owns"]
+__all__ = ["FolderKind", "check_place", "claim", "is_marked", "is_marker", "owns"]
 
 _KEY = "residency"
 
@@ -72,9 +75,25 @@ def claim(path: Path, kind: FolderKind, *, overwrite: bool = False) -> bool:
     fresh = check_place(path, kind, overwrite=overwrite)
     if not is_marked(path, kind):
         path.mkdir(parents=True, exist_ok=True)
-        # Whoever claims it at the same time writes the same bytes.
-        (path / kind.marker).write_text(json.dumps({_KEY: kind.name, "schema": 1}) + "\n", encoding="utf-8")
+        _write_marker(path, kind)
     return fresh
+
+
+def _write_marker(path: Path, kind: FolderKind) -> None:
+    """Write a marker under another name and rename it: whoever claims the folder meanwhile never reads half of it."""
+    temporary = path / f".{kind.marker}.{secrets.token_hex(8)}.tmp"
+    try:
+        temporary.write_text(json.dumps({_KEY: kind.name, "schema": 1}) + "\n", encoding="utf-8")
+        os.replace(temporary, path / kind.marker)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def is_marker(name: str, kind: FolderKind) -> bool:
+    """Whether a file's name is that of a marker, or of one that is being written."""
+    return name == kind.marker or (name.startswith(f".{kind.marker}.") and name.endswith(".tmp"))
 
 
 def check_place(path: Path, kind: FolderKind, *, overwrite: bool = False) -> bool:
@@ -100,7 +119,12 @@ def check_place(path: Path, kind: FolderKind, *, overwrite: bool = False) -> boo
         )
     if is_marked(path, kind):
         return False
-    held = sorted(child.name for child in path.iterdir() if child.name not in kind.passing) if path.is_dir() else []
+    names = [child.name for child in path.iterdir()] if path.is_dir() else []
+    # A file of the marker's name that is not the marker is somebody's own.
+    held = sorted(n for n in names if n not in kind.passing and (n == kind.marker or not is_marker(n, kind)))
+    # The marker is the first file that a claim leaves: where others claimed the folder since, it is there by now.
+    if held and is_marked(path, kind):
+        return False
     if held and not overwrite and not kind.proof(path):
         raise UserError(
             f"{path} holds {', '.join(held[:4])}{' ...' if held[4:] else ''}, and no {kind.name} of residency "

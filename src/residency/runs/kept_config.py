@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from residency.core.errors import UserError
-from residency.core.markers import FolderKind
+from residency.core.markers import FolderKind, is_marker
 from residency.core.yaml_files import YamlRefused, parse_yaml
 
 __all__ = ["ONE_RANK", "RUN", "config_digest", "differences", "differences_today", "kept_config"]
@@ -32,7 +32,8 @@ def _made_before_markers(path: Path) -> bool:
 
 
 def _others(path: Path) -> list[str]:
-    return [child.name for child in path.iterdir() if child.name not in ("config.yaml", ".lock", "run.json")]
+    names = [child.name for child in path.iterdir() if not is_marker(child.name, RUN)]
+    return [name for name in names if name not in ("config.yaml", ".lock")]
 
 
 RUN = FolderKind(name="run", option="--run_dir", proof=_made_before_markers)

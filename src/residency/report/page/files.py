@@ -16,7 +16,7 @@ import altair as alt
 import polars as pl
 
 from residency.core.errors import UserError
-from residency.core.markers import FolderKind, claim
+from residency.core.markers import FolderKind, claim, is_marker
 from residency.report.charts.theme import Figure, config
 from residency.runs.views.tables import finite, printable
 
@@ -49,7 +49,8 @@ def _made_before_markers(path: Path) -> bool:
     if page.is_file():
         with page.open("rb") as handle:
             return b'<meta name="generator" content="residency' in handle.read(4000)
-    return all(child.suffix in (".png", ".svg") and child.is_file() for child in path.iterdir())
+    others = [child for child in path.iterdir() if not is_marker(child.name, REPORT)]
+    return all(child.suffix in (".png", ".svg") and child.is_file() for child in others)
 
 
 REPORT = FolderKind(name="report", option="--output", proof=_made_before_markers)

@@ -33,7 +33,7 @@ from typing import Any, Literal
 from residency.core.digests import Damaged, check_files, digest_file, lost_or_unreadable, seal, unseal
 from residency.core.errors import UserError
 from residency.core.leases import lease
-from residency.core.markers import FolderKind, claim
+from residency.core.markers import FolderKind, claim, is_marker
 from residency.core.tensor_files import explained, sync_folder
 
 __all__ = ["KEY", "KINDS", "STORE", "Entry", "EntryKind", "Store", "link_or_copy"]
@@ -48,7 +48,7 @@ _ROOMS = {*KINDS, "work", "leases", "aside", "tmp"}
 
 def _made_before_markers(path: Path) -> bool:
     """Whether everything in a folder has the names of a store, and one entry is what was written."""
-    held = [child for child in path.iterdir() if child.name != STORE.marker]
+    held = [child for child in path.iterdir() if not is_marker(child.name, STORE)]
     if not held or any(child.name not in _ROOMS or not child.is_dir() for child in held):
         return False
     entries = [entry for kind in KINDS for entry in (path / kind).glob("*") if KEY.fullmatch(entry.name)]

@@ -13,7 +13,14 @@ import pytest
 from residency.core import lazy_packages
 from residency.core.lazy_packages import put_off
 
-_HEAVY = ("altair", "bitsandbytes.functional", "scipy.signal", "torch._inductor.compile_fx", "torchmetrics.functional")
+_HEAVY = (
+    "altair",
+    "bitsandbytes.functional",
+    "scipy",
+    "scipy.signal",
+    "torch._inductor.compile_fx",
+    "torchmetrics.functional",
+)
 
 
 @pytest.fixture
@@ -68,6 +75,30 @@ def test_what_is_loaded_stays(package: str) -> None:
     assert _runs() == 1
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import scipy.stats; scipy.stats.ttest_rel([1, 2, 3], [2, 3, 5])",
+        "import scipy; scipy.optimize.brentq",
+        "import scipy.optimize._optimize as own; own._minimize_bfgs",
+        "from scipy.optimize import *; minimize",
+    ],
+)
+def test_a_part_of_a_package_is_put_off_without_the_rest(first: str) -> None:
+    code = f"""
+import sys
+from residency.core.lazy_packages import put_off
+put_off("scipy.optimize")
+assert "scipy.optimize" in sys.modules and "scipy" not in sys.modules
+{first}
+from scipy import optimize
+assert optimize.minimize(lambda x: (x[0] - 3) ** 2, [0.0]).x[0] - 3 < 1e-4
+assert optimize is sys.modules["scipy.optimize"] is __import__("scipy").optimize
+"""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_config_is_printed_without_what_it_does_not_need() -> None:
     code = f"""
 import sys
@@ -83,6 +114,9 @@ from torchmetrics import Metric, MetricCollection
 assert issubclass(torchmetrics.MeanMetric, Metric)
 assert torchmetrics.__version__[0].isdigit() and torchmetrics.functional.accuracy
 assert torchmetrics.Metric is Metric and torchmetrics.MetricCollection is MetricCollection
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+assert [list(found) for found in linear_sum_assignment([[1, 2], [0, 4]])] == [[0, 1], [1, 0]]
+from scipy.optimize import minimize
 """
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,8 +1,9 @@
 """Packages that others import at their start and seldom use: run when something of them is asked for, not before.
 
-Lightning imports all of torchmetrics for one base class (with it scipy.signal), and PEFT all of bitsandbytes where it
-is installed (with it torch's compiler): a quarter of the processor time of a command that only reads a config. The
-standard library's `LazyLoader` does not do for them: it runs a module as soon as its `__spec__` is looked at.
+Lightning imports all of torchmetrics for one base class (with it scipy.signal), PEFT all of bitsandbytes where it is
+installed (with it torch's compiler), and transformers scipy.optimize for the losses of object detection: a third of the
+processor time of a command that only reads a config. The standard library's `LazyLoader` does not do for them: it runs
+a module as soon as its `__spec__` is looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec, module_from_spec
 from threading import RLock
@@ -28,6 +29,7 @@ SELDOM_USED: Mapping[str, Mapping[str, Callable[[], Any]]] = {
         "_logger": lambda: logging.getLogger("torchmetrics"),
     },
     "bitsandbytes": {},
+    "scipy.optimize": {"linear_sum_assignment": lambda: _called_later("scipy.optimize", "linear_sum_assignment")},
 }
 """Package -> those of its names that are to be had without running it, and how."""
 
@@ -61,9 +63,29 @@ def put_off(*packages: str) -> None:
         packages: Of `SELDOM_USED`; all by default.
     """
     for name in packages or SELDOM_USED:
-        if name in sys.modules or (spec := find_spec(name)) is None or spec.loader is None:
+        if name in sys.modules or (spec := _spec(name)) is None or spec.loader is None:
             continue
         sys.modules[name] = _module(spec)
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Where a package lies; the package around it is not run, as `find_spec` would."""
+    outer, _, _ = name.rpartition(".")
+    around = find_spec(outer) if outer else None
+    if not outer:
+        return find_spec(name)
+    return None if around is None else PathFinder.find_spec(name, around.submodule_search_locations)
+
+
+def _called_later(package: str, name: str) -> Callable[..., Any]:
+    """A function that runs its package when it is called."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        module = import_module(package)
+        _run(module)
+        return getattr(module, name)(*args, **options)
+
+    return call
 
 
 def _last(*modules: str) -> ModuleType:
@@ -85,6 +107,8 @@ def _run(module: ModuleType) -> None:
         assert spec is not None
         assert spec.loader is not None
         try:
+            if outer := spec.name.rpartition(".")[0]:
+                import_module(outer)
             spec.loader.exec_module(module)
         except BaseException:
             module.__class__ = _PutOff

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,12 +72,14 @@ class StageOutline:
         stored: Bytes of its weights.
         blocks: Sizes of its decoder.
         way: How its layers will run.
+        work: Counts its passes; it looks at the layers once.
     """
 
     model: nn.Module
     stored: int
     blocks: Blocks
     way: Way
+    work: Work = field(default_factory=Work, repr=False)
 
 
 def outlined(module: ContinualModule, device: Device) -> StageOutline:
@@ -168,7 +170,7 @@ def estimate_stage(
         rows = {example.row: len(example) for group in groups for example in group}
         own = max(min(own, sum(rows.values())), *rows.values())
     held = _held(module, stage, found, device, own_tokens=own if stage.index + 1 < stage.stages else 0)
-    tokens, flops = _work(found.model, batches)
+    tokens, flops = _work(found, batches)
     passes = len(examples) / (micro * len(batches))
     return StageEstimate(
         domain=stage.domain,
@@ -192,15 +194,15 @@ def _row(batch: Batch) -> Row:
     return Row(tokens=batch.input_ids.numel(), read=len(batch.target_at.unique()), targets=len(batch.targets))
 
 
-def _work(model: nn.Module, batches: Sequence[Batch]) -> tuple[int, int]:
+def _work(found: StageOutline, batches: Sequence[Batch]) -> tuple[int, int]:
     """(tokens, FLOPs) of a forward and a backward pass over batches, as a run counts them."""
-    work = Work()
-    model.train()
+    if not found.model.training:
+        found.model.train()
     for batch in batches:
         out = torch.zeros((), requires_grad=True) * 1
-        work.passed(model, batch, out)
+        found.work.passed(found.model, batch, out)
         out.backward()  # tells `work` that it came
-    return work.take()
+    return found.work.take()
 
 
 def _held(module: ContinualModule, stage: Stage, found: StageOutline, device: Device, *, own_tokens: int) -> Held:

@@ -1,4 +1,4 @@
-"""Three rules of jsonargparse are replaced, because there are no options for them; and a search that takes long.
+"""Three rules of jsonargparse are replaced, because there are no options for them.
 
 *A component whose class is switched starts from the new class's own defaults.* jsonargparse keeps init_args of the old
 class that the new one happens to accept too: a config with `EWC(strength: 7)` and `--model.mitigations.ewc=MAS` on the
@@ -9,19 +9,17 @@ command line would silently give `MAS(strength: 7)`, which corrupts an ablation 
 with `runs.config.imports`.
 
 *YAML has limits* (`core.yaml_files`), wherever jsonargparse reads it: in files and in single words.
-
-*The action of a key is looked up*, not searched for among all of them, which was a fifth of the time of a parse.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from jsonargparse import Namespace, _actions, _core, _loaders_dumpers, _subcommands, _typehints
+from jsonargparse import Namespace, _actions, _loaders_dumpers, _typehints
 
 from residency.core.yaml_files import MAX_DEPTH, check_yaml
+from residency.runs.config import jsonargparse_speed
 from residency.runs.config.imports import check_path, import_named, note
 
 __all__ = ["install"]
@@ -44,38 +42,7 @@ def install() -> None:
         _actions.import_object = _typehints.import_object
         _loaders_dumpers.yaml_load = partial(_load_yaml, _loaders_dumpers.yaml_load)
         _loaders_dumpers.loaders["yaml"] = _loaders_dumpers.yaml_load
-        _core.find_action_and_subcommand = partial(_find, _subcommands.find_action_and_subcommand)
-        _subcommands.find_action_and_subcommand = _core.find_action_and_subcommand
-
-
-# Parser -> (its actions when they were sorted, name of a key -> its actions in their order).
-_SORTED: WeakKeyDictionary[Any, tuple[list[Any], dict[str, list[Any]]]] = WeakKeyDictionary()
-
-
-def _find(original: Any, parser: Any, dest: str, exclude: Any = None) -> Any:
-    """(action of a key, subcommand that it belongs to), as the original finds them one by one."""
-    known = _SORTED.get(parser)
-    if known is None or known[0] != parser._actions:
-        known = _SORTED[parser] = [*parser._actions], _by_name(parser._actions)
-    # Subcommands come first and have parsers of their own.
-    if _SUBCOMMANDS in known[1]:
-        return original(parser, dest, exclude)
-    found = [action for action in known[1].get(dest, ()) if exclude is None or not isinstance(action, exclude)]
-    last = (_actions._ActionConfigLoad, _actions.ActionFail)
-    return next((action for action in found if not isinstance(action, last)), found[-1] if found else None), None
-
-
-_SUBCOMMANDS = ""  # no key is empty
-
-
-def _by_name(actions: list[Any]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for action in _actions.filter_non_parsing_actions(actions):
-        if isinstance(action, _subcommands.ActionSubCommands):
-            found[_SUBCOMMANDS] = [action]
-        for name in {action.dest, *(word[2:] for word in action.option_strings if word.startswith("--"))}:
-            found.setdefault(name, []).append(action)
-    return found
+        jsonargparse_speed.install()
 
 
 def _plain(val: Any, *args: Any, **kwargs: Any) -> Any:

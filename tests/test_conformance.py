@@ -36,10 +36,10 @@ STREAMS = [
 LONG_DOMAINS = {*DOMAINS} - {"jsonl", "table", "IcdChapters"}
 
 
-# One class of ours around tuners of PEFT. What these few show of it, and EWC's pair of every one (stopped inside of a
-# stage, trained as a copy), is left to `make test-pairs` of the others.
+# One class of ours around tuners of PEFT. How these few meet mitigations, are stopped inside of a stage and train as a
+# copy is left to `make test-pairs` of the others.
 FEW_TUNERS = ("lora", "lora_dropout", "dora", "pissa", "prefix_tuning", "trainable_tokens")
-SHOWN_BY_A_PAIR = ("a_stopped_run_goes_on_bit_for_bit", "a_copied_model_trains_as_a_fresh_one")
+SHOWN_BY_A_FEW = ("a_stopped_run_goes_on_bit_for_bit", "a_copied_model_trains_as_a_fresh_one")
 
 
 def _marks(row: str, partner: str, title: str) -> Collection[pytest.MarkDecorator]:
@@ -47,7 +47,7 @@ def _marks(row: str, partner: str, title: str) -> Collection[pytest.MarkDecorato
         return [pytest.mark.slow]
     bulk = row in ADAPTERS and partner in MITIGATIONS
     some = row in SOME_ADAPTERS or partner in SOME_MITIGATIONS or (row, partner) in STREAMS
-    if row in CONFIGS and row not in FEW_TUNERS and (title in SHOWN_BY_A_PAIR or partner == "replay"):
+    if row in CONFIGS and row not in FEW_TUNERS and (title in SHOWN_BY_A_FEW or partner):
         return [pytest.mark.pairs]
     if row in OBJECTIVES and partner:
         # Replay takes the place of some of the few rows.

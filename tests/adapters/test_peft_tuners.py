@@ -143,7 +143,7 @@ def test_a_target_that_is_not_there_is_told(llama: Path) -> None:
 # -- kill -9 --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pissa", "qlora", "osf"])
+@pytest.mark.parametrize("name", ["pissa", *(pytest.param(n, marks=pytest.mark.pairs) for n in ("qlora", "osf"))])
 def test_a_killed_run_equals_the_uninterrupted_one(name: str, llama: Path, tmp_path: Path) -> None:
     """Where the frozen part is not the pretrained weight, a new process must find the same one again."""
     kinds = {"a": "generative", "b": "label"}

@@ -37,7 +37,10 @@ from residency.inspection.gradient_metrics import GradientStability, stability_i
 from residency.runs.folder import RunFolder
 from residency.runs.stream import StreamSettings, train_stream
 from residency.testing.tiny_runs import domains, make_module
+from support.peft_configs import CONFIGS
 from table import ADAPTERS
+
+FEW_TUNERS = ("lora", "dora", "oft", "adaption_prompt", "prefix_tuning", "trainable_tokens")
 
 
 def observers() -> dict[str, Observer]:
@@ -262,7 +265,10 @@ def test_nothing_has_drifted_where_nothing_was_trained(llama: Path, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch, once per process, for SHiRA
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    "adapter",
+    [pytest.param(n, marks=pytest.mark.pairs if n in CONFIGS and n not in FEW_TUNERS else ()) for n in ADAPTERS],
+)
 def test_every_adapter_can_be_looked_into(adapter: str, llama: Path, tmp_path: Path) -> None:
     module = make_module(llama, ADAPTERS[adapter].make(), {}, **ADAPTERS[adapter].options)
     module.build(seed=0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from residency.adapters import Full
+from residency.adapters import Adapter, Freeze, Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
 from residency.backbones.quantisation import Quantisation
@@ -17,7 +17,7 @@ from residency.engine.rank_strategy import RankStrategy, stage_strategy
 from residency.engine.sharding import check_observers, check_shardable
 from residency.mitigations import EWC, Replay
 from residency.objectives import SFT
-from table import MITIGATIONS, OBJECTIVES
+from table import ADAPTERS, MITIGATIONS, OBJECTIVES
 
 PARTS: dict[str, Any] = {
     "backbone": CausalLM(path="somewhere"),
@@ -28,7 +28,12 @@ PARTS: dict[str, Any] = {
 OTHERS = {
     "quantised": ({"backbone": CausalLM(path="somewhere", quantisation=Quantisation())}, "model.backbone (CausalLM)"),
     "encoder-decoder": ({"backbone": Seq2Seq(path="somewhere")}, "model.backbone (Seq2Seq)"),
-    "full": ({"adapter": Full()}, "model.adapter (Full)"),
+    "galore": ({"adapter": ADAPTERS["galore"].make()}, "model.adapter (GaLore)"),
+    "gradients of what trains": ({"adapter": Full()}, "model.mitigations.ewc (EWC)"),
+    "virtual steps of what trains": (
+        {"adapter": Full(), "mitigations": {"mine": Replay(draw="mir")}},
+        "model.mitigations.mine (Replay)",
+    ),
     "dora": ({"adapter": lora(r=2, use_dora=True)}, "model.adapter (Peft)"),
     "intruders": (
         {"mitigations": {"mine": MITIGATIONS["intruder_reduction"].make()}},
@@ -53,6 +58,24 @@ def test_who_does_not_is_named_with_what_to_do(name: str) -> None:
         check_shardable(**PARTS | parts)
     assert str(error.value).startswith(f"{told} with trainer.strategy ModelParallelStrategy")
     assert "strategy to ddp" in error.value.fix
+
+
+@pytest.mark.parametrize("adapter", [Full(), Freeze(bottom=1)])
+def test_full_fine_tuning_with_replay_takes_part(adapter: Adapter) -> None:
+    check_shardable(**PARTS | {"adapter": adapter, "mitigations": {"replay": Replay()}})
+
+
+def test_who_is_derived_from_replay_or_full_says_so_itself() -> None:
+    class Own(Replay):
+        shardable = True
+
+    class OwnFull(Full):
+        pass
+
+    with pytest.raises(UserError, match=r"mine \(Own\)[^?]*gradients of what trains"):
+        check_shardable(**PARTS | {"adapter": Full(), "mitigations": {"mine": Own()}})
+    with pytest.raises(UserError, match=r"model\.adapter \(OwnFull\)"):
+        check_shardable(**PARTS | {"adapter": OwnFull(), "mitigations": {}})
 
 
 def test_what_is_derived_from_a_part_says_so_itself() -> None:

@@ -52,6 +52,11 @@ def test_each_of_two_ranks_keeps_half_of_the_base(two: Group, llama: Path, tmp_p
         assert found["kept"] - found["leaves"] <= 0.55 * found["frozen"], "the rest is of tables of positions"
 
 
+def test_full_fine_tuning_in_parts(two: Group, llama: Path, tmp_path: Path) -> None:
+    """More of these in `test_full_in_parts`."""
+    assert_equal_learning(two, llama, tmp_path, "full", "replay", shards=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mitigation", ["", *(name for name in MITIGATIONS if name not in QUICK)])
 def test_with_every_mitigation(mitigation: str, two: Group, llama: Path, tmp_path: Path) -> None:

@@ -7,19 +7,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from support.cli import tiny_config, write_yaml
 
 __all__ = ["command", "members", "start", "stream_config", "wait_for"]
 
 
-def stream_config(folder: Path, backbone: Path) -> Path:
-    """The tiny stream as a config file, with plain SGD and EWC; a checkpoint after every step."""
+def stream_config(folder: Path, backbone: Path, **model: Any) -> Path:
+    """The tiny stream as a config file, with plain SGD and EWC; a checkpoint after every step.
+
+    Args:
+        folder: Where it is written.
+        backbone: Its model.
+        model: Other parts, by key.
+    """
     content = tiny_config(folder / "data", backbone)
+    ewc = {"class_path": "residency.mitigations.EWC", "init_args": {"strength": 10.0}}
     content["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
-    content["model"]["mitigations"] = {
-        "ewc": {"class_path": "residency.mitigations.EWC", "init_args": {"strength": 10.0}}
-    }
+    content["model"] |= {"mitigations": {"ewc": ewc}, **model}
     return write_yaml(folder / "tiny.yaml", {**content, "checkpoint_every_n_steps": 1})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residency.adapters.full import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
 from residency.core.ranks import (
@@ -86,16 +87,31 @@ def kept_bytes(backbone: Path) -> dict[str, int]:
     """Of all tensors that this process holds because of a model that has been trained with and scored in parts."""
     ids = torch.arange(1, 9)[None]
     before = _alive()
-    model = lora(r=2, target_modules=["q_proj"]).attach(CausalLM(path=str(backbone)).load())
+    adapter = lora(r=2, target_modules=["q_proj"])
+    model = adapter.attach(CausalLM(path=str(backbone)).load())
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     leaves = [p for p in model.parameters() if p.requires_grad]
-    with base_in_parts(model, torch.device("cpu")):
+    with base_in_parts(model, torch.device("cpu"), adapter=adapter):
         with torch.inference_mode():
             model(input_ids=ids, use_cache=False)
         model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
     model.zero_grad()
     return {"frozen": frozen, "leaves": sum(p.nbytes for p in leaves), "kept": _alive() - before}
+
+
+def trained_bytes(backbone: Path) -> dict[str, int]:
+    """Of all tensors that this process holds because of a model whose parts a step of AdamW has trained."""
+    ids = torch.arange(1, 9)[None]
+    before = _alive()
+    adapter = Full()
+    model = adapter.attach(CausalLM(path=str(backbone)).load())
+    weights = sum(p.nbytes for p in model.parameters())
+    with base_in_parts(model, torch.device("cpu"), adapter=adapter):
+        optimizer = adapter.optimizer(model, torch.optim.AdamW)
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        optimizer.step()
+    return {"weights": weights, "kept": _alive() - before}
 
 
 def _alive() -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from residency.core.errors import UserError
+from residency.core.parts import put_into, whole
 from residency.core.types import Batch, Capability, Example, Stage, Tensors
 from residency.scorers.base import ScoreInfo
 
@@ -94,6 +95,10 @@ class Adapter(ABC):
     """Whether all that trains lies beside frozen weights that only their own forward reads: each of several processes
     can then keep a part of them. May be set per instance."""
 
+    trains_in_parts: bool = False
+    """Whether what trains are whole weights that only their own forward reads: of these a process can keep a part,
+    too. Not inherited."""
+
     uses_stream_length: bool = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
 
@@ -119,8 +124,8 @@ class Adapter(ABC):
         return 0
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Everything that must be stored so that `load_state` on a freshly attached model restores this one."""
-        return {name: p.detach() for name, p in self.trainable(model).items()}
+        """Everything that must be stored so that `load_state` on a freshly attached model restores this one; whole."""
+        return {name: whole(p.detach()) for name, p in self.trainable(model).items()}
 
     @torch.no_grad()
     def load_state(self, model: nn.Module, state: Tensors) -> None:
@@ -256,7 +261,7 @@ def copy_state(live: Tensors, state: Tensors, *, owner: str) -> None:
         )
     with torch.no_grad():
         for name, tensor in live.items():
-            tensor.copy_(state[name])
+            put_into(tensor, state[name])
 
 
 def changes(adapter: Adapter, method: str) -> bool:

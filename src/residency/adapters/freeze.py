@@ -80,6 +80,7 @@ class Freeze(Adapter):
     """
 
     provides = frozenset({"fixed_coordinates", "averageable", "linear", "mergeable", "exportable"})
+    trains_in_parts = True
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class Full(Adapter):
     """
 
     provides = frozenset({"fixed_coordinates", "averageable", "linear", "mergeable", "exportable"})
+    trains_in_parts = True
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Make every parameter trainable.

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from residency.core.parts import in_parts
 from residency.core.trees import flatten_tree, unflatten_tree
 
 __all__ = [
@@ -153,9 +154,10 @@ def tree_from_first(tree: Mapping[str, Any] | None) -> Any:
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients of all ranks by their mean, with equal bits on every rank. Called by all ranks.
 
-    A parameter without a gradient on this rank counts as zero if another one has one, else it stays without.
+    A parameter without a gradient on this rank counts as zero if another one has one, else it stays without. Of one
+    that is in parts every rank has its part of the mean already.
     """
-    leaves = [p for p in parameters if p.requires_grad]
+    leaves = [p for p in parameters if p.requires_grad and not in_parts(p)]
     reached = torch.tensor([p.grad is not None for p in leaves], dtype=torch.uint8, device=_device())
     dist.all_reduce(reached, op=dist.ReduceOp.MAX)
     for bucket in _buckets([p for p, somewhere in zip(leaves, reached.tolist(), strict=True) if somewhere]):

@@ -9,15 +9,17 @@ nothing: for adapters there is next to nothing to overlap.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from residency.core.errors import UserError
+from residency.core.parts import check_optimizers, in_parts, part_of, stepped, whole_states
 from residency.core.ranks import mean_gradients
 
 __all__ = ["RankStrategy", "end_in_place", "ended_children", "stage_strategy"]
@@ -31,7 +33,7 @@ class RankStrategy(DDPStrategy):
     Args:
         timeout: How long a rank waits for the others.
         process_group_backend: `gloo`, `nccl`; by the device by default.
-        shards: Whether each process keeps a part of the frozen weights only (`engine.sharding`).
+        shards: Whether each process keeps a part of the weights only (`engine.sharding`).
     """
 
     def __init__(self, *, timeout: timedelta, process_group_backend: str | None = None, shards: bool = False) -> None:
@@ -50,6 +52,30 @@ class RankStrategy(DDPStrategy):
             yield
         finally:
             self._accumulates = False
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Make the optimizers of a stage; those of parts are looked at.
+
+        Raises:
+            UserError: One cannot step parts.
+        """
+        super().setup_optimizers(trainer)
+        check_optimizers(self.optimizers)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What a checkpoint keeps: whole, so that any number of ranks can go on from it. Called by all ranks."""
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        return whole_states(state) if any(map(in_parts, stepped(optimizer))) else state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Bring it back, cut as the parameters are."""
+        super().load_optimizer_state_dict(checkpoint)
+        for optimizer in self.optimizers:
+            for leaf in filter(in_parts, stepped(optimizer)):
+                state: dict[str, Any] = optimizer.state[leaf]
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == leaf.shape and not in_parts(value):
+                        state[name] = part_of(value, leaf)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average what the step's micro-batches have left."""

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from residency.core.parts import local
+
 __all__ = ["optimizer_state_bytes", "overhead", "tokens_per_second"]
 
 
@@ -26,7 +28,7 @@ def optimizer_state_bytes(optimizer: Optimizer) -> int:
     """Bytes of all memory that an optimizer holds between steps beside the parameters it steps and their gradients.
 
     Moments, projections, tables of 8-bit states; what a wrapper's inner optimizers hold, and the low-rank parameters
-    that they step. Memory that several tensors share counts once.
+    that they step. Memory that several tensors share counts once; of what is in parts, this process's.
     """
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     seen: set[int] = set()
@@ -38,7 +40,7 @@ def optimizer_state_bytes(optimizer: Optimizer) -> int:
         seen.add(id(value))
         if isinstance(value, Tensor):
             # By object: tensors without values, of which an estimate is made, have no address.
-            storage: Any = value.untyped_storage()
+            storage: Any = local(value).untyped_storage()
             storages[storage._cdata] = storage.nbytes()
         elif isinstance(value, Mapping):
             for inner in value.values():

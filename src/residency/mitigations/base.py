@@ -67,15 +67,14 @@ class Mitigation(Callback):
     """Place among all `transform_update`: 0 adds, 1 masks rows, 2 masks columns, 3 projects, 4 only looks."""
 
     first_domain: int = 1
-    """Index of the first stage whose TRAINING it touches or must watch: 1 for what protects earlier domains, 0 for
-    what has to see the first one as well. Studies share all stages before it."""
+    """First stage whose TRAINING it touches or must watch: 1 for what protects earlier domains, 0 for what has to see
+    the first one as well. Studies share all stages before it."""
 
     task_id_at_test: ClassVar[bool] = False
     """Whether scoring a row needs to know its domain, see `Adapter.task_id_at_test`."""
 
     training_only: ClassVar[frozenset[str]] = frozenset()
-    """Arguments that matter while a stage is trained and neither for `transform_weights` nor for `on_domain_end`:
-    what follows training is shared by all their values."""
+    """Arguments that matter in training alone: what follows it, `transform_weights` and `on_domain_end`, is shared."""
 
     uses_stream_length: ClassVar[bool] = False
     """Whether it looks at `Stage.stages`; if not, streams of different lengths share their common prefix."""
@@ -92,8 +91,7 @@ class Mitigation(Callback):
     (`Adapter.continues`); may be set per instance."""
 
     uses_base: bool = False
-    """Whether `transform_weights` reads `module.base_weights`, those before the first stage: a snapshot in memory. May
-    be set per instance."""
+    """Whether `transform_weights` reads `module.base_weights`: a snapshot in memory. May be set per instance."""
 
     follows: frozenset[str] = frozenset({"completion", "label", "pair", "unpaired", "prompt"})
     """Kinds of rows (`Objective.reads`) whose objective it can protect; may be narrowed per instance."""
@@ -107,12 +105,14 @@ class Mitigation(Callback):
     shardable: bool = False
     """Whether it works on parts of a base: reads no frozen weights, passes equally often on ranks. Not inherited."""
 
+    reads_weights: bool = True
+    """Whether it reads weights or gradients of what trains, which can be in parts as well if not. Not inherited."""
+
     keeps_examples: ClassVar[bool] = False
     """Whether it learns again from rows of earlier stages (or rows made in their place), by the stage's objective."""
 
     uses_validation: bool = False
-    """Whether it reads `module.validation()`, the validation rows of the stage's own domain; may be set per instance. A
-    stream whose domains have none is refused."""
+    """Whether it reads `module.validation()`, rows that every domain must have then; may be set per instance."""
 
     def __init__(self) -> None:
         self.name = type(self).__name__.lower()

@@ -9,6 +9,7 @@ from typing import Any
 from residency.domains.stream_data import StreamData
 from residency.engine.estimate import Device, StageEstimate, StageOutline, estimate_stage, largest_that_fits, outlined
 from residency.engine.module import ContinualModule
+from residency.engine.sharding import trains_in_parts
 from residency.engine.trainers import Trainers
 from residency.runs.estimate_words import Asked
 from residency.runs.open_runner import open_runner
@@ -38,14 +39,14 @@ class Estimated:
         ranks: Devices that train together.
         seconds: Of training and scoring; `None` = not measured.
         fitting: What fits into the memory that was asked for; `None` = nothing does, or nobody asked.
-        in_parts: Whether every device will keep a part of the frozen weights only, which are counted whole.
+        in_parts: What every device will keep a part of only, and is counted whole; empty = nothing.
     """
 
     stages: Sequence[StageEstimate]
     ranks: int
     seconds: float | None
     fitting: StageEstimate | None
-    in_parts: bool = False
+    in_parts: str = ""
 
     @property
     def largest(self) -> StageEstimate:
@@ -91,7 +92,9 @@ def estimate_run(
             limit=question.memory,
         )
     seconds = _seconds(runner) if question.measure else None
-    return Estimated(stages=stages, ranks=device.ranks, seconds=seconds, fitting=fitting, in_parts=trainers.shards)
+    cut = "weights, gradients and optimizer state" if trains_in_parts(module.adapter) else "frozen weights"
+    in_parts = cut if trainers.shards else ""
+    return Estimated(stages=stages, ranks=device.ranks, seconds=seconds, fitting=fitting, in_parts=in_parts)
 
 
 def device_of(trainers: Trainers) -> Device:
@@ -120,8 +123,8 @@ def describe_estimate(found: Estimated, question: Asked) -> list[str]:
     ]
     if found.in_parts:
         lines.append(
-            f"  frozen weights are counted whole; of them a device keeps 1/{found.ranks}, and a block and what lies "
-            "around the blocks (embeddings, head) while it computes"
+            f"  {found.in_parts} are counted whole; of them a device keeps 1/{found.ranks}, and a block and what "
+            "lies around the blocks (embeddings, head) while it computes"
         )
     tokens, flops = (sum(getattr(stage, name) for stage in found.stages) for name in ("tokens", "flops"))
     steps = sum(stage.steps for stage in found.stages)

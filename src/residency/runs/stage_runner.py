@@ -18,7 +18,7 @@ from residency.engine.module import ContinualModule
 from residency.engine.scoring.evaluation import evaluate
 from residency.engine.scoring.row_scores import Evaluation
 from residency.engine.serving import serving
-from residency.engine.sharding import LEFT_OUT, base_in_parts, frozen_bytes
+from residency.engine.sharding import LEFT_OUT, base_in_parts, held_bytes
 from residency.engine.stage import finish_stage, restore_stage, take_trained_stage, train_stage
 from residency.engine.stage_overrides import describe_stages
 from residency.engine.trainers import Trainers
@@ -94,7 +94,8 @@ class StageRunner:
             if not self.trainers.shards:
                 return step(**arguments)
             self.build()
-            with lockstep(), base_in_parts(self.module.model, self.trainers.root_device):
+            module, device = self.module, self.trainers.root_device
+            with lockstep(), base_in_parts(module.model, device, adapter=module.adapter):
                 return step(**arguments)
 
         return carry_out
@@ -208,8 +209,8 @@ class StageRunner:
             checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
         )
         self.trained = self.trained_here = k
-        held = {"frozen_bytes": gather_facts(frozen_bytes(self.module.model))} if self.trainers.shards else {}
-        return facts | held | self.inspection.during()
+        held = gather_facts(held_bytes(self.module.model)) if self.trainers.shards else [{}]
+        return facts | {name: [own[name] for own in held] for name in held[0]} | self.inspection.during()
 
     def offset(self, k: int) -> int:
         """Optimizer steps of the stream before the k-th stage."""

@@ -120,6 +120,7 @@ class SDFT(Mitigation):
     """
 
     shardable = True
+    reads_weights = False
     first_domain: int = 0
     follows = frozenset({"completion"})
     not_on_classifiers = "it lets the model write, and a classifier writes nothing"

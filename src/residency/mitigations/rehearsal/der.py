@@ -94,6 +94,7 @@ class DER(Mitigation):
     """
 
     shardable = True
+    reads_weights = False
     follows = Mitigation.follows - {"prompt"}
     keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"alpha", "beta", "distance", "draws"})

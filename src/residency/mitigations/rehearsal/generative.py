@@ -59,6 +59,7 @@ class GenerativeReplay(Mitigation):
     """
 
     shardable = True
+    reads_weights = False
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
     follows = frozenset({"completion"})
     keeps_examples = True

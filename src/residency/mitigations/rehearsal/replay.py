@@ -59,6 +59,7 @@ class Replay(Mitigation):
     """
 
     shardable = True
+    reads_weights = False
     holds: ClassVar[frozenset[Guarantee]] = frozenset({"slots"})
     keeps_examples = True
     training_only: ClassVar[frozenset[str]] = frozenset({"ratio", "every", "exponent", "candidates", "virtual_step"})
@@ -91,6 +92,8 @@ class Replay(Mitigation):
         self.virtual_step = virtual_step
         self.add_state("seen", torch.zeros((), dtype=torch.long))
         self.add_state("buffer", pack_examples([]))
+        if draw == "mir":
+            self.reads_weights = True
         if draw == "loss":
             self.add_state("losses", torch.zeros(0))
         self._view: tuple[object, list[Example]] = (None, [])

@@ -43,9 +43,10 @@ from residency.backbones.packed_attention import How, attend_segments
 from residency.core.batching import make_batch
 from residency.core.types import Example, Segment, Stage, segment_tokens
 from residency.engine.checkpointing import History
-from residency.engine.estimate import Device, estimate_stage, outlined
+from residency.engine.estimate import estimate_stage
 from residency.engine.module import ContinualModule
 from residency.engine.stage import train_stage
+from residency.engine.stage_outline import Device, outlined
 from residency.engine.trainers import Trainers
 from residency.objectives import SFT
 from residency.testing.tiny_models import write_backbone, write_tokenizer

@@ -21,10 +21,11 @@ from residency.core.tensors import size_in_bytes
 from residency.core.types import Stage
 from residency.domains.stream_data import StreamData
 from residency.engine.checkpointing import History
-from residency.engine.estimate import Device, StageEstimate, estimate_stage, largest_that_fits, outlined
+from residency.engine.estimate import StageEstimate, estimate_stage, largest_that_fits
 from residency.engine.memory import Blocks, Held, Row, activation_bytes, estimate_memory
 from residency.engine.module import ContinualModule
 from residency.engine.stage import begin_stage, finish_stage, train_stage
+from residency.engine.stage_outline import Device, outlined
 from residency.engine.trainers import Trainers
 from residency.metrics.cost import optimizer_state_bytes
 from residency.mitigations import EWC, MAS, SI, Mitigation, SelfDistillation

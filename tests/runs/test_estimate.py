@@ -39,14 +39,14 @@ def test_devices_share_the_batch_and_are_not_started(config: Path, tmp_path: Pat
     assert call(*words, "--memory", "0.0001").out.count("not even one example fits") == 1
 
 
-def test_a_base_in_parts_is_counted_whole(config: Path, tmp_path: Path) -> None:
+def test_a_base_in_parts_is_counted_by_its_part(config: Path, tmp_path: Path) -> None:
     words = ["fit", "--config", config, "--config", "fsdp", "--run_dir", tmp_path / "run", "--dry-run"]
     result = call(*words)
     assert result.code == 0, result.err
-    assert "  frozen weights are counted whole; of them a device keeps 1/2" in result.out
+    assert "  of frozen weights a device keeps 1/2;" in result.out
     result = call(*words, "--model.adapter=full")
     assert result.code == 0, result.err
-    assert "  weights, gradients and optimizer state are counted whole; of them a device keeps 1/2" in result.out
+    assert "  of weights, gradients and optimizer state a device keeps 1/2;" in result.out
 
 
 def test_what_is_wrong_is_found(config: Path, tmp_path: Path) -> None:

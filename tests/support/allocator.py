@@ -31,17 +31,23 @@ def watched_peak() -> Iterator[Peak]:
     found = Peak()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield found
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int, int]] = []
 
     def walk(events: Iterable[Any]) -> None:
         for event in events:
             if event.tag.name == "Allocation" and str(event.extra_fields.device) == "cpu":
-                sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
+                sizes.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr))
             walk(event.children)
 
     inner: Any = profiler.profiler
     walk(inner.kineto_results.experimental_event_tree())
-    for _, size in sorted(sizes):
+    live: dict[int, int] = {}
+    for _, size, place in sorted(sizes):
+        # Storages that are resized to nothing (FSDP) are freed without a word: their place is given to others.
+        before = live.pop(place, 0)
+        if size > 0:
+            live[place] = size
+            found.end -= before
         found.end += size
         found.highest = max(found.highest, found.end)
 

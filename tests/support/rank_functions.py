@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from residency.adapters.full import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
+from residency.core.parts import local
 from residency.core.ranks import (
     from_first,
     gather_facts,
@@ -26,7 +28,16 @@ from residency.core.ranks import (
     together,
     tree_from_first,
 )
+from residency.core.types import Stage
+from residency.domains.stream_data import StreamData
+from residency.engine.checkpointing import History
+from residency.engine.estimate import estimate_stage
 from residency.engine.sharding import base_in_parts
+from residency.engine.stage import train_stage
+from residency.engine.stage_outline import Device, outlined
+from residency.engine.trainers import Trainers
+from residency.testing.tiny_runs import domains, make_module
+from support.allocator import held_bytes, watched_peak
 
 UNEVEN = [1.0, 2.0, 3.0, 10.0]
 
@@ -112,6 +123,42 @@ def trained_bytes(backbone: Path) -> dict[str, int]:
         model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
         optimizer.step()
     return {"weights": weights, "kept": _alive() - before}
+
+
+def peaks_in_parts(backbone: Path, folder: Path, adapter: str, batch: int) -> list[tuple[int, int]]:
+    """(estimated, allocated) peak of two stages of two ranks."""
+    strategy = ModelParallelStrategy(tensor_parallel_size=1)
+    options = {"accelerator": "cpu", "devices": ranks(), "strategy": strategy, "enable_progress_bar": False}
+    trainers = Trainers(lambda: {**options, "gradient_clip_val": 1.0})
+    data = StreamData(domains=domains(folder / f"data{rank()}"), batch_size=batch)
+    stages = [
+        Stage(index=k, domain=d, seed=0, kind=data.domains[d].kind, steps=2, batch_size=batch, stages=3)
+        for k, d in enumerate(data.order)
+    ]
+    make = {"full": Full, "lora": lambda: lora(r=8, target_modules="all-linear")}[adapter]
+    plan, module = (make_module(backbone, make(), {}, lr=1e-4) for _ in range(2))
+    device = Device(kind="cpu", precision="32-true", ranks=ranks(), parts=True)
+
+    def peaks() -> list[tuple[int, int]]:
+        module.build(seed=0)
+        with together(), lockstep(), base_in_parts(module.model, torch.device("cpu"), adapter=module.adapter):
+            return [(estimated(stage), allocated(stage)) for stage in stages[:2]]
+
+    def estimated(stage: Stage) -> int:
+        outline = outlined(plan, device)
+        return estimate_stage(plan, data, stage, outline, device, micro=batch // ranks()).memory.peak
+
+    def allocated(stage: Stage) -> int:
+        parameters = list(module.model.parameters())
+        held = [*parameters, *(p.grad for p in parameters if p.grad is not None), *module.model.buffers()]
+        history = History(stage=stage, every_n_steps=1, offset=0, write=lambda line: None)
+        own: dict[str, Any] = {"folder": folder / f"{rank()}-{stage.index}", "history": history, "observers": []}
+        before = held_bytes([local(one.detach()) for one in held])
+        with watched_peak() as peak:
+            train_stage(module=module, data=data, trainers=trainers, stage=stage, checkpoint_every_n_steps=0, **own)
+        return before + peak.highest
+
+    return trainers.launch(peaks)
 
 
 def _alive() -> int:

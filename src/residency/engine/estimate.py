@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from residency.adapters.base import Adapter, OptimizerFactory, changes
-from residency.backbones.outline import Outline
-from residency.backbones.work import Work, is_checkpointed
-from residency.core.errors import UserError
 from residency.core.types import Batch, Example, Layout, Stage, untyped
 from residency.domains.sampler import StageExamples
 from residency.domains.stream_data import StreamData
 from residency.engine import folds
-from residency.engine.memory import Blocks, Held, MemoryEstimate, Row, Way, estimate_memory
+from residency.engine.memory import Held, MemoryEstimate, Row, estimate_memory
 from residency.engine.module import ContinualModule
+from residency.engine.sharding import trains_in_parts
+from residency.engine.stage_outline import Device, StageOutline, held_in_parts
 from residency.metrics.cost import optimizer_state_bytes
 
-__all__ = ["Device", "StageEstimate", "StageOutline", "estimate_stage", "largest_that_fits", "outlined"]
+__all__ = ["StageEstimate", "estimate_stage", "largest_that_fits"]
 
 _LOOKED_AT = 128  # micro-batches of a stage
 _BUCKET = 32_000_000  # bytes of gradients that ranks reduce at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """Where a rank computes.
-
-    Args:
-        kind: `cpu` or `cuda`.
-        precision: Of the Trainer.
-        ranks: How many train together.
-    """
-
-    kind: str
-    precision: str
-    ranks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,89 +45,6 @@ class StageEstimate:
     tokens: int
     flops: int
     steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageOutline:
-    """A model with its adapter on the meta device, and its sizes.
-
-    Args:
-        model: Every parameter without values.
-        stored: Bytes of its weights.
-        blocks: Sizes of its decoder.
-        way: How its layers will run.
-        work: Counts its passes; it looks at the layers once.
-    """
-
-    model: nn.Module
-    stored: int
-    blocks: Blocks
-    way: Way
-    work: Work = field(default_factory=Work, repr=False)
-
-
-def outlined(module: ContinualModule, device: Device) -> StageOutline:
-    """The model of a run, without weights.
-
-    Raises:
-        UserError: The backbone does not say what it will be, or the adapter is made of the weights themselves.
-    """
-    bare = module.backbone.outline()
-    if bare is None:
-        raise UserError(
-            f"{type(module.backbone).__name__} and --dry-run",
-            why="an estimate reads what the model will be from its config, which this backbone does not offer",
-            fix="use residency.backbones.CausalLM, or train a few steps and look at peak_memory_bytes in results.json",
-        )
-    try:
-        model = module.adapter.attach(bare.model)
-    except (NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"{type(module.adapter).__name__} and --dry-run: {' '.join(str(error).split())[:200]}",
-            why="it is made of the values of the weights, which an estimate does not load",
-            fix="estimate the same stream with configs/adapter/lora.yaml: its sizes are alike",
-        ) from error
-    own = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if _is_new(name, bare))
-    width = 2 if device.precision.startswith(("bf16", "16")) else bare.width
-    blocks = _blocks(model, width=width)
-    return StageOutline(model=model, stored=bare.stored + own, blocks=blocks, way=_way(module, model, bare, device))
-
-
-def _is_new(name: str, bare: Outline) -> bool:
-    # PEFT keeps the modules of the base inside of its own: only names of adapters have these parts.
-    return any(part in name for part in ("lora_", "ia3_", "prompt", "adapter", "modules_to_save", "trainable_tokens"))
-
-
-def _blocks(model: nn.Module, *, width: int) -> Blocks:
-    core: Any = model
-    config = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
-    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    # Between the factors of LoRA lies what `lora_A` gives: one number per row of it.
-    thin = sum(len(p) for name, p in model.named_parameters() if "lora_A" in name)
-    return Blocks(
-        layers=layers,
-        hidden=hidden,
-        feed_forward=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
-        queries=heads * head_dim,
-        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
-        heads=heads,
-        vocabulary=config.vocab_size,
-        thin=thin // layers,
-        width=width,
-    )
-
-
-def _way(module: ContinualModule, model: nn.Module, bare: Outline, device: Device) -> Way:
-    if is_checkpointed(model) or getattr(module.backbone, "gradient_checkpointing", False):
-        return "checkpointed"
-    reads_rows = getattr(module.backbone, "attention", "auto") != "model"
-    if module.layout_choice == "padded" or not reads_rows:
-        return "padded"
-    plain = all("lora_A" in n or "lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
-    named = any(name.endswith("gate_proj") for name, _ in model.named_modules())
-    exact = device.kind == "cpu" and bare.width == 4 and "mixed" not in device.precision and not bare.quantised
-    return "node" if plain and named and exact else "modules"
 
 
 def estimate_stage(
@@ -170,12 +71,16 @@ def estimate_stage(
         rows = {example.row: len(example) for group in groups for example in group}
         own = max(min(own, sum(rows.values())), *rows.values())
     held = _held(module, stage, found, device, own_tokens=own if stage.index + 1 < stage.stages else 0)
+    row = _row(largest)
+    if device.parts:
+        held = held_in_parts(held, found, device, trained=trains_in_parts(module.adapter))
+        row = replace(row, read=row.tokens)
     tokens, flops = _work(found, batches)
     passes = len(examples) / (micro * len(batches))
     return StageEstimate(
         domain=stage.domain,
         micro_batch=micro,
-        memory=estimate_memory(found.blocks, _row(largest), held, way=found.way),
+        memory=estimate_memory(found.blocks, row, held, way=found.way),
         tokens=round(tokens * passes),
         flops=round(flops * passes),
         steps=stage.steps,

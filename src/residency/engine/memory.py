@@ -14,6 +14,9 @@ queries, K of keys, I feed-forward, r the LoRA ranks of the layer):
     padded        4 D + 2 Q + 2 K + 4 I + H + 2 + r
     checkpointed  D, and one layer by modules
 
+Of a base in parts (`engine.sharding`) a block, and what lies around the blocks, is put together while it is computed:
+`Gathered` says how much of that is there at once.
+
 The interpreter and its libraries (some 0.6 GB on a CPU) are not in it, nor what an allocator rounds up.
 """
 
@@ -23,7 +26,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Blocks", "Held", "MemoryEstimate", "Row", "Way", "activation_bytes", "estimate_memory", "head_bytes"]
+__all__ = [
+    "Blocks",
+    "Gathered",
+    "Held",
+    "MemoryEstimate",
+    "Row",
+    "Way",
+    "activation_bytes",
+    "estimate_memory",
+    "head_bytes",
+]
 
 Way = Literal["node", "modules", "padded", "checkpointed"]
 """How the layers of a model run: each as one node, as modules on a packed row, on padded rows, or computed again in
@@ -77,6 +90,33 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """Weights that are put together from the parts of all ranks, in bytes.
+
+    Args:
+        around: What lies around the blocks: embeddings, last norm, head.
+        block: The largest block.
+        trained: Whether they train: then their gradients are whole, too, until every rank has its part of them.
+    """
+
+    around: int = 0
+    block: int = 0
+    trained: bool = False
+
+    @property
+    def beside(self) -> int:
+        """Together with the activations: what the head reads (and its gradient), a block, and the next one."""
+        return self.around * (1 + self.trained) + 2 * self.block
+
+    @property
+    def alone(self) -> int:
+        """Without them: what is around, received and laid out; or its weights, two gradients of a table that is head as
+        well, and their sum.
+        """
+        return self.around * (4 if self.trained else 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """What is in memory whatever is computed, and what steps with it; all in bytes.
 
@@ -94,6 +134,8 @@ class Held:
         head_trained: Whether the head is a leaf.
         logits: Whether somebody reads the logits, so that they are there as a whole.
         on_logits: Whether what reads them is a distance to a teacher's.
+        gathered: What is put together while a micro-batch is computed; of weights, gradients and optimizer this
+            device's part is counted then.
     """
 
     weights: int
@@ -109,6 +151,7 @@ class Held:
     head_trained: bool = False
     logits: bool = False
     on_logits: bool = False
+    gathered: Gathered = Gathered()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +239,9 @@ def estimate_memory(blocks: Blocks, row: Row, held: Held, *, way: Way) -> Memory
     remembered = sum(held.remembered.values()) + held.kept
     always = held.weights + remembered
     # Lightning frees the gradients of a step only behind the next forward pass.
-    forward = always + held.optimizer + held.gradients + activations + head
+    gathered = held.gathered
+    computed = max(activations + head + gathered.beside, gathered.alone)
+    forward = always + held.optimizer + held.gradients + computed
     # A table that is head as well gets its gradient in two parts.
     twice = held.largest if held.head_trained else 0
     step = always + held.optimizer + held.gradients + max(held.copies * held.gradients + held.stepping, twice)
@@ -206,7 +251,7 @@ def estimate_memory(blocks: Blocks, row: Row, held: Held, *, way: Way) -> Memory
         # Gradients of single examples are made from what every map gave, which is kept besides.
         given = blocks.queries + 2 * blocks.keys + 2 * blocks.hidden + 2 * blocks.feed_forward + blocks.thin
         finish += activation_bytes(blocks, own, way="modules" if way == "node" else way) + held.own_sums
-        finish += blocks.width * blocks.layers * given * held.own_tokens
+        finish += blocks.width * blocks.layers * given * held.own_tokens + gathered.beside
     return MemoryEstimate(
         weights=held.weights,
         gradients=held.gradients,

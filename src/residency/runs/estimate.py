@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from residency.domains.stream_data import StreamData
-from residency.engine.estimate import Device, StageEstimate, StageOutline, estimate_stage, largest_that_fits, outlined
+from residency.engine.estimate import StageEstimate, estimate_stage, largest_that_fits
 from residency.engine.module import ContinualModule
 from residency.engine.sharding import trains_in_parts
+from residency.engine.stage_outline import Device, StageOutline, outlined
 from residency.engine.trainers import Trainers
 from residency.runs.estimate_words import Asked
 from residency.runs.open_runner import open_runner
@@ -39,7 +40,7 @@ class Estimated:
         ranks: Devices that train together.
         seconds: Of training and scoring; `None` = not measured.
         fitting: What fits into the memory that was asked for; `None` = nothing does, or nobody asked.
-        in_parts: What every device will keep a part of only, and is counted whole; empty = nothing.
+        in_parts: What every device will keep a part of only; empty = nothing.
     """
 
     stages: Sequence[StageEstimate]
@@ -99,7 +100,8 @@ def estimate_run(
 
 def device_of(trainers: Trainers) -> Device:
     """What a rank of a run computes on."""
-    return Device(kind=trainers.root_device.type, precision=trainers.precision, ranks=trainers.world_size)
+    kind, precision = trainers.root_device.type, trainers.precision
+    return Device(kind=kind, precision=precision, ranks=trainers.world_size, parts=trainers.shards)
 
 
 def _seconds(runner: StageRunner) -> float:
@@ -123,8 +125,8 @@ def describe_estimate(found: Estimated, question: Asked) -> list[str]:
     ]
     if found.in_parts:
         lines.append(
-            f"  {found.in_parts} are counted whole; of them a device keeps 1/{found.ranks}, and a block and what "
-            "lies around the blocks (embeddings, head) while it computes"
+            f"  of {found.in_parts} a device keeps 1/{found.ranks}; a block, and what lies around the blocks "
+            "(embeddings, head), is whole while it computes"
         )
     tokens, flops = (sum(getattr(stage, name) for stage in found.stages) for name in ("tokens", "flops"))
     steps = sum(stage.steps for stage in found.stages)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from residency.adapters.base import Adapter
 from residency.core.errors import UserError
 from residency.core.garbage import without_collector
-from residency.engine.estimate import StageOutline, outlined
+from residency.engine.stage_outline import StageOutline, outlined
 from residency.runs.estimate import Estimated, describe_estimate, device_of, estimate_run
 from residency.runs.estimate_words import Asked
 from residency.study.planning.resolve import Resolved

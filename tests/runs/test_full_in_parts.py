@@ -14,8 +14,8 @@ from residency.testing.tiny_models import write_backbone
 from support import rank_functions
 from support.parts_and_whole import HOW, assert_goes_on
 from support.rank_commands import stream_config
-from support.rank_learning import assert_equal_learning
-from support.rank_runs import Group, group
+from support.rank_learning import KINDS, assert_equal_learning
+from support.rank_runs import Group, group, run_row
 from table import MITIGATIONS, OBJECTIVES
 
 pytestmark = pytest.mark.slow
@@ -63,6 +63,18 @@ def test_micro_batches_and_clipping(clip: dict[str, object], two: Group, llama: 
 def test_with_activations_that_are_computed_again(two: Group, llama: Path, tmp_path: Path) -> None:
     loading = {"dtype": "float64", "gradient_checkpointing": True}
     assert_equal_learning(two, llama, tmp_path, "full", "replay", shards=True, loading=loading)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", "float32"), ("bf16-true", "bfloat16")])
+def test_in_half_precision(precision: str, dtype: str, adapter: str, two: Group, llama: Path, tmp_path: Path) -> None:
+    """Other sums round otherwise; what is learnt is the same."""
+    row = {"backbone": llama, "adapter": adapter, "mitigations": ("replay",), "steps": 3, "kinds": KINDS}
+    row |= {"trainer": {"precision": precision}, "loading": {"dtype": dtype}}
+    one = run_row({**row, "folder": tmp_path / "alone" / "run"}, ranks=1)["scores"]["nll"]["R"]
+    many = two.record({**row, "folder": tmp_path / "shared" / "run", "shards": True})["scores"]["nll"]["R"]
+    for mine, theirs in zip(one, many, strict=True):
+        assert theirs == pytest.approx(mine, rel=0.01)
 
 
 def test_each_keeps_half_of_everything(two: Group, llama: Path) -> None:

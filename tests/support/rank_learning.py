@@ -10,7 +10,7 @@ import pytest
 from support.rank_runs import FLOAT32, Group, apart, run_row
 from support.stop_and_resume import history
 
-__all__ = ["SINGLE", "assert_equal_learning"]
+__all__ = ["KINDS", "SINGLE", "assert_equal_learning"]
 
 EQUAL = 1e-10  # in float64
 SINGLE = 1e-5  # in float32: see `FLOAT32`, the command's own runs, and what the history keeps

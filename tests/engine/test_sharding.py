@@ -16,7 +16,8 @@ from residency.core.errors import UserError
 from residency.engine.rank_strategy import RankStrategy, stage_strategy
 from residency.engine.sharding import check_observers, check_shardable
 from residency.mitigations import EWC, Replay
-from residency.objectives import SFT
+from residency.objectives import KTO, RLOO, SFT
+from residency.objectives.rewards import ByRewardModel
 from table import ADAPTERS, MITIGATIONS, OBJECTIVES
 
 PARTS: dict[str, Any] = {
@@ -43,7 +44,18 @@ OTHERS = {
         {"mitigations": {"mine": MITIGATIONS["source_shielding"].make()}},
         "model.mitigations.mine (SourceShielding)",
     ),
-    "rollouts": ({"objective": OBJECTIVES["grpo"].make()}, "model.objective (GRPO)"),
+    "rows asked about later": (
+        {"objective": OBJECTIVES["preference_pretrained"].make()},
+        "model.objective (Preference)",
+    ),
+    "the weights of a reward model": (
+        {"adapter": Full(), "mitigations": {}, "objective": RLOO(reward=ByRewardModel(stage=1))},
+        "model.objective (RLOO)",
+    ),
+    "the start of a stage": (
+        {"adapter": Full(), "mitigations": {}, "objective": KTO(baseline="batch")},
+        "model.objective (KTO)",
+    ),
 }
 
 

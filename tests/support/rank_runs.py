@@ -20,7 +20,8 @@ from residency.core.tensor_files import load_tree
 from residency.engine.trainers import Trainers
 from residency.testing.tiny_runs import domains, train
 from support.killed_runs import PRELOAD
-from table import ADAPTERS, MITIGATIONS
+from support.preference_stream import judged_domains, sft_then_reward_then_policy
+from table import ADAPTERS, MITIGATIONS, OBJECTIVES
 
 __all__ = ["FLOAT32", "Group", "apart", "group", "run_row"]
 
@@ -33,7 +34,8 @@ FLOAT32 = ("c3a", "deft", "fourierft", "mica", "olora", "pissa", "psoft", "qlora
 FLOAT32 += ("bottleneck", "cartridge", "p_tuning", "prefix_tuning", "progressive_prompts", "progressive_prompts_mlp")
 FLOAT32 += ("prompt_tuning",)
 Row = dict[str, Any]
-"""`folder`, `backbone`, names of `adapter` and `mitigations` in the table, and options of `train`."""
+"""`folder`, `backbone`, names of `adapter`, `mitigations` and of the objective (`learnt_by`) in the table, whether a stage
+learns from the reward model of an earlier one (`by_reward_model`), and options of `train`."""
 
 
 def run_row(row: Mapping[str, Any], *, ranks: int) -> dict[str, Any]:
@@ -41,6 +43,11 @@ def run_row(row: Mapping[str, Any], *, ranks: int) -> dict[str, Any]:
     options = dict(row)
     folder, backbone, name = options.pop("folder"), options.pop("backbone"), options.pop("adapter")
     mitigations = {m: MITIGATIONS[m].make() for m in options.pop("mitigations", ())}
+    if learnt := options.pop("learnt_by", ""):
+        options["objective"] = OBJECTIVES[learnt].make()
+        options["data"] = {"domains": judged_domains(folder.parent / "judged", options["objective"].reads)}
+    if options.pop("by_reward_model", False):
+        options |= sft_then_reward_then_policy(folder.parent / "judged")
     adapter = ADAPTERS[name]
     shards = options.pop("shards", False)
     several: Any = ModelParallelStrategy(tensor_parallel_size=1) if shards else "ddp"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residency.core.errors import UserError
+from residency.core.parts import in_parts
 from residency.core.types import Tensors
 
 __all__ = [
@@ -141,7 +143,16 @@ def swapped(leaves: Tensors, values: Tensors) -> Iterator[None]:
     Args:
         leaves: Live leaves by name.
         values: Values of some or all of them, same shapes.
+
+    Raises:
+        UserError: A leaf is in parts.
     """
+    if cut := [name for name in values if in_parts(leaves[name])]:
+        raise UserError(
+            f"other values for {len(cut)} weights of which every rank has a part, first {cut[0]!r}",
+            why="who puts them together reads the parts, and would never see the values",
+            fix="set trainer.strategy to ddp, which keeps the whole model on every device",
+        )
     own = {name: leaves[name].data for name in values}
     try:
         for name, value in values.items():

@@ -38,7 +38,7 @@ LEFT_OUT = "base in parts: without the kernels of head, last layer and lanes, an
 
 _OF_PART = {
     "adapter": "it reads weights, or steps parameters, of which every rank would have a part only",
-    "objective": "it may pass the model more often on one rank than on another, which would wait for ever",
+    "objective": "as it is set it may pass the model more often on one rank than on another, which would wait for ever",
     "mitigations": "it reads frozen weights, of which every rank has a part, or is not known not to",
 }
 _READS = "it reads weights or gradients of what trains, of which every rank has a part under {}, or is not known not to"
@@ -60,6 +60,8 @@ def check_shardable(
     for place, part in parts.items():
         if not (_says(part, "shardable", value=True) or (part is adapter and not whole)):
             raise _refusal(place, part, why=_OF_PART[place.split(".")[1]])
+        if part is objective and not whole and (objective.keeps_start or "fixed_coordinates" in objective.requires):
+            raise _refusal(place, part, why="it brings back weights of an earlier time, and what trains is in parts")
         if isinstance(part, Mitigation) and not (whole or _says(part, "reads_weights", value=False)):
             raise _refusal(place, part, why=_READS.format(type(adapter).__name__))
 

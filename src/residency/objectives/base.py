@@ -113,8 +113,9 @@ class Objective(ABC):
     decoder_only: str = ""
     """Why it does not work on an encoder-decoder; empty if it does. May be set per instance."""
 
-    shardable: ClassVar[bool] = False
-    """Whether it passes the model equally often on every rank, as a base in parts needs it. Not inherited."""
+    shardable: bool = False
+    """Whether it passes the model equally often on every rank, as a base in parts needs it. Not inherited; may be set
+    per instance."""
 
     learns_prompts: ClassVar[bool] = False
     """Whether tokens of prompts are learnt, too."""

@@ -37,6 +37,7 @@ class KTO(Objective):
     """
 
     reads: ClassVar[Reads] = "unpaired"
+    shardable = True
     forward_noise: ClassVar[bool] = False
 
     def __init__(
@@ -60,6 +61,8 @@ class KTO(Objective):
         self.baseline = baseline
         self.reference = reference
         self.requires = frozenset({"reference"}) if reference == "pretrained" else frozenset()
+        if reference == "pretrained":
+            self.shardable = False  # rows that came in later are asked about in the batches that have them
         self.keeps_start = baseline == "batch" and reference == "stage_start"
         self._z = torch.zeros(())
         self._step: tuple[int, int] | None = None

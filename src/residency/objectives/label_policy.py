@@ -41,6 +41,7 @@ class LabelPolicy(Objective):
     """
 
     reads: ClassVar[Reads] = "label"
+    shardable = True
     forward_noise: ClassVar[bool] = False
 
     def __init__(self, *, reward: Reward, group: int | None = None, beta: float = 0.0) -> None:

@@ -53,6 +53,7 @@ class RLOO(Objective):
     """
 
     reads: ClassVar[Reads] = "prompt"
+    shardable = True
     forward_noise: ClassVar[bool] = False
     decoder_only = "what the policy has written so far is read behind the prompt, as one text"
     not_on_classifiers = "it lets the model write, and a classifier writes nothing"
@@ -160,6 +161,7 @@ class GRPO(Objective):
     """
 
     reads: ClassVar[Reads] = "prompt"
+    shardable = True
     forward_noise: ClassVar[bool] = False
     decoder_only = "what the policy has written so far is read behind the prompt, as one text"
     not_on_classifiers = "it lets the model write, and a classifier writes nothing"

@@ -43,6 +43,7 @@ class Preference(Objective):
     """
 
     reads: ClassVar[Reads] = "pair"
+    shardable = True
     forward_noise: ClassVar[bool] = False
 
     def __init__(
@@ -63,6 +64,8 @@ class Preference(Objective):
         self.sft_weight = sft_weight if sft_weight is not None else float(loss in ("orpo", "cpo"))
         self.reference = None if loss in REFERENCE_FREE else reference or "stage_start"
         self.requires = frozenset({"reference"}) if reference == "pretrained" else frozenset()
+        if reference == "pretrained":
+            self.shardable = False  # rows that came in later are asked about in the batches that have them
 
     def units(self, example: Example) -> float:
         """One: a pair."""

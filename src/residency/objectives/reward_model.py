@@ -44,6 +44,7 @@ class RewardModel(Objective):
     """
 
     reads: ClassVar[Reads] = "pair"
+    shardable = True
     forward_noise: ClassVar[bool] = False
     uses_logits = True
     not_on_classifiers = "it reads a token of the vocabulary behind an answer, and a classifier reads prompts alone"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -33,7 +33,7 @@ class FLOW(Objective):
             provide `reference`).
     """
 
-    shardable: ClassVar[bool] = True
+    shardable = True
 
     def __init__(self, *, tau: float | None = None, start: Start = "stage_start") -> None:
         if tau is not None and tau <= 0:
@@ -74,7 +74,7 @@ class STM(Objective):
         start: Which model is asked: `stage_start`, or `pretrained` (the adapter must provide `reference`).
     """
 
-    shardable: ClassVar[bool] = True
+    shardable = True
 
     def __init__(self, *, threshold: float = 2.5, start: Start = "stage_start") -> None:
         if not threshold > 1:

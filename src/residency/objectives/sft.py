@@ -25,7 +25,7 @@ class SFT(Objective):
             whole distributions.
     """
 
-    shardable: ClassVar[bool] = True
+    shardable = True
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         if not 0 <= label_smoothing < 1:
@@ -51,7 +51,7 @@ class FullText(Objective):
     """Continued pretraining: prompts are learnt like completions, every token but the first of a row."""
 
     learns_prompts: ClassVar[bool] = True
-    shardable: ClassVar[bool] = True
+    shardable = True
     not_on_classifiers = "it learns the tokens of prompts, and a classifier has a head for labels only"
 
     def begin_stage(self, learner: Learner, dataset: Sequence[Example], stage: Stage) -> Sequence[Example]:

@@ -7,7 +7,7 @@ at equal learning, not at an equal rate. `nll` in the history is without weights
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -26,7 +26,7 @@ class DFT(Objective):
     What the model holds for impossible is hardly learnt: on answers of p ≈ 1e-4 per token there is next to no gradient.
     """
 
-    shardable: ClassVar[bool] = True
+    shardable = True
 
     def losses(self, forward: Forward, batch: Batch, reference: Forward | None) -> ExampleLosses:
         """Σ p_t nll_t, p_t without gradient."""
@@ -44,7 +44,7 @@ class ASFT(Objective):
         direction: `forward` = KL(pretrained ‖ model), as the published code computes it; `reverse`.
     """
 
-    shardable: ClassVar[bool] = True
+    shardable = True
     uses_logits = True
     not_on_classifiers = "the pretrained model has no head that it was trained with, and is no anchor"
     requires: frozenset[Capability] = frozenset({"reference"})
@@ -82,7 +82,7 @@ class EAFT(Objective):
         alpha: Exponent of the normalised entropy; 0 = plain supervised fine-tuning.
     """
 
-    shardable: ClassVar[bool] = True
+    shardable = True
     uses_logits = True
 
     def __init__(self, *, k: int = 20, alpha: float = 1.0) -> None:
@@ -114,7 +114,7 @@ class TALR(Objective):
         floor: Smallest weight.
     """
 
-    shardable: ClassVar[bool] = True
+    shardable = True
 
     def __init__(self, *, tau: float | None = None, floor: float = 0.01) -> None:
         if (tau is not None and tau <= 0) or not 0 <= floor <= 1:

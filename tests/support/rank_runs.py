@@ -34,8 +34,8 @@ FLOAT32 = ("c3a", "deft", "fourierft", "mica", "olora", "pissa", "psoft", "qlora
 FLOAT32 += ("bottleneck", "cartridge", "p_tuning", "prefix_tuning", "progressive_prompts", "progressive_prompts_mlp")
 FLOAT32 += ("prompt_tuning",)
 Row = dict[str, Any]
-"""`folder`, `backbone`, names of `adapter`, `mitigations` and of the objective (`learnt_by`) in the table, whether a stage
-learns from the reward model of an earlier one (`by_reward_model`), and options of `train`."""
+"""`folder`, `backbone`, names of `adapter`, `mitigations` and of the objective (`learnt_by`) in the table, whether a
+stage learns from the reward model of an earlier one (`by_reward_model`), and options of `train`."""
 
 
 def run_row(row: Mapping[str, Any], *, ranks: int) -> dict[str, Any]:

@@ -77,6 +77,15 @@ def test_in_lockstep_all_ranks_make_as_many_passes(three: Group) -> None:
     assert [alike for *_, alike in found] == [[[item, r] for item in rank_functions.UNEVEN] for r in range(3)]
 
 
+def test_a_tensor_is_cut_as_torch_cuts_it(three: Group) -> None:
+    """By its first dimension, the last ranks with less or nothing."""
+    assert _values(three, rank_functions.cut) == [
+        [[2, 2], [2], [1, 3], [1, 2]],
+        [[2, 2], [2], [0, 3], [1, 2]],
+        [[1, 2], [0], [0, 3], [0, 2]],
+    ]
+
+
 def test_one_process_is_a_rank_of_its_own() -> None:
     assert (rank(), ranks(), gather_facts(3), from_first(4)) == (0, 1, [3], 4)
     with together():

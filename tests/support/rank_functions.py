@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from residency.adapters.full import Full
 from residency.adapters.peft import lora
 from residency.backbones import CausalLM
-from residency.core.parts import local
+from residency.core.parts import local, put_into, whole
 from residency.core.ranks import (
     from_first,
     gather_facts,
@@ -48,6 +50,23 @@ def facts() -> list[Any]:
 
 def nan() -> list[float]:
     return list(gather_facts(math.nan if rank() == 1 else math.inf))
+
+
+def cut() -> list[list[int]]:
+    """Shapes of this rank's parts of some tensors; they are torch's own, and together the tensors."""
+    mesh, shapes = init_device_mesh("cpu", (ranks(),)), []
+    for size in ((5, 2), (4,), (1, 3), (2, 2)):
+        value = torch.arange(math.prod(size), dtype=torch.float64).reshape(size)
+        expected = distribute_tensor(value, mesh, [Shard(0)])
+        made = torch.zeros_like(expected)
+        put_into(made, value)
+        assert torch.equal(local(made), local(expected))
+        assert torch.equal(whole(made), value)
+        assert whole(value) is value
+        put_into(plain := torch.zeros_like(value), value)
+        assert torch.equal(plain, value)
+        shapes.append(list(local(made).shape))
+    return shapes
 
 
 def tree(tree: Any) -> Any:

@@ -14,7 +14,16 @@ from torch.optim import Optimizer
 
 from residency.core.errors import UserError
 
-__all__ = ["check_optimizers", "in_parts", "local", "part_of", "put_into", "stepped", "whole", "whole_states"]
+__all__ = [
+    "check_optimizers",
+    "cut_states",
+    "in_parts",
+    "local",
+    "put_into",
+    "stepped",
+    "whole",
+    "whole_states",
+]
 
 _NUMBER_BY_NUMBER = (
     *("AdamW", "SGD", "Adam", "Adamax", "NAdam", "RAdam"),
@@ -45,19 +54,37 @@ def whole(tensor: Tensor) -> Tensor:
 def put_into(live: Tensor, value: Tensor) -> None:
     """Copy a tensor into one of its shape that may be in parts. Every rank has all of the value; nothing is sent."""
     if in_parts(live) and not in_parts(value):
-        local(live).copy_(local(part_of(value, live)))
+        local(live).copy_(_own_part(value, live))
     else:
         live.copy_(value)
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut as another one of its shape is; nothing is sent."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def _own_part(value: Tensor, like: Any) -> Tensor:
+    """The slice of a whole tensor that this process would have, cut as another one of its shape is."""
+    (placement,) = like.placements
+    slices = value.chunk(like.device_mesh.size(), dim=placement.dim)
+    place = like.device_mesh.get_local_rank()
+    # A short tensor has none for the last processes.
+    return slices[place] if place < len(slices) else value.narrow(placement.dim, 0, 0)
 
-    assert isinstance(like, DTensor)
-    moved = value.detach().to(local(like).device)
-    # Without a source every rank cuts what it has.
-    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+
+def cut_states(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's whole `state_dict`, cut as what it steps is: no device ever has all of it."""
+    places = (place for group in state["param_groups"] for place in group["params"])
+    leaves = dict(zip(places, stepped(optimizer), strict=True))
+
+    def cut(value: Any, leaf: Tensor) -> Any:
+        if not (isinstance(value, Tensor) and in_parts(leaf) and value.shape == leaf.shape):
+            return value
+        made = torch.empty_like(leaf, requires_grad=False)
+        put_into(made, value)
+        return made
+
+    entries = {
+        place: {name: cut(value, leaves[place]) for name, value in entry.items()}
+        for place, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
 
 
 def stepped(optimizer: Optimizer) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from residency.core.errors import UserError
-from residency.core.parts import check_optimizers, in_parts, part_of, stepped, whole_states
+from residency.core.parts import check_optimizers, cut_states, in_parts, stepped, whole_states
 from residency.core.ranks import mean_gradients
 
 __all__ = ["RankStrategy", "end_in_place", "ended_children", "stage_strategy"]
@@ -69,13 +69,11 @@ class RankStrategy(DDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Bring it back, cut as the parameters are."""
-        super().load_optimizer_state_dict(checkpoint)
-        for optimizer in self.optimizers:
-            for leaf in filter(in_parts, stepped(optimizer)):
-                state: dict[str, Any] = optimizer.state[leaf]
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == leaf.shape and not in_parts(value):
-                        state[name] = part_of(value, leaf)
+        states = [
+            cut_states(state, optimizer) if any(map(in_parts, stepped(optimizer))) else state
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        ]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average what the step's micro-batches have left."""

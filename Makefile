@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 RUN    := $(BIN)/residency
 LINT   := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --num-workers 2
 
+# Modules are compiled once, not anew by each of the hundreds of processes that tests start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup assets demo test test-pairs test-slow test-browser test-wheel docs lint bench bench-smoke clean
 

@@ -25,7 +25,13 @@ SIZES: dict[Layout, tuple[int, ...]] = {"packed": (1,), "padded": (2,)}
 OTHER_SIZES: dict[Layout, tuple[int, ...]] = {"packed": (2, 4), "padded": (1, 4)}
 
 
-@pytest.mark.parametrize("mitigation", ["", *MITIGATIONS])
+# Most are cut in float64 in `test_micro_batches.py`, too; in float32 the others come with the pairs.
+SOME = ("ewc", "gpm", "replay", "der", "mas", "gem", "migu", "self_distillation", "weight_mixing", "sdft", "ema", "si")
+
+
+@pytest.mark.parametrize(
+    "mitigation", ["", *(pytest.param(n, marks=() if n in SOME else pytest.mark.pairs) for n in MITIGATIONS)]
+)
 def test_micro_batches_change_no_gradient(mitigation: str, llama: Path, tmp_path: Path) -> None:
     _assert_no_change(mitigation, SIZES, llama, tmp_path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,13 @@ from support import rank_functions
 from support.parts_and_whole import HOW, assert_goes_on
 from support.rank_commands import stream_config
 from support.rank_learning import KINDS, assert_equal_learning
-from support.rank_runs import Group, group, run_row
+from support.rank_runs import Group, run_row
 from table import MITIGATIONS, OBJECTIVES
 
 pytestmark = pytest.mark.slow
 
 READ_NO_WEIGHTS = [name for name, row in MITIGATIONS.items() if row.make().shardable and not row.make().reads_weights]
 LEARNT_BY = [name for name, row in OBJECTIVES.items() if row.make().reads == "completion" and not row.make().requires]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    """Two ranks, started once."""
-    with group(2) as found:
-        yield found
 
 
 def test_who_takes_part() -> None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.rank_learning import assert_equal_learning
-from support.rank_runs import Group, group
+from support.rank_runs import Group
 from table import MITIGATIONS, OBJECTIVES
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:KTO on")]
 
 IN_PARTS = [name for name, row in OBJECTIVES.items() if row.make().reads != "completion" and row.make().shardable]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    """Two ranks, started once."""
-    with group(2) as found:
-        yield found
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

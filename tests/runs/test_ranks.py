@@ -25,13 +25,6 @@ QUICK = ["ewc", "gem"]  # what is remembered as a sum over the ranks, and rows a
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    """Two ranks, started once."""
-    with group(2) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def four() -> Iterator[Group]:
     """Four ranks."""
     with group(4) as found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from support.parts_and_whole import HOW, assert_goes_on
 from support.rank_commands import stream_config
 from support.rank_learning import assert_equal_learning
-from support.rank_runs import Group, group
+from support.rank_runs import Group
 from table import ADAPTERS, MITIGATIONS, OBJECTIVES
 
 pytestmark = pytest.mark.slow
@@ -19,13 +18,6 @@ TAKING_PART = [name for name, row in MITIGATIONS.items() if row.make().shardable
 
 LEARNT_BY = [name for name, row in OBJECTIVES.items() if row.make().reads == "completion"]
 LORA = [name for name, row in ADAPTERS.items() if row.make().shardable and "quantisation" not in row.loading]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    """Two ranks, started once."""
-    with group(2) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
